@@ -1,0 +1,221 @@
+"""What Modelium knows, as one immutable value. A step makes a new one that shares all that did not change.
+
+Times are seconds since the epoch and sizes bytes, always given from outside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from immutables import Map
+
+from modelium.api.types import Candidate
+from modelium.core.states import LIVE, RuntimeState, State, Want
+
+Booking = tuple[tuple[str, int], ...]
+"""Bytes by device id."""
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a load is expected to take."""
+
+    memory_bytes: int
+    load_s: float
+    measured: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """What was decided about a model when it was accepted."""
+
+    runtime: str
+    device_kind: str
+    revision: str
+    """Changes whenever a file of it changes."""
+    depends_on: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """Use of a loaded model, exact at the moment of the step that reads it."""
+
+    in_flight: int = 0
+    requests: int = 0
+    last_used: float = 0.0
+    qps: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    name: str
+    state: State
+    since: float
+    reason: str
+    spec: Spec | None = None
+    """None for a drop that is not accepted."""
+    estimate: Estimate = Estimate(0, 0.0)
+    pinned: bool = False
+    always_loaded: bool = False
+
+    want: Want = Want.NONE
+    wanted_since: float = 0.0
+    tickets: tuple[int, ...] = ()
+    promise: Booking = ()
+    """Room that is kept for it while it is QUEUED."""
+
+    booking: Booking = ()
+    """Memory that it holds, or will hold when its load is done."""
+    extra: Booking = ()
+    """Memory for the new revision while the old one serves."""
+    measured: Booking = ()
+    op: int = 0
+    """The operation under way; results of any other are dropped."""
+    op_since: float = 0.0
+    loaded_revision: str | None = None
+    rejected_revision: str | None = None
+    """A revision that failed to replace the one that serves."""
+    loaded_at: float = 0.0
+    use: Use = Use()
+    promised_to: str | None = None
+    """While it drains or unloads: who gets the room."""
+    again: Want = Want.NONE
+    """While it drains or unloads: load it again afterwards, for this reason."""
+    forget: bool = False
+    """Its files are gone: forget it once it is unloaded."""
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+    failure: Failure | None = None
+    failures: int = 0
+    retry_at: float = 0.0
+
+    @property
+    def runtime(self) -> str:
+        return self.spec.runtime if self.spec else ""
+
+    @property
+    def busy_since(self) -> float:
+        """When it was last of use to anybody."""
+        return max(self.use.last_used, self.loaded_at)
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """Somebody waits for a model to be READY, or (`gone`) to be unloaded."""
+
+    id: int
+    model: str
+    since: float
+    deadline_at: float
+    priority: int = 0
+    gone: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """A device's memory. `reclaiming` is the part of `booked` that is on its way back."""
+
+    id: str
+    kind: str
+    name: str
+    total_bytes: int
+    used_bytes: int
+    budget_bytes: int
+    foreign_bytes: int = 0
+    booked_bytes: int = 0
+    promised_bytes: int = 0
+    reclaiming_bytes: int = 0
+    utilization: float | None = None
+
+    @property
+    def limit_bytes(self) -> int:
+        """What models may occupy now: the budget, less when others use too much of the device."""
+        return max(0, min(self.budget_bytes, self.total_bytes - self.foreign_bytes))
+
+    @property
+    def free_bytes(self) -> int:
+        return self.limit_bytes - self.booked_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    name: str
+    state: RuntimeState = RuntimeState.DOWN
+    since: float = 0.0
+    reason: str = ""
+    epoch: int = 0
+    """Counts starts; a result from an older one is dropped."""
+    instance: str = ""
+    external: bool = False
+    crashes: tuple[float, ...] = ()
+    retry_at: float = 0.0
+    foreign: tuple[str, ...] = ()
+
+
+def least_recently_used(candidates: Sequence[Candidate], now: float) -> Sequence[str]:
+    """The order used when no policy is given."""
+    return [c.name for c in sorted(candidates, key=lambda c: (c.last_used, c.name))]
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What the configuration asks for. Durations in seconds."""
+
+    always_loaded: tuple[str, ...] = ()
+    """Names, or patterns as in a shell."""
+    idle_s: float = 300.0
+    keep_above_qps: float = 0.5
+    min_qps: float = 0.01
+    min_resident_s: float = 30.0
+    max_utilization: float = 0.9
+    budgets: Mapping[str, int] = field(default_factory=dict)
+    drain_timeout_s: float = 30.0
+    load_timeout_s: float = 900.0
+    fairness_after_s: float = 15.0
+    max_queue: int = 10_000
+    max_queue_per_model: int = 1_000
+    max_concurrent_loads: int = 2
+    sweep_s: float = 10.0
+    retry_s: float = 5.0
+    retry_max_s: float = 300.0
+    crash_budget: int = 5
+    """Crashes of a runtime within `crash_window_s` before it is left down for a person to see to."""
+    crash_window_s: float = 600.0
+    rank: Callable[[Sequence[Candidate], float], Sequence[str]] = least_recently_used
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    models: Map[str, Model] = Map()
+    devices: Map[str, Account] = Map()
+    runtimes: Map[str, Runtime] = Map()
+    tickets: Map[int, Ticket] = Map()
+    live: Map[str, None] = Map()
+    """Names of the models in a LIVE state, so that a tick need not look at the others."""
+    queue: Map[str, None] = Map()
+    """Names of the models that wait: QUEUED, or FAILED and wanted."""
+    dependents: Map[str, tuple[str, ...]] = Map()
+    """Who depends on a name, whether or not that name exists."""
+    next_id: int = 1
+    next_sweep: float = 0.0
+
+    def model(self, name: str) -> Model | None:
+        return self.models.get(name)
+
+
+def is_live(model: Model) -> bool:
+    return model.state in LIVE or bool(model.booking)
+
+
+def waits(model: Model) -> bool:
+    return model.state is State.QUEUED or (
+        model.state is State.FAILED and (model.want is not Want.NONE or bool(model.tickets))
+    )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 from immutables import Map
@@ -102,6 +103,11 @@ class Model:
         return self.spec.runtime if self.spec else ""
 
     @property
+    def blameless(self) -> bool:
+        """It failed with its runtime."""
+        return self.failure is not None and self.failure.code == "runtime_unavailable"
+
+    @property
     def busy_since(self) -> float:
         """When it was last of use to anybody."""
         return max(self.use.last_used, self.loaded_at)
@@ -157,7 +163,12 @@ class Runtime:
     external: bool = False
     crashes: tuple[float, ...] = ()
     retry_at: float = 0.0
+    """When CRASHED: the next start; infinite when a person has to see to it."""
     foreign: tuple[str, ...] = ()
+
+    @property
+    def given_up(self) -> bool:
+        return self.state is RuntimeState.CRASHED and self.retry_at == inf
 
 
 def least_recently_used(candidates: Sequence[Candidate], now: float) -> Sequence[str]:

@@ -1,0 +1,89 @@
+"""Where a waiting model goes, and the arithmetic that is told with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from modelium.core.turn import Turn, bytes_on
+from modelium.core.world import Account, Model
+
+
+def human(size: int) -> str:
+    """`1.5 GB`: decimal units, as disks and models are sold."""
+    value = float(size)
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(value) < 1000 or unit == "TB":
+            return f"{value:.0f} {unit}" if unit in ("B", "kB") or value >= 100 else f"{value:.1f} {unit}"
+        value /= 1000
+    raise AssertionError
+
+
+@dataclass(frozen=True, slots=True)
+class Spot:
+    """One device as a place for one model."""
+
+    account: Account
+    need: int
+    promised_to_others: int
+
+    @property
+    def free_now(self) -> int:
+        """Room that nobody holds and nobody was promised."""
+        return min(
+            self.account.limit_bytes - self.account.booked_bytes,
+            self.account.limit_bytes
+            - self.account.booked_bytes
+            + self.account.reclaiming_bytes
+            - self.promised_to_others,
+        )
+
+    @property
+    def shortage(self) -> int:
+        """What must still be set free beyond all that is on its way back."""
+        account = self.account
+        return (
+            account.booked_bytes - account.reclaiming_bytes + self.promised_to_others + self.need - account.limit_bytes
+        )
+
+    @property
+    def arithmetic(self) -> str:
+        account = self.account
+        parts = [f"needs {human(self.need)} on {account.id}: limit {human(account.limit_bytes)}"]
+        if account.limit_bytes < account.budget_bytes:
+            parts.append(f"(budget {human(account.budget_bytes)}, {human(account.foreign_bytes)} used by others)")
+        parts.append(f"less {human(account.booked_bytes)} booked")
+        if self.promised_to_others:
+            parts.append(f"less {human(self.promised_to_others)} promised")
+        if account.reclaiming_bytes:
+            parts.append(f"plus {human(account.reclaiming_bytes)} being freed")
+        return " ".join(parts)
+
+
+def spots(turn: Turn, model: Model) -> list[Spot]:
+    """The devices of the right kind, in the order in which they should be tried."""
+    if model.spec is None:
+        return []
+    need = model.estimate.memory_bytes
+    found = [
+        Spot(account, need, account.promised_bytes - bytes_on(model.promise, account.id))
+        for account in turn.devices.values()
+        if account.kind == model.spec.device_kind
+    ]
+    return sorted(found, key=lambda s: (-s.free_now, s.account.id))
+
+
+def never_fits(model: Model, found: Iterable[Spot]) -> str | None:
+    """Why the model can't fit even when all else is unloaded; None when it can."""
+    found = list(found)
+    kind = model.spec.device_kind if model.spec else "?"
+    if not found:
+        return f"needs a device of kind {kind}, and there is none"
+    if any(s.need <= s.account.budget_bytes for s in found):
+        return None
+    budgets = ", ".join(
+        f"{s.account.id} has a budget of {human(s.account.budget_bytes)} (of {human(s.account.total_bytes)})"
+        for s in sorted(found, key=lambda s: s.account.id)
+    )
+    how = "measured at its last load" if model.estimate.measured else "estimated"
+    return f"can never fit: needs {human(found[0].need)} ({how}); {budgets}"

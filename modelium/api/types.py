@@ -182,6 +182,8 @@ class Manifest(Frozen):
     created_at: float
     source: str
     """What was dropped, as it was called."""
+    revision: str = ""
+    """Of the model's files when this was written, by their names, sizes and times."""
     inspection: Inspection
     plan: Plan
 

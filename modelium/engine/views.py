@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from modelium.api.types import Analysis, Finding, Frozen, Layout, Plan, Progress, RuntimeInfo, Transition
+from modelium.discovery import PluginView as PluginView
 
 
 class ModelView(Frozen):
@@ -133,16 +134,6 @@ class StatusView(Frozen):
     plugins: tuple[PluginView, ...]
 
 
-class PluginView(Frozen):
-    name: str
-    version: str
-    distribution: str
-    hooks: tuple[str, ...] = ()
-    error: str | None = None
-    """Why it is left out; None when it is in use."""
-    traceback: str = ""
-
-
 class CheckView(Frozen):
     """One thing that was checked: a folder, a runtime, a plugin, a device."""
 
@@ -161,6 +152,3 @@ class EventView(Frozen):
     at: float
     subject: str
     data: Mapping[str, Any]
-
-
-StatusView.model_rebuild()

@@ -1,0 +1,248 @@
+"""What is known of each model in the repository, brought up to date by reading the folder again.
+
+Only what every list and every load needs is kept in memory; the whole analysis stays in the manifest on disk, so that
+ten thousand models cost little.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from modelium.api.names import check_model_name
+from modelium.api.types import Inspection, Manifest, Plan, Severity
+from modelium.core import events as e
+from modelium.core.world import Estimate, Failure, Spec
+from modelium.engine.loop import Loop
+from modelium.engine.planner import Planner
+from modelium.engine.repository import Entry, Repository
+from modelium.engine.store import Store, measurement_key
+from modelium.errors import ModelError, ModeliumError, ModelNotFound
+
+log = logging.getLogger(__name__)
+
+BATCH = 100
+"""Entries read in a thread before the event loop takes them in."""
+
+Inspect = Callable[[Path], Awaitable[Inspection]]
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """One usable model in the repository."""
+
+    name: str
+    path: Path
+    revision: str
+    managed: bool
+    plan: Plan
+    measured_as: str
+    """The key under which its measurements are kept."""
+    format: str
+    task: str | None
+    summary: str
+    decoupled: bool
+    depends_on: tuple[str, ...]
+
+    @property
+    def spec(self) -> Spec:
+        return Spec(self.plan.runtime, self.plan.device_kind, self.revision, self.depends_on)
+
+
+class Catalog:
+    def __init__(
+        self,
+        repository: Repository,
+        planner: Planner,
+        store: Store,
+        inspect: Inspect,
+        loop: Callable[[], Loop],
+        runtimes_known: Callable[[], Awaitable[None]],
+    ):
+        self._repository = repository
+        self._planner = planner
+        self._store = store
+        self._inspect = inspect
+        self._loop = loop
+        self._runtimes_known = runtimes_known
+        self._reading = asyncio.Lock()
+        self.known: dict[str, Known] = {}
+        self._invalid: dict[str, str] = {}
+        """Folders that are no usable models, and the revision at which that was found."""
+        self.read_once = asyncio.Event()
+        """Set when the whole repository was read for the first time."""
+
+    # ------------------------------------------------------------------ reading the folder
+
+    async def read(self) -> None:
+        """Bring everything up to date with the folder."""
+        async with self._reading:
+            names = await asyncio.to_thread(self._repository.names)
+            gone = (self.known.keys() | self._invalid.keys()) - set(names)
+            for name in sorted(gone):
+                self._removed(name)
+            later: list[Entry] = []
+            for start in range(0, len(names), BATCH):
+                for found in await asyncio.to_thread(self._entries, names[start : start + BATCH]):
+                    later.extend(self._take(found))
+            self.read_once.set()
+        for entry in later:
+            await self._study(entry)
+
+    async def look(self, name: str) -> None:
+        """Bring one name up to date."""
+        async with self._reading:
+            (found,) = await asyncio.to_thread(self._entries, [name])
+            later = self._take(found)
+        for entry in later:
+            await self._study(entry)
+
+    def _entries(self, names: Iterable[str]) -> list[Entry | tuple[str, ModeliumError | None]]:
+        """Runs in a thread."""
+        found: list[Entry | tuple[str, ModeliumError | None]] = []
+        for name in names:
+            try:
+                entry = self._repository.entry(name)
+                found.append(entry if entry is not None else (name, None))
+            except ModeliumError as exc:
+                found.append((name, exc))
+            except OSError as exc:
+                found.append((name, ModelError(f"{name} can't be read: {exc.strerror}")))
+        return found
+
+    def _take(self, found: Entry | tuple[str, ModeliumError | None]) -> list[Entry]:
+        """Take in one folder; returned is what has to be looked into first."""
+        if isinstance(found, tuple):
+            name, error = found
+            if error is None:
+                self._removed(name)
+            else:
+                self._refuse(name, "", error)
+            return []
+        old = self.known.get(found.name)
+        if old is not None and old.revision == found.revision:
+            return []
+        if self._invalid.get(found.name) == found.revision:
+            return []
+        if found.manifest is None:
+            return [found]
+        self._accept(found, found.manifest)
+        return []
+
+    async def _study(self, entry: Entry) -> None:
+        """Find out what a folder without a manifest is; nothing in it is changed."""
+        await self._runtimes_known()
+        try:
+            check_model_name(entry.name)
+            inspection = await self._inspect(entry.path)
+            refused = [f.message for f in inspection.findings if f.severity is Severity.REFUSE]
+            if refused or inspection.analysis is None:
+                raise ModelError("; ".join(refused) or f"{entry.name} is no model that any analyzer knows")
+            plan = self._planner.plan(entry.name, inspection.analysis)
+        except ModeliumError as exc:
+            self._refuse(entry.name, entry.revision, exc)
+            return
+        manifest = Manifest(
+            name=entry.name,
+            created_at=time.time(),
+            source=str(entry.path),
+            revision=entry.revision,
+            inspection=inspection,
+            plan=plan,
+        )
+        try:
+            await asyncio.to_thread(self._repository.keep_manifest, manifest)
+        except OSError as exc:
+            log.error("what was found out about %s could not be kept: %s", entry.name, exc)
+        self._accept(replace(entry, manifest=manifest), manifest)
+
+    # ------------------------------------------------------------------ telling the core
+
+    def _accept(self, entry: Entry, manifest: Manifest) -> None:
+        if manifest.plan.runtime not in self._planner.runtimes:
+            there = ", ".join(self._planner.runtimes) or "none"
+            error = ModelError(
+                f"it is planned for the runtime {manifest.plan.runtime}, which is not there ({there} is)"
+            )
+            self._refuse(entry.name, entry.revision, error)
+            return
+        self.add(entry, manifest)
+
+    def add(self, entry: Entry, manifest: Manifest, *, dropped: bool = False, reason: str | None = None) -> None:
+        """Take in a model whose manifest is known."""
+        known = self.known_from(entry, manifest)
+        fresh = entry.name not in self.known
+        self.known[entry.name] = known
+        self._invalid.pop(entry.name, None)
+        loaded = self._store.loaded.get(entry.name) if fresh else None
+        loop = self._loop()
+        loop.post(
+            e.ModelAccepted(
+                loop.clock(),
+                entry.name,
+                known.spec,
+                self.estimate(known),
+                pinned=entry.name in self._store.pins,
+                dropped=dropped,
+                was_loaded=loaded is not None,
+                loaded_revision=loaded.revision if loaded else None,
+                reason=reason or ("in the repository" if fresh else "its files changed"),
+            )
+        )
+
+    def known_from(self, entry: Entry, manifest: Manifest) -> Known:
+        inspection, plan = manifest.inspection, manifest.plan
+        analysis = inspection.analysis
+        if analysis is None:
+            raise ModelError(f"the manifest of {entry.name} has no analysis")
+        content = inspection.content_key
+        if manifest.revision and manifest.revision != entry.revision:
+            content = f"{content}+{entry.revision}"  # changed in place since it was looked into
+        decoupled = plan.settings.get("decoupled", analysis.facts.get("decoupled", False))
+        return Known(
+            name=entry.name,
+            path=entry.path,
+            revision=entry.revision,
+            managed=entry.managed,
+            plan=plan,
+            measured_as=measurement_key(content, plan),
+            format=analysis.format,
+            task=analysis.task,
+            summary=analysis.summary,
+            decoupled=bool(decoupled),
+            depends_on=analysis.depends_on,
+        )
+
+    def estimate(self, known: Known) -> Estimate:
+        found = self._store.measurement(known.measured_as)
+        if found is None:
+            return Estimate(known.plan.memory_bytes, known.plan.load_s)
+        return Estimate(found.memory_bytes, found.load_s or known.plan.load_s, measured=True)
+
+    def _removed(self, name: str) -> None:
+        known = self.known.pop(name, None)
+        if known is not None or self._invalid.pop(name, None) is not None:
+            self._repository.forget(name)
+            self._store.pin(name, False)
+            loop = self._loop()
+            loop.post(e.ModelRemoved(loop.clock(), name))
+
+    def _refuse(self, name: str, revision: str, error: ModeliumError) -> None:
+        if self._invalid.get(name) == revision:
+            return
+        self._invalid[name] = revision
+        loop = self._loop()
+        loop.post(e.ModelInvalid(loop.clock(), name, Failure("model_invalid", error.message)))
+
+    # ------------------------------------------------------------------ asking
+
+    def manifest(self, name: str) -> Manifest:
+        """The whole of what was found out, from disk."""
+        entry = self._repository.entry(name)
+        if entry is None or entry.manifest is None:
+            raise ModelNotFound(f"{name} is not in the repository any more, or its files just changed")
+        return entry.manifest

@@ -1,0 +1,96 @@
+"""The single writer: events in, one step each, instructions out.
+
+Everything runs in the event loop's thread. An event that comes up while instructions are carried out waits its turn.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable
+
+from modelium.core import events as e
+from modelium.core.instructions import Instruction, WakeAt
+from modelium.core.step import step
+from modelium.core.world import Policy, Use, World
+from modelium.engine.usage import UsageBook
+
+Clock = Callable[[], float]
+
+
+class Loop:
+    """Holds the world. `execute` starts what an instruction asks for and never waits."""
+
+    def __init__(
+        self,
+        world: World,
+        policy: Policy,
+        usage: UsageBook,
+        execute: Callable[[Instruction], None],
+        clock: Clock = time.time,
+    ):
+        self.world = world
+        self.policy = policy
+        self.clock = clock
+        self._usage = usage
+        self._execute = execute
+        self._events: deque[e.Event] = deque()
+        self._running = False
+        self._wake_at: float | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._stopped = False
+
+    def post(self, event: e.Event) -> None:
+        """Let an event happen, after those that came before it."""
+        self._events.append(event)
+        if self._running or self._stopped:
+            return
+        self._running = True
+        try:
+            while self._events:
+                self._happen(self._events.popleft())
+        finally:
+            self._running = False
+
+    def _happen(self, event: e.Event) -> None:
+        if isinstance(event, e.Ticked):
+            self._wake_at = None
+        if isinstance(event, e.ReadyAsked | e.Ticked) or self.world.queue:
+            self._observe_use(event.at)
+        self.world, instructions = step(self.world, event, self.policy)
+        for instruction in instructions:
+            if isinstance(instruction, WakeAt):
+                self._wake(instruction.at)
+            else:
+                self._execute(instruction)
+
+    def _observe_use(self, now: float) -> None:
+        """Before a judgement that may evict: make use exact."""
+        use = [(u.name, Use(u.in_flight, u.requests, u.last_used, round(u.qps, 4))) for u in self._usage.drain(now)]
+        if use:
+            self.world, instructions = step(self.world, e.UseObserved(now, tuple(use)), self.policy)
+            for instruction in instructions:
+                if isinstance(instruction, WakeAt):
+                    self._wake(instruction.at)
+                else:
+                    self._execute(instruction)
+
+    def tick(self) -> None:
+        self.post(e.Ticked(self.clock()))
+
+    def _wake(self, at: float) -> None:
+        if self._wake_at is not None and self._wake_at <= at:
+            return
+        self._wake_at = at
+        if self._timer is not None:
+            self._timer.cancel()
+        delay = max(0.0, at - self.clock())
+        self._timer = asyncio.get_running_loop().call_later(delay + 0.001, self.tick)
+
+    def stop(self) -> None:
+        """Let nothing happen any more."""
+        self._stopped = True
+        self._events.clear()
+        if self._timer is not None:
+            self._timer.cancel()

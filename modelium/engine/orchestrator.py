@@ -1,0 +1,463 @@
+"""Puts the engine's parts together: the single writer, the effects, the folders and what is remembered."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from modelium.api.driver import RuntimeContext
+from modelium.api.types import Device, LoadRequest, Progress, Report, Situation
+from modelium.config import Config
+from modelium.core import events as e
+from modelium.core import instructions as i
+from modelium.core.states import RuntimeState, State
+from modelium.core.world import Failure, Model, Policy, World
+from modelium.engine.admission import Admission, Route
+from modelium.engine.catalog import Catalog
+from modelium.engine.ingest import Ingest
+from modelium.engine.inspector import Inspector
+from modelium.engine.journal import Journal
+from modelium.engine.loop import Clock, Loop
+from modelium.engine.planner import Planner, budgets
+from modelium.engine.processes import ProcessSupervisor
+from modelium.engine.repository import Repository
+from modelium.engine.runtimes import Running, Runtimes
+from modelium.engine.store import LoadedRecord, Quarantined, Store
+from modelium.engine.usage import UsageBook
+from modelium.engine.watcher import Watcher
+from modelium.errors import (
+    CapacityError,
+    ConfigError,
+    DeadlinePassed,
+    DriverError,
+    LoadRejected,
+    ModelConflict,
+    ModelError,
+    ModelFailed,
+    ModeliumError,
+    ModelNotFound,
+    NeverFits,
+    QueueFull,
+    RuntimeUnavailable,
+)
+from modelium.host import PluginHost
+from modelium.paths import Paths
+
+log = logging.getLogger(__name__)
+
+DEVICES_EVERY_S = 5.0
+JOURNAL_EVERY_S = 1.0
+
+_ERRORS: Mapping[str, type[ModeliumError]] = {
+    t.code: t
+    for t in (
+        CapacityError,
+        ConfigError,
+        DeadlinePassed,
+        DriverError,
+        LoadRejected,
+        ModelConflict,
+        ModelError,
+        ModelFailed,
+        ModelNotFound,
+        NeverFits,
+        QueueFull,
+        RuntimeUnavailable,
+    )  # fmt: skip
+}
+
+
+def policy_of(config: Config, host: PluginHost) -> Policy:
+    section = config.policies
+    return Policy(
+        always_loaded=section.always_loaded,
+        idle_s=section.evict_after_idle_seconds,
+        keep_above_qps=section.keep_above_qps,
+        min_qps=section.min_qps_threshold,
+        min_resident_s=section.min_resident_seconds,
+        max_utilization=section.max_gpu_memory_utilization,
+        budgets=dict(section.device_budget_bytes),
+        drain_timeout_s=section.drain_timeout_s,
+        load_timeout_s=section.load_timeout_s,
+        fairness_after_s=section.fairness_after_s,
+        max_queue=section.max_queue,
+        max_queue_per_model=section.max_queue_per_model,
+        max_concurrent_loads=section.max_concurrent_loads,
+        retry_s=max(section.retry_s, 0.1),
+        retry_max_s=section.retry_max_s,
+        crash_budget=section.crash_budget,
+        crash_window_s=section.crash_window_s,
+        rank=host.eviction_policy(config.eviction.name, config.eviction.settings).rank,
+    )
+
+
+class Orchestrator:
+    """The engine. Made, started, stopped once."""
+
+    def __init__(
+        self,
+        config: Config,
+        paths: Paths,
+        host: PluginHost,
+        sections: Mapping[str, BaseModel],
+        *,
+        clock: Clock = time.time,
+    ):
+        self.config = config
+        self.paths = paths
+        self.host = host
+        self.clock = clock
+        self.started_at = clock()
+        self.store = Store(paths.state)
+        self.journal = Journal(paths.state / "decisions.jsonl")
+        self.usage = UsageBook(known=config.policies.high_priority_teams)
+        self.admission = Admission(self.usage)
+        self.devices: tuple[Device, ...] = ()
+        self.progress: dict[str, Progress] = {}
+        """Of loads and moves under way, by model or drop."""
+        self.processes = ProcessSupervisor(
+            paths.root, state_dir=paths.state / "processes", log_dir=paths.state / "logs"
+        )
+        self.running: dict[str, Running] = {}
+        for backend in host.runtime_backends():
+            settings = sections[backend.name]
+            if getattr(settings, "enabled", True) is False:
+                continue
+            context = RuntimeContext(
+                name=backend.name,
+                repository=paths.repository,
+                state_dir=paths.state / "runtimes" / backend.name,
+                cache_dir=paths.cache,
+                settings=settings,
+                processes=self.processes,
+                report=self._runtime_report(backend.name),
+            )
+            self.running[backend.name] = Running(backend, backend.create(context))
+        world = World(next_id=self.journal.last_decision + 1)
+        self.loop = Loop(world, policy_of(config, host), self.usage, self._execute, clock)
+        self.admission.on_idle = self._became_idle
+        self.inspector = Inspector(disabled=config.plugins.disable)
+        self.repository = Repository(
+            paths.repository, state=paths.state, quarantine=paths.quarantine, trash=paths.trash
+        )
+        self.runtimes = Runtimes(self.running, lambda: self.loop, self._request_for, self._report_for, self._measured)
+        self.planner = Planner(
+            host.brain(config.brain.name, config.brain.settings), self.running, self.situation, self.store
+        )
+        self.catalog = Catalog(
+            self.repository, self.planner, self.store, self.inspector.inspect, lambda: self.loop, self.runtimes_known
+        )
+        self.ingest: Ingest | None = None
+        if paths.incoming is not None:
+            self.ingest = Ingest(
+                paths.incoming,
+                repository=self.repository,
+                catalog=self.catalog,
+                planner=self.planner,
+                inspector=self.inspector,
+                store=self.store,
+                loop=lambda: self.loop,
+                report=self.tell_progress,
+                runtimes_known=self.runtimes_known,
+                work=paths.state / "converted",
+                settle_s=config.orchestration.settle_s,
+                retry_s=config.orchestration.rescan_interval_s,
+            )
+        self._watcher: Watcher | None = None
+        self._tasks: list[asyncio.Task[Any]] = []
+        self._idle_due = False
+        self._tickets = 0
+
+    @property
+    def owns_repository(self) -> bool:
+        """Models are dropped into it through Modelium; otherwise it is somebody else's."""
+        return self.paths.incoming is not None
+
+    def new_ticket(self) -> int:
+        self._tickets += 1
+        return self._tickets
+
+    def place_of(self, name: str) -> Path:
+        """Where a record's files lie."""
+        where, _, entry = name.partition("/")
+        if entry and where == "quarantine":
+            return self.paths.quarantine / entry
+        if entry and self.paths.incoming is not None:
+            return self.paths.incoming / entry
+        return self.paths.repository / name
+
+    async def discard_drop(self, name: str) -> Path:
+        """Take a refused drop away, to the trash."""
+        place = await asyncio.to_thread(self.repository.set_aside, self.place_of(name))
+        self.store.set_quarantined(name.partition("/")[2], None)
+        self.loop.post(e.DropGone(self.clock(), name))
+        return place
+
+    # ------------------------------------------------------------------ life
+
+    async def start(self) -> None:
+        """Bring everything up; returns before runtimes answer and before the repository is read."""
+        for folder in (self.paths.repository, self.paths.incoming, self.paths.state):
+            if folder is not None:
+                _make(folder)
+        await asyncio.to_thread(self.repository.recover)
+        await self._look_at_devices()
+        self._recall_quarantine()
+        for name in self.running:
+            self.loop.post(e.RuntimeAdded(self.clock(), name))
+        self.loop.tick()
+        self._watcher = Watcher()
+        if self.ingest is not None and self.paths.incoming is not None:
+            ingest = self.ingest
+            self._watcher.watch(self.paths.incoming, lambda entry, whole: ingest.noticed(entry, moved=whole), deep=True)
+        self._watcher.watch(self.paths.repository, self._repository_changed, deep=False)
+        self._watcher.start()
+        self._every(DEVICES_EVERY_S, self._look_at_devices)
+        self._every(JOURNAL_EVERY_S, self._keep_house)
+        self._background(self._reread())
+        for name in self.running:
+            self._background(self.runtimes.watch(name))
+        for source in self.host.usage_sources():
+            self._every(self.config.metrics.collection_interval_seconds / 5, lambda s=source: self._read_usage(s))
+
+    async def stop(self, *, stop_runtimes: bool = False) -> None:
+        """Answer who waits, let go, keep what must be kept. Runtimes stay up unless they are to be ended."""
+        self.loop.stop()
+        self.admission.refuse_all(RuntimeUnavailable("Modelium is stopping", retry_after_s=5))
+        if self._watcher is not None:
+            await asyncio.to_thread(self._watcher.stop)
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=10)
+        if self.ingest is not None:
+            await self.ingest.close()
+        await self.runtimes.close(stop=stop_runtimes)
+        if stop_runtimes:
+            for name in list(self.store.loaded):
+                self.store.set_loaded(name, None)
+        await self.inspector.close()
+        self.store.flush()
+        self.journal.write()
+
+    def _background(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.append(task)
+
+        def ended(done: asyncio.Task[Any]) -> None:
+            if not done.cancelled() and done.exception() is not None:
+                log.error("a background task ended", exc_info=done.exception())
+
+        task.add_done_callback(ended)
+
+    def _every(self, seconds: float, work: Any) -> None:
+        async def forever() -> None:
+            while True:
+                await asyncio.sleep(seconds)
+                try:
+                    await work()
+                except Exception:
+                    log.exception("a periodic task failed; it goes on")
+
+        self._background(forever())
+
+    # ------------------------------------------------------------------ folders
+
+    async def _reread(self) -> None:
+        while True:
+            try:
+                await self.catalog.read()
+                if self.ingest is not None:
+                    await self.ingest.read()
+                await self._reread_quarantine()
+            except Exception:
+                log.exception("the folders could not be read; they are read again")
+            await asyncio.sleep(self.config.orchestration.rescan_interval_s)
+
+    def _repository_changed(self, entry: str, _: bool) -> None:
+        if not entry.startswith("."):
+            self._background_look(entry)
+
+    def _background_look(self, entry: str) -> None:
+        if self.ingest is not None and self.ingest.is_taking(entry):
+            return
+        self._tasks = [t for t in self._tasks if not t.done()]
+        self._background(self.catalog.look(entry))
+
+    def _recall_quarantine(self) -> None:
+        for name, record in self.store.quarantined.items():
+            self._show_quarantined(name, record)
+
+    def _show_quarantined(self, name: str, record: Quarantined) -> None:
+        place = f"quarantine/{name}"
+        self.loop.post(e.DropRefused(self.clock(), place, Failure(record.code, record.reason), place))
+
+    async def _reread_quarantine(self) -> None:
+        """What a person took out of quarantine is shown no more."""
+        for name in list(self.store.quarantined):
+            if not await asyncio.to_thread(os.path.lexists, self.paths.quarantine / name):
+                self.store.set_quarantined(name, None)
+                self.loop.post(e.DropGone(self.clock(), f"quarantine/{name}"))
+
+    # ------------------------------------------------------------------ devices, use, housekeeping
+
+    async def _look_at_devices(self) -> None:
+        devices = await asyncio.to_thread(self.host.devices)
+        if devices:
+            self.devices = devices
+            self.loop.post(e.DevicesObserved(self.clock(), devices, self.runtimes.accounted()))
+
+    def situation(self) -> Situation:
+        section = self.config.policies
+        limits = budgets(self.devices, section.device_budget_bytes, section.max_gpu_memory_utilization)
+        return Situation(devices=self.devices, budgets=limits)
+
+    async def _read_usage(self, source: Any) -> None:
+        counts = await source.read()
+        known = {n: c for n, c in counts.items() if n in self.catalog.known}
+        self.usage.merge(source.name, known, self.clock())
+
+    async def _keep_house(self) -> None:
+        await asyncio.to_thread(self.journal.write)
+        await self.processes.rotate()
+
+    def _became_idle(self) -> None:
+        """Somebody waits for room, and a model has just become idle: look, once for many."""
+        if not self._idle_due:
+            self._idle_due = True
+
+            def look() -> None:
+                self._idle_due = False
+                self.loop.tick()
+
+            asyncio.get_running_loop().call_soon(look)
+
+    async def runtimes_known(self) -> None:
+        """Until every runtime was up once, or has failed to be."""
+        for running in self.running.values():
+            await running.known.wait()
+
+    def ready(self) -> bool:
+        up = any(r.state is RuntimeState.UP for r in self.loop.world.runtimes.values())
+        return up and self.catalog.read_once.is_set()
+
+    # ------------------------------------------------------------------ progress
+
+    def tell_progress(self, subject: str, progress: Progress) -> None:
+        self.progress[subject] = progress
+        self.journal.progress(self.clock(), subject, progress)
+
+    def _report_for(self, name: str) -> Report:
+        return lambda progress: self.tell_progress(name, progress)
+
+    def _runtime_report(self, name: str) -> Report:
+        def report(progress: Progress) -> None:
+            running = self.running.get(name)
+            if running is not None:
+                running.progress = progress
+            self.journal.progress(self.clock(), f"runtime:{name}", progress)
+
+        return report
+
+    # ------------------------------------------------------------------ instructions
+
+    def _execute(self, order: i.Instruction) -> None:
+        match order:
+            case i.Tell(transition):
+                self._tell(transition)
+            case i.Grant(ticket, name):
+                self.admission.grant(ticket, name)
+            case i.Refuse(ticket, name, code, message, retry_after_s):
+                kind = _ERRORS.get(code, ModelFailed)
+                self.admission.refuse(ticket, kind(message, code=code, retry_after_s=retry_after_s, model=name))
+            case i.OpenRoute(name, runtime):
+                self._open(name, runtime)
+            case i.CloseRoute(name, 0):
+                self.admission.close(name, None)
+            case i.CloseRoute(name, op):
+                self.admission.close(name, lambda: self.loop.post(e.Drained(self.clock(), name, op)))
+            case i.Load():
+                self.runtimes.load(order)
+            case i.Unload():
+                self.runtimes.unload(order)
+            case i.StartRuntime():
+                self.runtimes.start(order)
+            case i.Forget(name):
+                self.usage.forget(name)
+                self.journal.forget(name)
+                self.progress.pop(name, None)
+                self.store.set_loaded(name, None)
+            case _:
+                raise AssertionError(f"no effect for {order!r}")
+        self.admission.watch_queue(bool(self.loop.world.queue))
+
+    def _tell(self, transition: Any) -> None:
+        self.journal.add(transition)
+        self.usage.observe(transition)
+        self.host.transition(transition)
+        name = transition.subject
+        if transition.after != State.LOADING:
+            self.progress.pop(name, None)
+        if transition.before in (State.READY, State.DRAINING, State.UNLOADING) and transition.after in (
+            State.COLD,
+            State.FAILED,
+        ):
+            self.store.set_loaded(name, None)
+
+    def _open(self, name: str, runtime: str) -> None:
+        running, known = self.running[runtime], self.catalog.known.get(name)
+        endpoints = {e.protocol: e.address for e in running.info.endpoints} if running.info else {}
+        decoupled = known.decoupled if known else False
+        self.admission.open(Route(name, runtime, endpoints, decoupled, self.usage.model(name)))
+        self._remember(name, runtime)
+
+    def _remember(self, name: str, runtime: str) -> None:
+        """Called when a model is READY, loaded or reloaded: keep what was measured, and that it is loaded."""
+        known, info = self.catalog.known.get(name), self.running[runtime].info
+        model = self._model_after_step(name)
+        if known is None or info is None or model is None:
+            return
+        revision = model.loaded_revision or known.revision
+        self.store.set_loaded(name, LoadedRecord(revision=revision, instance=info.instance))
+
+    def _measured(self, name: str, memory_bytes: int, load_s: float | None) -> None:
+        known = self.catalog.known.get(name)
+        if known is not None and memory_bytes:
+            self.store.measure(known.measured_as, memory_bytes, load_s)
+
+    def _model_after_step(self, name: str) -> Model | None:
+        return self.loop.world.models.get(name)
+
+    def _request_for(self, order: i.Load) -> LoadRequest:
+        known = self.catalog.known[order.name]
+        analysis = self.catalog.manifest(order.name).inspection.analysis
+        if analysis is None:
+            raise ModelError(f"the manifest of {order.name} has no analysis")
+        return LoadRequest(
+            name=order.name,
+            path=known.path,
+            plan=known.plan,
+            analysis=analysis,
+            devices=tuple(d for d, _ in order.booking),
+            memory_bytes=sum(n for _, n in order.booking),
+            replace=order.replace,
+            parameters=order.parameters,
+        )
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise ConfigError(
+            f"{folder} can't be made: {exc.strerror}; let the user that runs Modelium write there"
+        ) from exc
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError(f"{folder} can't be written: let the user that runs Modelium write there")

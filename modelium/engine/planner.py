@@ -1,0 +1,54 @@
+"""From what a model is to how it will be served: offers, the brain's choice, and what is known of its cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from modelium.api.driver import Brain
+from modelium.api.types import Analysis, Device, Inspection, Layout, Offer, Plan, Situation
+from modelium.core.world import Estimate
+from modelium.engine.runtimes import Running
+from modelium.engine.store import Store, measurement_key
+from modelium.errors import ModelError, PluginError
+
+
+@dataclass(frozen=True, slots=True)
+class Planner:
+    brain: Brain
+    runtimes: Mapping[str, Running]
+    situation: Callable[[], Situation]
+    store: Store
+
+    def offers(self, analysis: Analysis) -> list[Offer]:
+        situation = self.situation()
+        return [
+            offer
+            for running in self.runtimes.values()
+            for offer in running.backend.offers(analysis, running.info, situation.devices)
+        ]
+
+    def plan(self, name: str, analysis: Analysis) -> Plan:
+        """Raises `ModelError` when nothing on offer will do."""
+        offers = self.offers(analysis)
+        if not self.runtimes:
+            raise ModelError("no runtime is there to serve it: `pip install modelium-plugin-triton`")
+        plan = self.brain.plan(name, analysis, offers, self.situation())
+        if plan.runtime not in self.runtimes:
+            raise PluginError(f"the brain {self.brain.name} chose the runtime {plan.runtime}, which is not there")
+        return plan
+
+    def layout(self, name: str, analysis: Analysis, plan: Plan) -> Layout:
+        return self.runtimes[plan.runtime].backend.layout(name, analysis, plan)
+
+    def estimate(self, inspection: Inspection, plan: Plan) -> Estimate:
+        """What was measured before, else what the plan expects."""
+        found = self.store.measurement(measurement_key(inspection.content_key, plan))
+        if found is None:
+            return Estimate(plan.memory_bytes, plan.load_s)
+        return Estimate(found.memory_bytes, found.load_s or plan.load_s, measured=True)
+
+
+def budgets(devices: Sequence[Device], configured: Mapping[str, int], share: float) -> dict[str, int]:
+    """Bytes that models may occupy, by device."""
+    return {d.id: min(configured.get(d.id, int(d.total_bytes * share)), d.total_bytes) for d in devices}

@@ -1,0 +1,254 @@
+"""The effects: what waits. Each turns one instruction into one later event, whatever goes wrong on the way."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any
+
+from modelium.api.driver import RuntimeBackend, RuntimeDriver
+from modelium.api.types import LoadRequest, Observation, Progress, Report, RuntimeInfo
+from modelium.core import events as e
+from modelium.core import instructions as i
+from modelium.core.states import RuntimeState
+from modelium.core.world import Failure
+from modelium.engine.loop import Loop
+from modelium.errors import ConfigError, ModeliumError, RuntimeUnavailable
+
+log = logging.getLogger(__name__)
+
+OBSERVE_TIMEOUT_S = 10.0
+"""A runtime that does not answer within this is unwell; twice in a row, and it is taken for lost."""
+MISSES = 2
+GIVE_UP_S = 60.0
+"""A driver that is told to give up an operation gets this long before the next one on that model begins."""
+
+
+@dataclass
+class Running:
+    """A runtime as the engine holds it."""
+
+    backend: RuntimeBackend
+    driver: RuntimeDriver
+    info: RuntimeInfo | None = None
+    epoch: int = 0
+    misses: int = 0
+    progress: Progress | None = None
+    overhead: dict[str, int] = field(default_factory=dict)
+    known: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set once it was up, or could not be started: what it can do is known as far as it will be."""
+    poke: asyncio.Event = field(default_factory=asyncio.Event)
+    """Look now."""
+
+
+RequestFor = Callable[[i.Load], LoadRequest]
+"""Reads files: called in a thread."""
+Measured = Callable[[str, int, float | None], None]
+"""Told a model's measured bytes, after a load with its seconds, later without."""
+
+
+class Runtimes:
+    """Carries out loads, unloads and starts, and watches what the runtimes hold."""
+
+    def __init__(
+        self,
+        running: dict[str, Running],
+        loop: Callable[[], Loop],
+        request_for: RequestFor,
+        report_for: Callable[[str], Report],
+        measured: Measured,
+        *,
+        observe_every_s: float = 2.0,
+    ):
+        self.running = running
+        self._loop = loop
+        self._request_for = request_for
+        self._report_for = report_for
+        self._tell_measured = measured
+        self._observe_every_s = observe_every_s
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._ops: dict[str, asyncio.Task[None]] = {}
+        self.measured: dict[str, dict[str, dict[str, int]]] = {}
+        """Bytes by runtime, model and device, as last observed."""
+
+    # ------------------------------------------------------------------ instructions
+
+    def load(self, order: i.Load) -> None:
+        self._operate(order.name, self._load(order))
+
+    def unload(self, order: i.Unload) -> None:
+        self._operate(order.name, self._unload(order))
+
+    def start(self, order: i.StartRuntime) -> None:
+        self._start(self._bring_up(order), f"start {order.name}")
+
+    def poke(self, name: str) -> None:
+        """Something went wrong with it: look soon."""
+        if name in self.running:
+            self.running[name].poke.set()
+
+    def _operate(self, name: str, work: Coroutine[Any, Any, None]) -> None:
+        """A driver never has two operations on one model: the former one is given up first."""
+        former = self._ops.get(name)
+
+        async def operate() -> None:
+            try:
+                if former is not None and not former.done():
+                    former.cancel()
+                    await asyncio.wait([former], timeout=GIVE_UP_S)
+                await work
+            finally:
+                work.close()
+                if self._ops.get(name) is asyncio.current_task():
+                    del self._ops[name]
+
+        self._ops[name] = self._start(operate(), f"operate {name}")
+
+    def _start(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _load(self, order: i.Load) -> None:
+        loop = self._loop()
+        failure: Failure
+        lost = False
+        try:
+            driver = self.running[order.runtime].driver
+            request = await asyncio.to_thread(self._request_for, order)
+            outcome = await driver.load(request, self._report_for(order.name))
+            memory = tuple(sorted(outcome.memory.items()))
+            self._tell_measured(order.name, sum(outcome.memory.values()), outcome.load_s)
+            loop.post(e.Loaded(loop.clock(), order.name, order.op, memory, outcome.load_s))
+            return
+        except asyncio.CancelledError:
+            raise  # what follows tells the outcome
+        except RuntimeUnavailable as exc:
+            failure, lost = Failure(exc.code, exc.message), True
+            self.poke(order.runtime)
+        except ModeliumError as exc:
+            failure = Failure(exc.code, exc.message)
+        except Exception as exc:
+            log.exception("the driver of %s failed while it loaded %s", order.runtime, order.name)
+            failure = Failure("driver", f"the driver of {order.runtime} failed: {type(exc).__name__}: {exc}")
+        loop.post(e.LoadFailed(loop.clock(), order.name, order.op, failure, lost))
+
+    async def _unload(self, order: i.Unload) -> None:
+        loop = self._loop()
+        try:
+            outcome = await self.running[order.runtime].driver.unload(order.name)
+            if any(outcome.residue.values()):
+                log.warning("%s: %s did not come back after its unload", order.name, dict(outcome.residue))
+            self.measured.get(order.runtime, {}).pop(order.name, None)
+            loop.post(e.Unloaded(loop.clock(), order.name, order.op))
+        except asyncio.CancelledError:
+            raise
+        except Exception as exc:
+            if isinstance(exc, ModeliumError):
+                failure = Failure(exc.code, exc.message)
+            else:
+                log.exception("the driver of %s failed while it unloaded %s", order.runtime, order.name)
+                failure = Failure("driver", f"the driver of {order.runtime} failed: {type(exc).__name__}: {exc}")
+            self.poke(order.runtime)
+            loop.post(e.UnloadFailed(loop.clock(), order.name, order.op, failure))
+
+    async def _bring_up(self, order: i.StartRuntime) -> None:
+        loop = self._loop()
+        running = self.running[order.name]
+        running.epoch = order.epoch
+        running.misses = 0
+        try:
+            running.info = await running.driver.start()
+            observation = await running.driver.observe()
+            self._note(order.name, observation)
+            running.progress = None
+            running.known.set()
+            info = running.info
+            loop.post(
+                e.RuntimeUp(
+                    loop.clock(), order.name, order.epoch, info.instance, info.external, observation, info.adopted
+                )
+            )
+        except asyncio.CancelledError:
+            raise
+        except Exception as exc:
+            running.known.set()
+            if isinstance(exc, ModeliumError):
+                failure = Failure("config" if isinstance(exc, ConfigError) else exc.code, exc.message)
+            else:
+                log.exception("the driver of %s failed to start it", order.name)
+                failure = Failure("driver", f"its driver failed: {type(exc).__name__}: {exc}")
+            loop.post(e.RuntimeDown(loop.clock(), order.name, order.epoch, failure))
+
+    # ------------------------------------------------------------------ watching
+
+    async def watch(self, name: str) -> None:
+        """Look at a runtime again and again while it is UP."""
+        running = self.running[name]
+        while True:
+            try:
+                await asyncio.wait_for(running.poke.wait(), self._observe_every_s)
+            except TimeoutError:
+                pass
+            running.poke.clear()
+            state = self._loop().world.runtimes.get(name)
+            if state is not None and state.state is RuntimeState.UP and state.epoch == running.epoch:
+                await self.observe(name)
+
+    async def observe(self, name: str) -> None:
+        """Look once."""
+        loop = self._loop()
+        running = self.running[name]
+        epoch, taken_at = running.epoch, loop.clock()
+        try:
+            async with asyncio.timeout(OBSERVE_TIMEOUT_S):
+                observation = await running.driver.observe()
+        except Exception as exc:
+            running.misses += 1
+            gone = isinstance(exc, RuntimeUnavailable)
+            if not gone and not isinstance(exc, TimeoutError):
+                log.exception("the driver of %s failed to look at it", name)
+            if running.misses < MISSES:
+                running.poke.set()
+                return
+            running.misses = 0
+            message = exc.message if isinstance(exc, ModeliumError) else f"it did not answer: {exc!r}"
+            self.measured.pop(name, None)
+            loop.post(e.RuntimeDown(loop.clock(), name, epoch, Failure("runtime_unavailable", message)))
+            return
+        running.misses = 0
+        self._note(name, observation)
+        loop.post(e.RuntimeObserved(loop.clock(), name, epoch, taken_at, observation))
+
+    def _note(self, name: str, observation: Observation) -> None:
+        self.measured[name] = {m.name: dict(m.memory) for m in observation.models}
+        for model in observation.models:
+            if model.ready and model.memory:
+                self._tell_measured(model.name, sum(model.memory.values()), None)
+        self.running[name].overhead = dict(observation.overhead)
+
+    def accounted(self) -> dict[str, int]:
+        """Measured bytes of all models, by device."""
+        total: dict[str, int] = {}
+        for models in self.measured.values():
+            for memory in models.values():
+                for device, size in memory.items():
+                    total[device] = total.get(device, 0) + size
+        return total
+
+    async def close(self, *, stop: bool) -> None:
+        """Give up what is under way and let go of the runtimes, or end them."""
+        for task in list(self._tasks):
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(list(self._tasks), timeout=10)
+        for name, running in self.running.items():
+            try:
+                if stop:
+                    await running.driver.stop()
+                await running.driver.close()
+            except Exception as exc:
+                log.error("%s could not be %s: %s", name, "stopped" if stop else "let go", exc)

@@ -1,0 +1,214 @@
+"""The engine as its surfaces see it: acquire a model, ask, and give orders."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+from typing import Any
+
+from modelium import __version__
+from modelium.api.types import Transition
+from modelium.core import events as e
+from modelium.core.states import State
+from modelium.core.world import Model
+from modelium.engine import checks, preview, showing
+from modelium.engine.admission import Lease
+from modelium.engine.orchestrator import Orchestrator
+from modelium.engine.usage import UsageBook
+from modelium.engine.views import (
+    CheckView,
+    EventView,
+    Explanation,
+    ModelDetail,
+    ModelView,
+    PlanPreview,
+    StatusView,
+)
+from modelium.errors import ConfigError, ModelConflict, ModelError, ModelNotFound
+
+MAX_PRIORITY = 10
+TEAM_PRIORITY = 5
+"""What `high_priority_teams` adds to a request's own priority."""
+
+
+class Service:
+    def __init__(self, engine: Orchestrator):
+        self._engine = engine
+
+    @property
+    def usage(self) -> UsageBook:
+        return self._engine.usage
+
+    # ------------------------------------------------------------------ requests
+
+    def try_acquire(self, name: str, organisation: str = "") -> Lease | None:
+        """The hot path: a lease if the model is READY."""
+        return self._engine.admission.try_acquire(name, organisation)
+
+    async def acquire(
+        self, name: str, *, deadline_s: float | None = None, priority: int = 0, organisation: str = ""
+    ) -> Lease:
+        """A lease on a model, which is loaded first when it has to be.
+
+        Raises ModelNotFound, ModelFailed, QueueFull, NeverFits, RuntimeUnavailable, and DeadlinePassed after
+        `deadline_s`. Cancelling withdraws the ticket.
+        """
+        if organisation in self._engine.config.policies.high_priority_teams:
+            priority += TEAM_PRIORITY
+        lease = await self._ask(
+            lambda ticket, now, deadline_at: e.ReadyAsked(now, ticket, name, deadline_at, bounded(priority)),
+            deadline_s,
+            organisation,
+        )
+        assert lease is not None
+        return lease
+
+    async def _ask(self, event: Any, deadline_s: float | None, organisation: str | None) -> Lease | None:
+        engine = self._engine
+        now = engine.clock()
+        if deadline_s is None:
+            deadline_s = engine.config.policies.request_deadline_s
+        ticket = engine.new_ticket()
+        future = engine.admission.wait(ticket, organisation)
+        engine.loop.post(event(ticket, now, now + deadline_s))
+        try:
+            return await future
+        except asyncio.CancelledError:
+            if future.done() and not future.cancelled() and future.exception() is None:
+                lease = future.result()
+                if lease is not None:
+                    lease.release()
+            else:
+                engine.admission.withdraw(ticket)
+                engine.loop.post(e.TicketWithdrawn(engine.clock(), ticket))
+            raise
+
+    # ------------------------------------------------------------------ orders
+
+    async def load(
+        self, name: str, *, deadline_s: float | None = None, parameters: Mapping[str, Any] | None = None
+    ) -> None:
+        """Return when it is READY with the files that are on disk now, and with `parameters` if any are given."""
+        await self._engine.catalog.look(name)
+        await self._ask(
+            lambda ticket, now, deadline_at: e.ReadyAsked(
+                now, ticket, name, deadline_at, person=True, parameters=dict(parameters or {})
+            ),
+            deadline_s,
+            None,
+        )
+
+    async def unload(self, name: str, *, deadline_s: float | None = None) -> None:
+        """Return when it is unloaded and its memory is back."""
+        await self._ask(
+            lambda ticket, now, deadline_at: e.UnloadAsked(now, ticket, name, deadline_at), deadline_s, None
+        )
+
+    async def pin(self, name: str, pinned: bool) -> None:
+        """Keep a model loaded whatever happens, or no longer. A pinned model is loaded if it is not."""
+        model = self._usable(name)
+        self._engine.store.pin(model.name, pinned)
+        self._engine.loop.post(e.PinAsked(self._engine.clock(), model.name, pinned))
+
+    async def remove(self, name: str) -> Path:
+        """Unload a model and take its folder, or a refused drop, out of the way; returns where it lies now."""
+        engine = self._engine
+        model = self._engine.loop.world.models.get(name)
+        if model is None:
+            raise ModelNotFound(f"there is no model named {name}; `modelium ps` lists those there are")
+        if model.spec is None and "/" in name:
+            return await engine.discard_drop(name)
+        if name in engine.catalog.known and not engine.catalog.known[name].managed and not engine.owns_repository:
+            raise ModelConflict(
+                f"{name} belongs to the repository {engine.paths.repository}, which Modelium does not change: "
+                "remove its folder there yourself"
+            )
+        if model.pinned:
+            await self.pin(name, False)
+        if model.state not in (State.COLD, State.INVALID, State.FAILED):
+            await self.unload(name)
+        place = await asyncio.to_thread(engine.repository.remove, name)
+        await engine.catalog.look(name)
+        return place
+
+    # ------------------------------------------------------------------ questions
+
+    def models(self) -> list[ModelView]:
+        return showing.models(self._engine)
+
+    def model(self, name: str) -> ModelDetail:
+        return showing.detail(self._engine, self._there(name))
+
+    def explain(self, name: str) -> Explanation:
+        return showing.explanation(self._engine, self._there(name))
+
+    async def plan(self, path: Path) -> PlanPreview:
+        """What would happen if `path` were dropped; nothing is done."""
+        return await preview.preview(self._engine, path)
+
+    def status(self) -> StatusView:
+        engine = self._engine
+        world = engine.loop.world
+        return StatusView(
+            version=__version__,
+            root=str(engine.paths.root),
+            repository=str(engine.paths.repository),
+            incoming=str(engine.paths.incoming) if engine.paths.incoming else None,
+            started_at=engine.started_at,
+            models=dict(Counter(str(m.state) for m in world.models.values())),
+            queue=tuple(sorted(n for n in world.queue if world.models[n].state is State.QUEUED)),
+            waiting=len(world.tickets),
+            devices=showing.devices(engine),
+            runtimes=showing.runtimes(engine),
+            plugins=tuple(engine.host.plugins()),
+        )
+
+    async def check(self) -> list[CheckView]:
+        return await asyncio.to_thread(checks.check, self._engine, self.status())
+
+    def decisions(self, subject: str | None = None, limit: int = 100) -> list[Transition]:
+        return self._engine.journal.last(subject, limit)
+
+    def subscribe(self) -> AbstractAsyncContextManager[AsyncIterator[EventView]]:
+        return self._engine.journal.subscribe()
+
+    async def logs(self, name: str, lines: int) -> list[str]:
+        """The last lines that a runtime wrote, or that it wrote about a model."""
+        engine = self._engine
+        running = engine.running.get(name.removeprefix("runtime:"))
+        model = None
+        if running is None:
+            model = self._usable(name)
+            running = engine.running.get(model.runtime)
+            if running is None:
+                raise ConfigError(f"{name} belongs to the runtime {model.runtime}, which is not there")
+        return await asyncio.to_thread(running.driver.logs, model.name if model else None, lines)
+
+    def ready(self) -> bool:
+        """The repository was read and at least one runtime is up."""
+        return self._engine.ready()
+
+    def poke(self, runtime: str) -> None:
+        """A request to it failed: look at it now."""
+        self._engine.runtimes.poke(runtime)
+
+    # ------------------------------------------------------------------
+
+    def _there(self, name: str) -> Model:
+        model = self._engine.loop.world.models.get(name)
+        if model is None:
+            raise ModelNotFound(f"there is no model named {name}; `modelium ps` lists those there are")
+        return model
+
+    def _usable(self, name: str) -> Model:
+        model = self._there(name)
+        if model.spec is None:
+            raise ModelError(f"{name} is no usable model: {model.reason}")
+        return model
+
+
+def bounded(priority: int) -> int:
+    return max(-MAX_PRIORITY, min(MAX_PRIORITY, priority))

@@ -1,0 +1,182 @@
+"""The world as views: what people and programs are shown."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from modelium.core.placement import human, spots
+from modelium.core.states import State
+from modelium.core.turn import Turn
+from modelium.core.world import Model
+from modelium.engine.orchestrator import Orchestrator
+from modelium.engine.views import DeviceView, Explanation, ModelDetail, ModelView, RuntimeView
+from modelium.errors import ModeliumError
+
+
+def models(engine: Orchestrator) -> list[ModelView]:
+    now = engine.clock()
+    world = engine.loop.world
+    return [ModelView(**_fields(engine, world.models[name], now)) for name in sorted(world.models)]
+
+
+def _fields(engine: Orchestrator, model: Model, now: float) -> dict[str, Any]:
+    known = engine.catalog.known.get(model.name)
+    usage = engine.usage.get(model.name)
+    loaded = model.state in (State.READY, State.DRAINING)
+    booked = sum(n for _, n in model.booking)
+    waiting = [t for t in model.tickets if not engine.loop.world.tickets[t].gone]
+    last_used = max(model.busy_since, usage.last_used if usage else 0.0)
+    return {
+        "name": model.name,
+        "state": str(model.state),
+        "reason": model.reason,
+        "since": model.since,
+        "runtime": model.runtime or None,
+        "serving": known.plan.serving if known else None,
+        "format": known.format if known else None,
+        "task": known.task if known else None,
+        "summary": known.summary if known else "",
+        "devices": tuple(d for d, _ in model.booking),
+        "memory_bytes": booked or model.estimate.memory_bytes,
+        "memory_source": "measured" if model.measured or model.estimate.measured else "estimated",
+        "pinned": model.pinned,
+        "always_loaded": model.always_loaded,
+        "in_flight": usage.in_flight if usage else 0,
+        "waiting": len(waiting),
+        "requests": usage.requests if usage else 0,
+        "failures": usage.failures if usage else 0,
+        "qps": round(usage.qps(now), 3) if usage else 0.0,
+        "idle_s": round(max(0.0, now - last_used), 1) if loaded else None,
+        "retry_after_s": round(max(0.0, model.retry_at - now), 1) if model.state is State.FAILED else None,
+        "progress": engine.progress.get(model.name),
+    }
+
+
+def detail(engine: Orchestrator, model: Model) -> ModelDetail:
+    known = engine.catalog.known.get(model.name)
+    inspection = None
+    if known is not None:
+        try:
+            inspection = engine.catalog.manifest(model.name).inspection
+        except ModeliumError:
+            inspection = None
+    world = engine.loop.world
+    return ModelDetail(
+        **_fields(engine, model, engine.clock()),
+        path=str(known.path) if known else str(engine.place_of(model.name)),
+        revision=model.spec.revision if model.spec else "",
+        loaded_revision=model.loaded_revision,
+        load_s=model.estimate.load_s,
+        plan=known.plan if known else None,
+        analysis=inspection.analysis if inspection else None,
+        findings=inspection.findings if inspection else (),
+        depends_on=model.spec.depends_on if model.spec else (),
+        dependents=world.dependents.get(model.name, ()),
+    )
+
+
+def explanation(engine: Orchestrator, model: Model) -> Explanation:
+    known = engine.catalog.known.get(model.name)
+    turn = Turn(engine.loop.world, engine.loop.policy, engine.clock())
+    return Explanation(
+        model=detail(engine, model),
+        estimate_bytes=known.plan.memory_bytes if known else 0,
+        measured=engine.store.measurement(known.measured_as) if known else None,
+        room="; ".join(_room(turn, model)),
+        next=_next(engine, model),
+        transitions=tuple(engine.journal.last(model.name, 20)),
+    )
+
+
+def _room(turn: Turn, model: Model) -> list[str]:
+    if model.booking:
+        return [
+            f"holds {human(size)} on {device}: {human(turn.devices[device].booked_bytes)} of "
+            f"{human(turn.devices[device].limit_bytes)} booked in all"
+            for device, size in model.booking
+            if device in turn.devices
+        ]
+    return [f"{s.arithmetic} = {human(s.free_now)} free" for s in spots(turn, model)]
+
+
+def _next(engine: Orchestrator, model: Model) -> str:
+    policy = engine.loop.policy
+    now = engine.clock()
+    match model.state:
+        case State.COLD:
+            return "a request, `modelium load` or `modelium pin` loads it"
+        case State.INVALID:
+            return "when its files change it is looked at again; `modelium rm` takes it away"
+        case State.DISCOVERED:
+            return "it is accepted once it is complete and passed"
+        case State.QUEUED:
+            return f"it loads when there is room: {model.reason}"
+        case State.LOADING:
+            return f"it is READY in about {max(0.0, model.op_since + model.estimate.load_s - now):.0f} s"
+        case State.READY if model.always_loaded or model.pinned:
+            return f"it stays: it is {'always loaded by configuration' if model.always_loaded else 'pinned'}"
+        case State.READY if model.use.in_flight:
+            return "it is in use"
+        case State.READY:
+            idle_at = max(0.0, model.busy_since + policy.idle_s - now)
+            return (
+                f"without a request it may be evicted for others' sake at any time after its minimum stay, is first "
+                f"to go in {idle_at:.0f} s, and is unloaded in {idle_at + policy.idle_s:.0f} s"
+            )
+        case State.DRAINING:
+            return "it is unloaded when nothing of it is in flight"
+        case State.UNLOADING:
+            return "it is COLD once its runtime confirms that it is gone"
+        case State.FAILED:
+            return f"the next request after {max(0.0, model.retry_at - now):.0f} s, or `modelium load`, tries it again"
+        case _:
+            return "its runtime is being asked what it holds"
+
+
+def devices(engine: Orchestrator) -> tuple[DeviceView, ...]:
+    world = engine.loop.world
+    holders: dict[str, list[str]] = {}
+    for name in world.live:
+        for device, _ in world.models[name].booking:
+            holders.setdefault(device, []).append(name)
+    return tuple(
+        DeviceView(
+            id=account.id,
+            kind=account.kind,
+            name=account.name,
+            total_bytes=account.total_bytes,
+            used_bytes=account.used_bytes,
+            budget_bytes=account.budget_bytes,
+            booked_bytes=account.booked_bytes,
+            promised_bytes=account.promised_bytes,
+            foreign_bytes=account.foreign_bytes,
+            utilization=account.utilization,
+            models=tuple(sorted(holders.get(account.id, ()))),
+        )
+        for account in sorted(world.devices.values(), key=lambda a: a.id)
+    )
+
+
+def runtimes(engine: Orchestrator) -> tuple[RuntimeView, ...]:
+    now = engine.clock()
+    views = []
+    for name, runtime in sorted(engine.loop.world.runtimes.items()):
+        running = engine.running[name]
+        reason = runtime.reason
+        if runtime.given_up:
+            reason += "; it is left down: mend it, then `modelium load` any model of it"
+        elif runtime.retry_at > now and math.isfinite(runtime.retry_at):
+            reason += f"; tried again in {runtime.retry_at - now:.0f} s"
+        views.append(
+            RuntimeView(
+                name=name,
+                state=str(runtime.state),
+                reason=reason,
+                since=runtime.since,
+                info=running.info,
+                foreign_models=runtime.foreign,
+                progress=running.progress,
+            )
+        )
+    return tuple(views)

@@ -1,0 +1,166 @@
+"""The little that must survive a restart and is not in the repository: pins, measurements, what was loaded.
+
+JSON files in the state folder, each replaced as a whole. Losing all of them costs estimates and pins, never a model.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+from collections.abc import Mapping
+from hashlib import sha256
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from modelium.api.types import Frozen, Plan
+from modelium.engine.views import Measurement
+
+log = logging.getLogger(__name__)
+
+KEPT_LOADS = 9
+"""Load times kept for each key; their median is what the next load is expected to take."""
+
+NOTED_GROWTH = 0.01
+"""Growth of a loaded model below this share is not written down each time."""
+
+
+class LoadedRecord(Frozen):
+    """What was loaded, to be matched with what the runtime shows after a restart of Modelium."""
+
+    revision: str
+    instance: str
+
+
+class Measured(Frozen):
+    loads: int = 0
+    memory_bytes: int = 0
+    load_s: tuple[float, ...] = ()
+
+
+class Quarantined(Frozen):
+    reason: str
+    code: str
+    at: float
+
+
+def measurement_key(content_key: str, plan: Plan) -> str:
+    """What a measurement is good for: the same content, runtime, settings and kind of device."""
+    what = [content_key, plan.runtime, plan.serving, plan.device_kind, plan.settings]
+    return sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+class Store:
+    """Changes are kept at once in memory, and on disk within `delay_s`."""
+
+    def __init__(self, folder: Path, delay_s: float = 0.2):
+        self._folder = folder
+        self._delay_s = delay_s
+        self._dirty: set[str] = set()
+        self._task: asyncio.Task[None] | None = None
+        self.pins: set[str] = set(self._read("pins", TypeAdapter(list[str]), []))
+        self.loaded = self._read("loaded", TypeAdapter(dict[str, LoadedRecord]), {})
+        self.measured = self._read("measurements", TypeAdapter(dict[str, Measured]), {})
+        self.quarantined = self._read("quarantine", TypeAdapter(dict[str, Quarantined]), {})
+
+    # ------------------------------------------------------------------ what callers say
+
+    def pin(self, name: str, pinned: bool) -> None:
+        (self.pins.add if pinned else self.pins.discard)(name)
+        self._touch("pins")
+
+    def set_loaded(self, name: str, record: LoadedRecord | None) -> None:
+        if self.loaded.get(name) == record:
+            return
+        if record is None:
+            self.loaded.pop(name, None)
+        else:
+            self.loaded[name] = record
+        self._touch("loaded")
+
+    def measure(self, key: str, memory_bytes: int, load_s: float | None = None) -> None:
+        """Take in one load, or (without `load_s`) memory that grew since."""
+        old = self.measured.get(key, Measured())
+        if load_s is None and (not old.loads or memory_bytes <= old.memory_bytes * (1 + NOTED_GROWTH)):
+            return
+        new = Measured(
+            loads=old.loads + (load_s is not None),
+            memory_bytes=max(old.memory_bytes, memory_bytes),
+            load_s=(*old.load_s, *(() if load_s is None else (round(load_s, 3),)))[-KEPT_LOADS:],
+        )
+        if new != old:
+            self.measured[key] = new
+            self._touch("measurements")
+
+    def measurement(self, key: str) -> Measurement | None:
+        found = self.measured.get(key)
+        if found is None or not found.memory_bytes:
+            return None
+        load_s = median(found.load_s) if found.load_s else 0.0
+        return Measurement(loads=found.loads, memory_bytes=found.memory_bytes, load_s=load_s)
+
+    def set_quarantined(self, name: str, record: Quarantined | None) -> None:
+        if record is None:
+            self.quarantined.pop(name, None)
+        else:
+            self.quarantined[name] = record
+        self._touch("quarantine")
+
+    # ------------------------------------------------------------------ files
+
+    def _read(self, what: str, adapter: TypeAdapter[Any], default: Any) -> Any:
+        path = self._folder / f"{what}.json"
+        try:
+            return adapter.validate_json(path.read_bytes())
+        except FileNotFoundError:
+            return default
+        except (OSError, ValidationError) as exc:
+            log.warning("%s is not usable and starts anew: %s", path, exc)
+            return default
+
+    def _touch(self, what: str) -> None:
+        self._dirty.add(what)
+        if self._task is None or self._task.done():
+            try:
+                self._task = asyncio.get_running_loop().create_task(self._later())
+            except RuntimeError:  # no loop: a command that ends soon
+                self.flush()
+
+    async def _later(self) -> None:
+        await asyncio.sleep(self._delay_s)
+        while self._dirty:
+            content = self._content()
+            await asyncio.to_thread(self._write, content)
+
+    def _content(self) -> Mapping[str, bytes]:
+        values: dict[str, Any] = {
+            "pins": sorted(self.pins),
+            "loaded": {k: v.model_dump() for k, v in self.loaded.items()},
+            "measurements": {k: v.model_dump() for k, v in self.measured.items()},
+            "quarantine": {k: v.model_dump() for k, v in self.quarantined.items()},
+        }
+        content = {what: json.dumps(values[what], indent=0).encode() for what in self._dirty}
+        self._dirty.clear()
+        return content
+
+    def _write(self, content: Mapping[str, bytes]) -> None:
+        for what, data in content.items():
+            try:
+                replace_file(self._folder / f"{what}.json", data)
+            except OSError as exc:
+                log.error("could not write %s: %s", self._folder / f"{what}.json", exc)
+
+    def flush(self) -> None:
+        self._write(self._content())
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file so that readers see the old or the new content, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.new")
+    new.write_bytes(data)
+    os.replace(new, path)

@@ -6,19 +6,18 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from modelium.core import events as e
-from modelium.core.instructions import Unload
-from modelium.core.schedule import drain, want
+from modelium.core.moves import drain, give_up_load, invalidate, keep_resident, want
 from modelium.core.states import State, Want
 from modelium.core.turn import Turn
-from modelium.core.world import Failure, Model
-
-_ACCEPTABLE = frozenset({State.COLD, State.FAILED, State.INVALID, State.QUEUED})
+from modelium.core.world import Failure, Held, Model
 
 
 def drop_seen(turn: Turn, event: e.DropSeen) -> None:
     model = turn.models.get(event.name)
     if model is None:
         turn.born(Model(event.name, State.DISCOVERED, event.at, event.reason))
+    elif model.spec is not None:
+        return
     elif model.state is State.INVALID:
         turn.move(model, State.DISCOVERED, event.reason, failure=None)
     elif model.reason != event.reason:
@@ -27,15 +26,14 @@ def drop_seen(turn: Turn, event: e.DropSeen) -> None:
 
 def drop_refused(turn: Turn, event: e.DropRefused) -> None:
     model = turn.models.get(event.name)
-    if model is not None and event.kept_as != event.name:
+    if model is not None and model.spec is None and event.kept_as != event.name:
         turn.forget(model, f"refused; kept as {event.kept_as}: {event.failure.message}")
-        model = None
     old = turn.models.get(event.kept_as)
     if old is None:
         turn.born(Model(event.kept_as, State.INVALID, event.at, event.failure.message, failure=event.failure))
     elif old.state is State.DISCOVERED:
         turn.move(old, State.INVALID, event.failure.message, failure=event.failure)
-    else:
+    elif old.state is State.INVALID:
         turn.change(old, reason=event.failure.message, failure=event.failure)
 
 
@@ -49,6 +47,7 @@ def model_accepted(turn: Turn, event: e.ModelAccepted) -> None:
     always = any(fnmatchcase(event.name, pattern) for pattern in turn.policy.always_loaded)
     model = turn.models.get(event.name)
     if model is None:
+        held = Held(replace(event.spec, revision=event.loaded_revision or event.spec.revision))
         model = turn.born(
             Model(
                 event.name,
@@ -59,84 +58,81 @@ def model_accepted(turn: Turn, event: e.ModelAccepted) -> None:
                 estimate=event.estimate,
                 pinned=event.pinned,
                 always_loaded=always,
-                loaded_revision=event.loaded_revision if event.was_loaded else None,
+                held=held if event.was_loaded else None,
             )
         )
         turn.dirty = turn.dirty or bool(turn.queue)
     else:
         model = _changed(turn, model, event, always)
     if event.dropped:
-        want(turn, model, Want.DROPPED, "just dropped in")
-    elif model.pinned or model.always_loaded:
+        model = want(turn, model, Want.DROPPED, "just dropped in")
+    if model.kept:
         keep_resident(turn, model)
 
 
 def _changed(turn: Turn, model: Model, event: e.ModelAccepted, always: bool) -> Model:
     """The files of a known model are others now, or the same."""
-    if model.spec == event.spec and model.state is not State.INVALID and not model.forget:
+    if model.spec == event.spec and model.state is not State.INVALID and not model.forget and model.invalid is None:
         return turn.change(model, always_loaded=always)
-    moved = model.spec is not None and model.spec.runtime != event.spec.runtime
-    model = turn.respec(model, spec=event.spec, estimate=event.estimate, always_loaded=always, forget=False, failures=0)
-    if model.state is State.INVALID:
-        return turn.move(model, State.COLD, event.reason, failure=None)
-    if model.state is State.FAILED and not model.booking:
-        state = turn.move(model, State.COLD, "its files changed", failure=None, retry_at=0.0)
-        if model.want is not Want.NONE or turn.waiting(state):
-            return turn.move(state, State.QUEUED, "its files changed")
-        return state
-    if model.state is State.READY and moved:
-        return drain(turn, model, "its plan changed", again=Want.RESTORE)
+    state = model.state
+    model = turn.change(
+        model,
+        spec=event.spec,
+        estimate=event.estimate,
+        always_loaded=always,
+        pinned=event.pinned if model.forget else model.pinned,
+        forget=False,
+        invalid=None,
+        failures=0,
+    )
     turn.dirty = True
+    if state in (State.INVALID, State.DISCOVERED):
+        return turn.move(model, State.COLD, event.reason, failure=None)
+    if state is State.FAILED and model.held is None:
+        wanted = model.want is not Want.NONE or bool(turn.waiting(model))
+        model = turn.move(model, State.COLD, "its files changed", failure=None, retry_at=0.0)
+        if wanted:
+            model = turn.move(model, State.QUEUED, "its files changed")
     return model
 
 
-def keep_resident(turn: Turn, model: Model) -> None:
-    what = "always loaded by configuration" if model.always_loaded else "pinned"
-    if model.state in (State.COLD, State.QUEUED, State.FAILED, State.DRAINING, State.UNLOADING):
-        want(turn, model, Want.RESIDENT, what)
-
-
 def model_invalid(turn: Turn, event: e.ModelInvalid) -> None:
+    """What is not loaded can't be any more; what is goes on until it is unloaded."""
     model = turn.models.get(event.name)
     message = event.failure.message
     if model is None:
         turn.born(Model(event.name, State.INVALID, event.at, message, failure=event.failure))
-    elif model.state in _ACCEPTABLE or (model.state is State.RECOVERING and not model.booking):
-        if model.state is State.INVALID:
-            turn.change(model, reason=message, failure=event.failure)
-            return
-        turn.refuse_all(model, event.failure)
-        model = turn.models[model.name]
-        turn.move(model, State.INVALID, message, failure=event.failure, want=Want.NONE, promise=())
+        turn.dirty = turn.dirty or bool(turn.queue)
+    elif model.state in (State.INVALID, State.DISCOVERED):
+        turn.change(model, reason=message, failure=event.failure)
+    elif model.forget:
+        return
+    elif model.held is None:
+        invalidate(turn, model, event.failure)
+    elif model.state is State.LOADING:
+        model = turn.refuse_waiting(turn.change(model, invalid=event.failure), event.failure)
+        give_up_load(turn, model, message)
     else:
-        turn.change(model, reason=f"its files are no longer usable, the loaded ones still serve: {message}")
+        reason = f"its files are no longer usable, the loaded ones still serve: {message}"
+        turn.change(model, invalid=event.failure, reason=reason)
 
 
 def model_removed(turn: Turn, event: e.ModelRemoved) -> None:
     model = turn.models.get(event.name)
     if model is None:
         return
+    unknown = model.state is State.RECOVERING and model.home not in turn.runtimes
+    if model.held is None or unknown:
+        turn.forget(model, "removed from the repository")
+        return
     gone = Failure("model_not_found", f"{event.name} was removed from the repository")
-    model = turn.refuse_all(replace_gone(turn, model), gone)
-    match model.state:
-        case State.READY:
-            drain(turn, turn.change(model, forget=True), "removed from the repository")
-        case State.DRAINING | State.UNLOADING:
-            turn.change(model, forget=True, again=Want.NONE)
-        case State.LOADING:
-            give_up_load(turn, turn.change(model, forget=True), "removed from the repository")
-        case _:
-            turn.forget(model, "removed from the repository")
-
-
-def replace_gone(turn: Turn, model: Model) -> Model:
-    """Those who wait for it to be unloaded go on waiting while it is loaded; the record keeps their tickets."""
-    return turn.put(replace(model, want=Want.NONE, promise=(), pinned=False))
-
-
-def give_up_load(turn: Turn, model: Model, reason: str) -> Model:
-    """Cancel a load that is under way; what it left is unloaded."""
-    op = turn.new_id()
-    model = turn.move(model, State.UNLOADING, reason, op=op, op_since=turn.now, want=Want.NONE)
-    turn.out.append(Unload(model.name, op, model.runtime))
-    return model
+    model = turn.refuse_waiting(model, gone)
+    model = turn.change(model, forget=True, pinned=False, always_loaded=False, again=Want.NONE, want=Want.NONE)
+    if model.state is State.LOADING:
+        give_up_load(turn, model, "removed from the repository")
+    elif model.state is State.READY:
+        needed = [m.name for m in turn.live_dependents(model.name)]
+        if needed:
+            turn.change(model, reason=f"removed from the repository, and still part of {', '.join(needed)}")
+        else:
+            drain(turn, model, "removed from the repository")

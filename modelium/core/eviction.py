@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from enum import IntEnum
 
 from modelium.api.types import Candidate
 from modelium.core.states import State
 from modelium.core.turn import Turn, bytes_on
 from modelium.core.world import Model
+
+Place = tuple[bool, float, float, str]
+"""A waiting model's place in the queue: smaller comes first."""
 
 
 class Tier(IntEnum):
@@ -25,25 +27,6 @@ class Tier(IntEnum):
     """In use: drained first, so nothing that runs is lost."""
 
 
-@dataclass(frozen=True, slots=True)
-class Group:
-    """A model with the parts that only it holds: they go together, the model before its parts."""
-
-    root: Model
-    members: tuple[Model, ...]
-    memory_bytes: int
-    tier: Tier
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    groups: tuple[Group, ...]
-    again_at: float | None
-    """When none was found: the time at which one more model may become a candidate."""
-    obstacles: tuple[str, ...]
-    """Why the others can't go, for the reason that people read."""
-
-
 def tier_of(turn: Turn, model: Model) -> Tier:
     if model.use.in_flight:
         return Tier.BUSY
@@ -54,98 +37,171 @@ def tier_of(turn: Turn, model: Model) -> Tier:
     return Tier.QUIET
 
 
-def group_of(turn: Turn, model: Model, device: str) -> Group:
-    """The model and the parts that nobody else would miss, with what they hold on the device."""
-    members = [model]
-    names = {model.name}
-    for member in members:
-        for part_name in member.spec.depends_on if member.spec else ():
-            part = turn.models.get(part_name)
-            if part is None or part.name in names or part.state is not State.READY or _kept(part):
-                continue
-            if all(d.name in names for d in turn.live_dependents(part_name)):
-                members.append(part)
-                names.add(part_name)
-    size = sum(bytes_on(m.booking, device) for m in members)
-    return Group(model, tuple(members), size, max(tier_of(turn, m) for m in members))
+def stays_until(turn: Turn, model: Model) -> float:
+    """The end of its minimum stay; what was never used has none."""
+    if not model.use.requests and not model.use.in_flight:
+        return model.loaded_at
+    return model.loaded_at + turn.policy.min_resident_s
 
 
-def _awaited(turn: Turn, name: str) -> bool:
-    """A model that is made of it is about to load."""
-    found = (turn.models.get(n) for n in turn.dependents.get(name, ()))
-    return any(m is not None and m.state is State.QUEUED for m in found)
+class Victims:
+    """What may be evicted, as it is until the next model moves.
 
-
-def _kept(model: Model) -> bool:
-    return model.pinned or model.always_loaded
-
-
-def choose(turn: Turn, device: str, shortage: int, *, worst: Tier, spare: Collection[str] = ()) -> Choice:
-    """The smallest set of groups, from the lowest tiers in the policy's order, that frees `shortage` on the device.
-
-    `spare` are names that must not go (the parts of the model that needs the room).
+    `awaited` are names of parts that waiting models need, with the first place in the queue among those: they go only
+    for somebody who comes before.
     """
-    policy = turn.policy
-    groups: list[Group] = []
-    again_at: float | None = None
-    obstacles: list[str] = []
-    for name in turn.live:
-        model = turn.models[name]
-        if model.state is not State.READY or name in spare or model.op:
-            continue
-        if turn.live_dependents(name) or (worst < Tier.BUSY and _awaited(turn, name)):
-            continue
-        group = group_of(turn, model, device)
-        if not group.memory_bytes or any(m.name in spare for m in group.members):
-            continue
-        if _kept(model):
-            obstacles.append(f"{name} is {'always loaded' if model.always_loaded else 'pinned'}")
-            continue
-        unused = not model.use.requests and not model.use.in_flight
-        free_at = model.loaded_at + policy.min_resident_s
-        if turn.now < free_at and not unused:
-            obstacles.append(f"{name} stays {free_at - turn.now:.0f} s more")
-            again_at = free_at if again_at is None else min(again_at, free_at)
-            continue
-        if group.tier > worst:
-            obstacles.append(f"{name} is in use")
-            continue
-        groups.append(group)
-    picked = _smallest(turn, groups, shortage)
-    return Choice(tuple(picked), again_at, tuple(sorted(obstacles)))
 
+    def __init__(self, turn: Turn, awaited: Mapping[str, Place]):
+        self._turn = turn
+        self._awaited = awaited
+        self._free: dict[str, Tier] = {}
+        """Who may go at all, save for what is made of it."""
+        self._staying: list[tuple[float, str]] = []
+        self._kept: list[str] = []
+        self._roots: dict[tuple[str, Tier], list[str]] = {}
+        self._most: dict[tuple[str, Tier], int] = {}
+        self._fixed: frozenset[str] | None = None
+        for name in sorted(turn.live):
+            model = turn.models[name]
+            if model.state is not State.READY or model.op:
+                continue
+            if model.kept:
+                self._kept.append(name)
+                continue
+            until = stays_until(turn, model)
+            if turn.now < until:
+                self._staying.append((until, name))
+            else:
+                self._free[name] = tier_of(turn, model)
 
-def _smallest(turn: Turn, groups: list[Group], shortage: int) -> list[Group]:
-    taken: list[Group] = []
-    freed = 0
-    for tier in Tier:
-        by_name = {g.root.name: g for g in groups if g.tier is tier}
-        if not by_name:
-            continue
-        for name in turn.policy.rank([_candidate(g) for g in by_name.values()], turn.now):
-            if freed >= shortage:
+    def tier(self, name: str) -> Tier:
+        return self._free[name]
+
+    def again_at(self) -> float | None:
+        """The time at which one more model may go."""
+        return min(self._staying)[0] if self._staying else None
+
+    def choose(self, device: str, shortage: int, worst: Tier, place: Place | None) -> tuple[Model, ...]:
+        """The smallest set, from the lowest tiers in the policy's order, that frees `shortage` bytes of the device.
+
+        `place` is the place in the queue of the one who needs the room, None for nobody who waits. Empty where
+        nothing does.
+        """
+        if self._total(device, worst) < shortage:
+            return ()
+        spared = {n for n, first in self._awaited.items() if place is None or first <= place}
+        roots: list[str] = []
+        gone: list[str] = []
+        for tier in Tier:
+            if tier > worst or self._size(gone, device) >= shortage:
                 break
-            group = by_name.pop(name, None)
-            if group is not None:
-                taken.append(group)
-                freed += group.memory_bytes
-    if freed < shortage:
-        return []
-    for group in list(reversed(taken)):
-        if freed - group.memory_bytes >= shortage:
-            taken.remove(group)
-            freed -= group.memory_bytes
-    return taken
+            for name in self._ranked(device, tier, gone):
+                if name in spared or name in gone:
+                    continue
+                roots.append(name)
+                gone = self._with_parts(roots, tier, spared)
+                if self._size(gone, device) >= shortage:
+                    break
+        if self._size(gone, device) < shortage:
+            return ()
+        for name in list(reversed(roots)):
+            fewer = [n for n in roots if n != name]
+            left = self._with_parts(fewer, tier, spared)
+            if self._size(left, device) >= shortage and self._sound(left):
+                roots, gone = fewer, left
+        return tuple(self._turn.models[n] for n in gone)
 
+    def obstacles(self, worst: Tier) -> list[str]:
+        """Why others can't go, for the reason that people read."""
+        models, now = self._turn.models, self._turn.now
+        told = [f"{n} is {'always loaded' if models[n].always_loaded else 'pinned'}" for n in self._kept]
+        told += [f"{n} stays {until - now:.0f} s more" for until, n in self._staying]
+        told += [f"{n} is in use" for n, tier in self._free.items() if tier > worst]
+        return sorted(told)
 
-def _candidate(group: Group) -> Candidate:
-    model = group.root
-    return Candidate(
-        name=model.name,
-        memory_bytes=group.memory_bytes,
-        loaded_at=model.loaded_at,
-        last_used=model.busy_since,
-        requests=model.use.requests,
-        qps=model.use.qps,
-        load_s=model.estimate.load_s,
-    )
+    def claimable(self, device: str, place: Place) -> int:
+        """Bytes of a device that somebody who waits long enough can get."""
+        turn = self._turn
+        if self._fixed is None:
+            held = (turn.models[n] for n in turn.live)
+            fixed = [m for m in held if m.held is not None and (m.kept or m.state is State.FAILED)]
+            self._fixed = frozenset(self._down(fixed))
+        awaited = [turn.models[n] for n, first in self._awaited.items() if first <= place and n in turn.models]
+        names = self._fixed.union(self._down(awaited))
+        return turn.devices[device].limit_bytes - self._size(names, device)
+
+    def _down(self, models: Iterable[Model]) -> set[str]:
+        """Their names and those of all that they are made of."""
+        names: set[str] = set()
+        todo = list(models)
+        while todo:
+            model = todo.pop()
+            if model.name not in names:
+                names.add(model.name)
+                todo.extend(p for n in model.parts if (p := self._turn.models.get(n)) is not None)
+        return names
+
+    def _size(self, names: Iterable[str], device: str) -> int:
+        models = self._turn.models
+        return sum(bytes_on(models[n].booking, device) for n in names)
+
+    def _total(self, device: str, worst: Tier) -> int:
+        """What all that may go would free at the very most."""
+        key = (device, worst)
+        if key not in self._most:
+            self._most[key] = self._size((n for n, tier in self._free.items() if tier <= worst), device)
+        return self._most[key]
+
+    def _sound(self, names: list[str]) -> bool:
+        """Whether nothing that stays is made of what goes."""
+        return all(d.name in names for n in names for d in self._turn.live_dependents(n))
+
+    def _ranked(self, device: str, tier: Tier, gone: list[str]) -> list[str]:
+        """Those of a tier that nothing else is made of, in the policy's order."""
+        key = (device, tier)
+        if key not in self._roots or gone:
+            names = [
+                n
+                for n, t in self._free.items()
+                if t is tier and n not in gone and all(d.name in gone for d in self._turn.live_dependents(n))
+            ]
+            order = self._turn.policy.rank(
+                [c for n in names if (c := self._candidate(n, device, tier))], self._turn.now
+            )
+            known = set(names)
+            ranked = [n for n in order if n in known]
+            if gone:
+                return ranked
+            self._roots[key] = ranked
+        return self._roots[key]
+
+    def _candidate(self, name: str, device: str, tier: Tier) -> Candidate | None:
+        """None where it holds nothing of the device, nor do its parts."""
+        model = self._turn.models[name]
+        frees = bytes_on(model.booking, device)
+        if model.parts:
+            frees = self._size(self._with_parts([name], tier, set()), device)
+            if not self._size(self._down([model]), device):
+                return None
+        elif not frees:
+            return None
+        return Candidate(
+            name=name,
+            memory_bytes=frees,
+            loaded_at=model.loaded_at,
+            last_used=model.busy_since,
+            requests=model.use.requests,
+            qps=model.use.qps,
+            load_s=model.estimate.load_s,
+        )
+
+    def _with_parts(self, roots: list[str], tier: Tier, spared: set[str]) -> list[str]:
+        """They, and the parts that nobody else would miss: they go together, a model before its parts."""
+        names = list(roots)
+        for name in names:
+            for part in self._turn.models[name].parts:
+                if part in names or part in spared or self._free.get(part, Tier.BUSY + 1) > tier:
+                    continue
+                if all(d.name in names for d in self._turn.live_dependents(part)):
+                    names.append(part)
+        return names

@@ -3,57 +3,72 @@
 from __future__ import annotations
 
 from modelium.core import events as e
-from modelium.core.disk import keep_resident
-from modelium.core.instructions import OpenRoute, Unload
-from modelium.core.schedule import admit, fail, want
+from modelium.core.instructions import OpenRoute
+from modelium.core.moves import admit, begin_unload, fail, onward, unload_parts
 from modelium.core.states import State, Want
-from modelium.core.turn import Turn
-from modelium.core.world import Booking, Estimate, Model
+from modelium.core.turn import Turn, bytes_on
+from modelium.core.world import Booking, Estimate, Failure, Held, Model, Use
 
 
 def loaded(turn: Turn, event: e.Loaded) -> None:
     model = turn.models.get(event.name)
     if model is None or model.op != event.op:
         return
-    estimate = Estimate(sum(n for _, n in event.memory) or model.estimate.memory_bytes, event.load_s, True)
-    if not event.memory:
-        estimate = Estimate(model.estimate.memory_bytes, event.load_s, model.estimate.measured)
-    if model.state is State.READY:
-        _replaced(turn, model, event.memory, estimate)
-        return
-    if model.state is not State.LOADING:
-        return
-    took = f"loaded in {event.load_s:.1f} s"
-    model = turn.move(
-        model,
-        State.READY,
-        took,
-        op=0,
-        booking=event.memory or model.booking,
-        measured=event.memory,
-        estimate=estimate,
-        loaded_at=turn.now,
-        want=Want.NONE,
-        failure=None,
-        failures=0,
-        use=type(model.use)(),
-    )
-    turn.out.append(OpenRoute(model.name, model.runtime))
-    admit(turn, model)
+    if model.state is State.READY and model.coming is not None:
+        _replaced(turn, model, model.coming, event)
+    elif model.state is State.LOADING:
+        model = turn.move(
+            model,
+            State.READY,
+            f"loaded in {event.load_s:.2f} s",
+            op=0,
+            booking=event.memory or model.booking,
+            measured=event.memory,
+            estimate=_learnt(model, model.held, model.booking, event),
+            loaded_at=turn.now,
+            want=Want.NONE,
+            failure=None,
+            failures=0,
+            use=Use(),
+        )
+        turn.out.append(OpenRoute(model.name, model.home))
+        admit(turn, model)
 
 
-def _replaced(turn: Turn, model: Model, memory: Booking, estimate: Estimate) -> None:
-    """The new revision serves; the old one's memory is free."""
-    booking = memory or model.extra or model.booking
-    revision = model.spec.revision if model.spec else None
+def _replaced(turn: Turn, model: Model, coming: Held, event: e.Loaded) -> None:
+    """The new revision serves; the old one's memory is free. The route is opened anew, for what changed about it."""
+    before = model
     model = turn.change(
-        model, op=0, extra=(), booking=booking, measured=memory, estimate=estimate, loaded_revision=revision,
-        loaded_at=turn.now, reason="its new files are loaded",
-    )  # fmt: skip
+        model,
+        op=0,
+        extra=(),
+        booking=event.memory or model.extra or model.booking,
+        measured=event.memory,
+        estimate=_learnt(model, coming, model.extra, event),
+        held=coming,
+        coming=None,
+        loaded_at=turn.now,
+        reason="its new files are loaded",
+    )
     turn.tell(model.name, State.READY, State.READY, "reloaded: its files changed")
-    turn.out.append(OpenRoute(model.name, model.runtime))
+    turn.out.append(OpenRoute(model.name, model.home))
     admit(turn, model)
+    unload_parts(turn, before)
     turn.dirty = True
+
+
+def _learnt(model: Model, held: Held | None, booked: Booking, event: e.Loaded) -> Estimate:
+    """What the next load is expected to take, unless what was loaded is out of date by now."""
+    if held is None or held.spec != model.spec:
+        return model.estimate
+    if not event.memory:
+        return Estimate(model.estimate.memory_bytes, event.load_s, model.estimate.measured)
+    return Estimate(footprint(event.memory, booked), event.load_s, True)
+
+
+def footprint(memory: Booking, booked: Booking) -> int:
+    """What a model takes on the device that it was placed on; in all, where it was placed on none of those measured."""
+    return sum(bytes_on(memory, device) for device, _ in booked[:1]) or sum(n for _, n in memory)
 
 
 def load_failed(turn: Turn, event: e.LoadFailed) -> None:
@@ -61,14 +76,32 @@ def load_failed(turn: Turn, event: e.LoadFailed) -> None:
     if model is None or model.op != event.op:
         return
     if model.state is State.READY:
-        reason = f"its new files do not load, the old ones still serve: {event.failure.message}"
-        revision = model.spec.revision if model.spec else None
-        model = turn.change(model, op=0, extra=(), rejected_revision=revision, reason=reason)
-        turn.tell(model.name, State.READY, State.READY, reason)
-        turn.refuse_all(model, event.failure)
-        turn.dirty = True
+        keep_old(turn, model, event.failure, blameless=event.runtime_lost)
     elif model.state is State.LOADING:
         fail(turn, model, event.failure, runtime_lost=event.runtime_lost)
+        unload_parts(turn, model)
+
+
+def keep_old(turn: Turn, model: Model, failure: Failure, *, blameless: bool = False) -> None:
+    """What was to replace a model did not load, and what serves goes on, as it was asked for before."""
+    held, coming = model.held, model.coming
+    new_files = held is not None and coming is not None and coming.spec != held.spec
+    what = "new files do" if new_files else "new parameters do"
+    reason = f"its {what} not load, the old ones still serve: {failure.message}"
+    model = turn.change(
+        model,
+        op=0,
+        extra=(),
+        coming=None,
+        rejected=coming.spec if coming is not None and new_files and not blameless else model.rejected,
+        retry_at=turn.now + turn.policy.retry_s,
+        parameters=held.parameters if held is not None else {},
+        reason=reason,
+    )
+    turn.tell(model.name, State.READY, State.READY, reason)
+    turn.refuse_waiting(model, failure)
+    turn.wake(model.retry_at)
+    turn.dirty = True
 
 
 def drained(turn: Turn, event: e.Drained) -> None:
@@ -81,49 +114,51 @@ def drained(turn: Turn, event: e.Drained) -> None:
     begin_unload(turn, model, f"nothing in flight; {model.reason}")
 
 
-def begin_unload(turn: Turn, model: Model, reason: str) -> None:
-    op = turn.new_id()
-    model = turn.move(model, State.UNLOADING, reason, op=op, op_since=turn.now)
-    turn.out.append(Unload(model.name, op, model.runtime))
-
-
 def unloaded(turn: Turn, event: e.Unloaded) -> None:
     model = turn.models.get(event.name)
     if model is None or model.op != event.op or model.state is not State.UNLOADING:
         return
-    again = model.again
+    again, whole = model.again, model
     reason = model.reason.removeprefix("nothing in flight; ")
-    model = turn.move(
-        model, State.COLD, reason, op=0, booking=(), measured=(), promised_to=None, again=Want.NONE,
-        loaded_revision=None, use=type(model.use)(),
-    )  # fmt: skip
-    model = turn.grant_all(model, gone=True)
-    unload_parts(turn, model)
-    if model.forget:
-        turn.forget(model, reason)
-    elif model.pinned or model.always_loaded:
-        keep_resident(turn, model)
-    elif turn.waiting(model):
-        want(turn, model, Want.REQUEST, "asked for while it was unloaded")
-    elif again is not Want.NONE:
-        want(turn, model, again, reason)
-
-
-def unload_parts(turn: Turn, whole: Model) -> None:
-    """Go on with parts that drained before what is made of them was gone."""
-    for name in whole.spec.depends_on if whole.spec else ():
-        part = turn.models.get(name)
-        if part is not None and part.state is State.DRAINING and not part.op and not turn.live_dependents(name):
-            begin_unload(turn, part, part.reason)
+    if model.failure is not None:
+        model = turn.grant_all(model, gone=True)
+        model = fail(turn, model, model.failure or Failure("driver", reason))
+    else:
+        model = turn.move(
+            model,
+            State.COLD,
+            reason,
+            op=0,
+            booking=(),
+            extra=(),
+            measured=(),
+            held=None,
+            coming=None,
+            promised_to=None,
+            again=Want.NONE,
+            use=Use(),
+        )
+        model = turn.grant_all(model, gone=True)
+    onward(turn, model, again, reason)
+    unload_parts(turn, whole)
 
 
 def unload_failed(turn: Turn, event: e.UnloadFailed) -> None:
-    """It stays on the books until its runtime shows that it is gone."""
     model = turn.models.get(event.name)
-    if model is None or model.op != event.op or model.state is not State.UNLOADING:
-        return
-    model = turn.refuse_all(model, event.failure)
+    if model is not None and model.op == event.op and model.state is State.UNLOADING:
+        stuck(turn, model, event.failure)
+
+
+def stuck(turn: Turn, model: Model, failure: Failure) -> None:
+    """It stays on the books until its runtime shows that it is gone."""
+    model = turn.refuse_all(model, failure)
     turn.move(
-        model, State.FAILED, f"could not be unloaded: {event.failure.message}", op=0, failure=event.failure,
-        promised_to=None, again=Want.NONE, want=Want.NONE,
-    )  # fmt: skip
+        model,
+        State.FAILED,
+        f"could not be unloaded: {failure.message}",
+        op=0,
+        failure=failure,
+        promised_to=None,
+        again=Want.NONE,
+        want=Want.NONE,
+    )

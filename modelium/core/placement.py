@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from modelium.core.turn import Turn, bytes_on
@@ -60,17 +60,27 @@ class Spot:
         return " ".join(parts)
 
 
-def spots(turn: Turn, model: Model) -> list[Spot]:
-    """The devices of the right kind, in the order in which they should be tried."""
+def spots(turn: Turn, model: Model, ahead: Mapping[str, int] | None = None) -> list[Spot]:
+    """The devices of the right kind, in the order in which they should be tried.
+
+    `ahead` is the room, by device, that is kept for those whose turn comes before; without it, all that is promised
+    to others is.
+    """
     if model.spec is None:
         return []
     need = model.estimate.memory_bytes
     found = [
-        Spot(account, need, account.promised_bytes - bytes_on(model.promise, account.id))
+        Spot(
+            account,
+            need,
+            account.promised_bytes - bytes_on(model.promise, account.id) if ahead is None else ahead.get(account.id, 0),
+        )
         for account in turn.devices.values()
         if account.kind == model.spec.device_kind
     ]
-    return sorted(found, key=lambda s: (-s.free_now, s.account.id))
+    if len(found) > 1:
+        found.sort(key=lambda s: (-s.free_now, s.account.id))
+    return found
 
 
 def never_fits(model: Model, found: Iterable[Spot]) -> str | None:

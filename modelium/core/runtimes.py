@@ -7,12 +7,12 @@ from math import inf
 
 from modelium.api.types import ObservedModel
 from modelium.core import events as e
-from modelium.core.disk import keep_resident
 from modelium.core.instructions import CloseRoute, OpenRoute, StartRuntime
-from modelium.core.schedule import admit, fail
+from modelium.core.loading import footprint
+from modelium.core.moves import admit, drain, fail, onward, unload_parts
 from modelium.core.states import RuntimeState, State, Want
 from modelium.core.turn import Turn
-from modelium.core.world import Booking, Failure, Model, Runtime
+from modelium.core.world import Booking, Failure, Held, Model, Runtime, Use
 
 
 def runtime_added(turn: Turn, event: e.RuntimeAdded) -> None:
@@ -34,16 +34,7 @@ def runtime_up(turn: Turn, event: e.RuntimeUp) -> None:
         return
     reason = "adopted as it was" if event.adopted else "answers"
     turn.move_runtime(runtime, RuntimeState.UP, reason, instance=event.instance, external=event.external)
-    _reconcile(turn, event.name, event.observation.models, event.at)
-    for name in list(turn.live):
-        model = turn.models[name]
-        if model.runtime == event.name and model.state is State.RECOVERING:
-            model = turn.move(model, State.COLD, "no longer loaded in its runtime", loaded_revision=None)
-            model = turn.grant_all(model, gone=True)
-            if turn.waiting(model):
-                model = turn.move(model, State.QUEUED, "asked for", want=Want.REQUEST, wanted_since=turn.now)
-            elif model.pinned or model.always_loaded:
-                keep_resident(turn, model)
+    _reconcile(turn, event.name, event.observation.models, inf)
     turn.dirty = True
 
 
@@ -63,28 +54,30 @@ def _reconcile(turn: Turn, runtime: str, observed: tuple[ObservedModel, ...], ta
     foreign: list[str] = []
     for shown in seen.values():
         model = turn.models.get(shown.name)
-        if model is None or model.runtime != runtime:
+        if model is None or model.home != runtime or model.state is State.INVALID:
             foreign.append(shown.name)
         elif model.state is State.READY:
             _remeasure(turn, model, shown)
-        elif model.state in (State.COLD, State.QUEUED, State.FAILED, State.RECOVERING) and (
-            model.since < taken_at or model.state is State.RECOVERING
-        ):
+        elif model.state is State.RECOVERING or (model.state in _ADOPTABLE and model.since < taken_at):
             _adopt(turn, model, shown)
-    for name in list(turn.live):
+    for name in sorted(turn.live):
         model = turn.models[name]
-        if model.runtime != runtime or name in seen or model.since >= taken_at:
+        if model.home != runtime or name in seen:
             continue
-        if model.state is State.READY and not model.op:
-            turn.out.append(CloseRoute(name, 0))
-            failure = Failure("runtime_unavailable", f"{runtime} no longer has it loaded")
-            _lose(turn, model, failure)
-        elif model.state is State.FAILED and model.booking:
-            turn.change(model, booking=(), measured=())
-            turn.dirty = True
+        if model.state is State.RECOVERING:
+            _gone(turn, model, "no longer loaded in its runtime")
+        elif model.since >= taken_at:
+            continue
+        elif model.state is State.READY and not model.op:
+            _lose(turn, model, Failure("runtime_unavailable", f"{runtime} no longer has it loaded"))
+        elif model.state is State.FAILED:
+            _gone(turn, model, "no longer loaded in its runtime")
     known = turn.runtimes[runtime]
     if known.foreign != tuple(sorted(foreign)):
         turn.runtimes = turn.runtimes.set(runtime, replace(known, foreign=tuple(sorted(foreign))))
+
+
+_ADOPTABLE = frozenset({State.COLD, State.QUEUED, State.FAILED})
 
 
 def _booking(turn: Turn, model: Model, shown: ObservedModel) -> Booking:
@@ -99,41 +92,68 @@ def _booking(turn: Turn, model: Model, shown: ObservedModel) -> Booking:
 
 def _remeasure(turn: Turn, model: Model, shown: ObservedModel) -> None:
     """Memory grows with use: the largest seen is what is booked."""
-    if not shown.memory or model.op:
+    if model.op:
         return
-    old = dict(model.measured or ())
+    if not shown.memory:
+        if not model.booking:
+            turn.change(model, booking=_booking(turn, model, shown))
+        return
+    old = dict(model.measured)
     new = tuple(sorted((d, max(n, old.get(d, 0))) for d, n in shown.memory.items()))
-    if new != model.measured:
-        size = sum(n for _, n in new)
-        estimate = replace(model.estimate, memory_bytes=size, measured=True)
-        turn.change(model, measured=new, booking=new, estimate=estimate)
+    if new == model.measured:
+        return
+    estimate = model.estimate
+    if not model.stale:
+        estimate = replace(estimate, memory_bytes=footprint(new, model.booking), measured=True)
+    turn.change(model, measured=new, booking=new, estimate=estimate)
 
 
 def _adopt(turn: Turn, model: Model, shown: ObservedModel) -> None:
     if model.state is not State.RECOVERING:
         model = turn.move(model, State.RECOVERING, "found loaded in its runtime")
-    revision = model.loaded_revision or (model.spec.revision if model.spec else None)
     model = turn.move(
         model,
         State.READY,
         "adopted: it was loaded already",
         booking=_booking(turn, model, shown),
+        extra=(),
         measured=tuple(sorted(shown.memory.items())),
         promise=(),
         op=0,
-        loaded_revision=revision,
+        held=model.held or (Held(model.spec) if model.spec is not None else None),
+        parameters={} if model.held is None else model.parameters,
+        coming=None,
+        again=Want.NONE,
         loaded_at=turn.now,
         want=Want.NONE,
         failure=None,
         failures=0,
     )
-    turn.out.append(OpenRoute(model.name, model.runtime))
-    admit(turn, model)
+    turn.out.append(OpenRoute(model.name, model.home))
+    model = admit(turn, model)
+    if turn.asked_gone(model):
+        drain(turn, model, "unload asked for")
+    elif model.forget and not turn.live_dependents(model.name):
+        drain(turn, model, "removed from the repository")
+    for name in model.parts:
+        part = turn.models.get(name)
+        if part is not None and part.state is State.DRAINING:
+            _take_back(turn, part, model)
+
+
+def _take_back(turn: Turn, part: Model, whole: Model) -> None:
+    """It was about to go, and what is made of it turned out to be loaded."""
+    part = turn.move(
+        part, State.READY, f"{whole.name} is loaded and made of it", op=0, extra=(), coming=None, promised_to=None,
+        again=Want.NONE,
+    )  # fmt: skip
+    turn.out.append(OpenRoute(part.name, part.home))
+    admit(turn, part)
 
 
 def runtime_down(turn: Turn, event: e.RuntimeDown) -> None:
     runtime = turn.runtimes.get(event.name)
-    if runtime is None or runtime.epoch != event.epoch or runtime.state is RuntimeState.CRASHED:
+    if runtime is None or runtime.epoch != event.epoch or runtime.state not in (RuntimeState.STARTING, RuntimeState.UP):
         return
     policy = turn.policy
     crashes = (*(c for c in runtime.crashes if turn.now - c < policy.crash_window_s), turn.now)
@@ -144,41 +164,53 @@ def runtime_down(turn: Turn, event: e.RuntimeDown) -> None:
         why = f"{len(crashes)} failures within {policy.crash_window_s:.0f} s; " if spent else ""
         reason = f"{why}{event.failure.message}"
     else:
-        retry_at = turn.now + min(policy.retry_s * 2 ** (len(crashes) - 1) / 5, 60.0)
+        retry_at = turn.now + max(0.1, min(policy.retry_s * 2 ** min(len(crashes) - 1, 16) / 5, 60.0))
         reason = event.failure.message
         turn.wake(retry_at)
-    turn.move_runtime(runtime, RuntimeState.CRASHED, reason, crashes=crashes, retry_at=retry_at)
-    _lose_models(turn, runtime.name, Failure("runtime_unavailable", f"{runtime.name} is gone: {event.failure.message}"))
+    runtime = turn.move_runtime(runtime, RuntimeState.CRASHED, reason, crashes=crashes, retry_at=retry_at)
+    failure = Failure("runtime_unavailable", f"{runtime.name} is gone: {event.failure.message}")
+    _lose_models(turn, runtime.name, failure)
 
 
 def _lose_models(turn: Turn, runtime: str, failure: Failure) -> None:
-    for name in list(turn.live):
-        model = turn.models[name]
-        if model.runtime == runtime and model.state is not State.RECOVERING:
+    given_up = turn.runtimes[runtime].given_up
+    for name in sorted(turn.live):
+        model = turn.models.get(name)
+        if model is None or model.home != runtime:
+            continue
+        if model.state is not State.RECOVERING:
             _lose(turn, model, failure)
+        elif given_up:
+            model = fail(turn, turn.grant_all(model, gone=True), failure)
+            onward(turn, model, Want.NONE, "")
 
 
 def _lose(turn: Turn, model: Model, failure: Failure) -> None:
-    """The model went with its runtime; it comes back if somebody wants it."""
+    """The model went with its runtime; it comes back if it was in use."""
     if model.state is State.FAILED:
-        turn.change(model, booking=(), measured=())
+        _gone(turn, model, failure.message)
         return
-    in_use = bool(model.use.in_flight) or (
-        model.state is State.READY and model.use.requests > 0 and turn.now - model.busy_since < turn.policy.idle_s
-    )
-    forget, again = model.forget, model.again
-    if model.state in (State.READY, State.DRAINING):
+    again, whole = model.again, model
+    if model.state is State.READY:
         turn.out.append(CloseRoute(model.name, 0))
+        recent = model.use.requests > 0 and turn.now - model.busy_since < turn.policy.idle_s
+        if model.use.in_flight or recent:
+            again = Want.RESTORE
+    if model.state is not State.LOADING:
+        model = turn.change(model, failures=0, use=Use())
     model = turn.grant_all(model, gone=True)
-    if model.state in (State.READY, State.DRAINING, State.UNLOADING):
-        model = turn.change(model, failures=0, use=type(model.use)())
     model = fail(turn, model, failure, runtime_lost=True)
-    if forget:
-        turn.forget(model, "removed from the repository")
-        return
-    if model.pinned or model.always_loaded:
-        turn.change(model, want=Want.RESIDENT, wanted_since=turn.now)
-    elif again is not Want.NONE or in_use:
-        turn.change(model, want=Want.RESTORE, wanted_since=turn.now)
-    elif turn.waiting(model):
-        turn.change(model, want=Want.REQUEST, wanted_since=turn.now)
+    onward(turn, model, again, failure.message)
+    unload_parts(turn, whole)
+
+
+def _gone(turn: Turn, model: Model, reason: str) -> None:
+    """What was not known, or could not be unloaded, is not there."""
+    wanted, whole = model.want, model
+    model = turn.move(
+        model, State.COLD, reason, want=Want.NONE, booking=(), extra=(), measured=(), held=None, coming=None,
+        failure=None, failures=0, retry_at=0.0,
+    )  # fmt: skip
+    model = turn.grant_all(model, gone=True)
+    onward(turn, model, wanted if wanted in (Want.DROPPED, Want.RESTORE) else Want.NONE, reason)
+    unload_parts(turn, whole)

@@ -22,7 +22,7 @@ class State(StrEnum):
 S = State
 
 TRANSITIONS: Mapping[State, frozenset[State]] = {
-    S.DISCOVERED: frozenset({S.INVALID}),
+    S.DISCOVERED: frozenset({S.INVALID, S.COLD}),
     S.INVALID: frozenset({S.DISCOVERED, S.COLD}),
     S.COLD: frozenset({S.QUEUED, S.RECOVERING, S.INVALID}),
     S.QUEUED: frozenset({S.LOADING, S.COLD, S.FAILED, S.RECOVERING, S.INVALID}),
@@ -31,9 +31,9 @@ TRANSITIONS: Mapping[State, frozenset[State]] = {
     S.DRAINING: frozenset({S.UNLOADING, S.READY, S.FAILED}),
     S.UNLOADING: frozenset({S.COLD, S.FAILED}),
     S.FAILED: frozenset({S.QUEUED, S.COLD, S.RECOVERING, S.INVALID}),
-    S.RECOVERING: frozenset({S.READY, S.COLD, S.QUEUED, S.FAILED, S.INVALID}),
+    S.RECOVERING: frozenset({S.READY, S.COLD, S.FAILED}),
 }
-"""An accepted drop takes its model's name: the drop's record goes, and a COLD one comes."""
+"""An accepted drop takes its model's name: where that is another one, the drop's record goes, and a COLD one comes."""
 
 BIRTH = frozenset({S.DISCOVERED, S.INVALID, S.COLD, S.RECOVERING})
 """States in which a record may first appear."""
@@ -87,3 +87,6 @@ BASE_PRIORITY: Mapping[Want, int] = {
     Want.RESIDENT: 3,
 }
 """In the units of a request's own priority, which is bounded to -10 to 10."""
+
+URGENT = frozenset({Want.REQUEST, Want.PART, Want.PERSON, Want.RESIDENT})
+"""What evicts models that are not idle. A part's urgency is that of what is made of it."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from modelium.core import events as e
 from modelium.core.demand import expired
-from modelium.core.disk import give_up_load
-from modelium.core.eviction import Tier, choose, group_of
-from modelium.core.loading import begin_unload
+from modelium.core.eviction import Tier, Victims
+from modelium.core.line import Line
+from modelium.core.loading import keep_old, stuck
+from modelium.core.moves import begin_unload, drain, give_up_load
 from modelium.core.placement import human
 from modelium.core.runtimes import start
-from modelium.core.schedule import drain
 from modelium.core.states import RuntimeState, State
 from modelium.core.turn import Turn
 from modelium.core.world import Account, Failure, Model
@@ -25,7 +27,7 @@ def use_observed(turn: Turn, event: e.UseObserved) -> None:
 
 
 def devices_observed(turn: Turn, event: e.DevicesObserved) -> None:
-    loading = {d for n in turn.live for d, _ in _unmeasured(turn.models[n])}
+    loading = {d for n in turn.moving for d, _ in _unmeasured(turn.models[n])}
     for device in event.devices:
         account = turn.devices.get(device.id)
         foreign = max(0, device.used_bytes - event.accounted.get(device.id, 0))
@@ -35,14 +37,20 @@ def devices_observed(turn: Turn, event: e.DevicesObserved) -> None:
         seen = Account(
             id=device.id, kind=device.kind, name=device.name, total_bytes=device.total_bytes,
             used_bytes=device.used_bytes, budget_bytes=min(budget, device.total_bytes), foreign_bytes=foreign,
-            booked_bytes=account.booked_bytes if account else 0,
-            promised_bytes=account.promised_bytes if account else 0,
-            reclaiming_bytes=account.reclaiming_bytes if account else 0,
             utilization=device.utilization,
         )  # fmt: skip
-        if account is None or (turn.queue and seen.limit_bytes > account.limit_bytes):
-            turn.dirty = True
-        turn.devices = turn.devices.set(device.id, seen)
+        if account is None:
+            turn.add_device(seen)
+        else:
+            seen = replace(
+                seen,
+                booked_bytes=account.booked_bytes,
+                promised_bytes=account.promised_bytes,
+                reclaiming_bytes=account.reclaiming_bytes,
+            )
+            turn.devices = turn.devices.set(device.id, seen)
+        if account is None or seen.limit_bytes > account.limit_bytes or seen.budget_bytes > account.budget_bytes:
+            turn.dirty = turn.dirty or bool(turn.queue)
 
 
 def _unmeasured(model: Model) -> tuple[tuple[str, int], ...]:
@@ -62,52 +70,73 @@ def ticked(turn: Turn, event: e.Ticked) -> None:
                 start(turn, runtime, "tried again")
             else:
                 turn.wake(runtime.retry_at)
-    sweep = turn.now >= turn.next_sweep
-    for name in list(turn.live):
+    for name in sorted(turn.moving):
         _overdue(turn, turn.models[name])
-    if sweep:
-        for name in list(turn.live):
+    if turn.now >= turn.next_sweep or turn.next_sweep > turn.now + turn.policy.sweep_s:
+        for name in sorted(turn.live):
             _idle(turn, turn.models[name])
-        for account in list(turn.devices.values()):
+        for account in sorted(turn.devices.values(), key=lambda a: a.id):
             _relieve(turn, account)
         turn.next_sweep = turn.now + turn.policy.sweep_s
     turn.wake(turn.next_sweep)
-    turn.dirty = turn.dirty or bool(turn.queue)
+    turn.dirty = turn.dirty or bool(turn.queue) or bool(turn.stale)
 
 
 def _overdue(turn: Turn, model: Model) -> None:
+    """End what was not answered in time."""
     policy = turn.policy
-    if model.state is State.LOADING:
-        due = model.op_since + policy.load_timeout_s
-        if due <= turn.now:
-            failure = Failure("load_timeout", f"{model.name} did not load within {policy.load_timeout_s:.0f} s")
-            turn.refuse_all(model, failure)
-            give_up_load(turn, turn.models[model.name], failure.message)
-        else:
-            turn.wake(due)
-    elif model.state is State.DRAINING and not turn.live_dependents(model.name):
-        due = model.op_since + policy.drain_timeout_s
-        if due <= turn.now:
-            begin_unload(turn, model, f"{model.use.in_flight} still in flight after {policy.drain_timeout_s:.0f} s")
-        else:
-            turn.wake(due)
+    match model.state:
+        case State.LOADING | State.READY:
+            limit_s = policy.load_timeout_s
+        case State.DRAINING:
+            limit_s = policy.drain_timeout_s
+        case _:
+            limit_s = policy.unload_timeout_s
+    due = model.op_since + limit_s
+    if due > turn.now:
+        turn.wake(due)
+        return
+    match model.state:
+        case State.LOADING:
+            failure = Failure("load_timeout", f"{model.name} did not load within {limit_s:.0f} s")
+            give_up_load(turn, turn.refuse_all(model, failure), failure.message, failure)
+        case State.READY:
+            keep_old(turn, model, Failure("load_timeout", f"they did not load within {limit_s:.0f} s"))
+        case State.UNLOADING:
+            stuck(turn, model, Failure("driver", f"its runtime did not unload it within {limit_s:.0f} s"))
+        case State.DRAINING if not turn.live_dependents(model.name):
+            begin_unload(turn, model, f"{model.use.in_flight} still in flight after {limit_s:.0f} s")
+        case _:
+            pass
 
 
 def _idle(turn: Turn, model: Model) -> None:
-    """The idle rules. Between one and two times the threshold only pressure unloads a model."""
+    """The idle rules. Between one and two times the threshold only pressure unloads a model.
+
+    What is made of others goes alone; its parts are idle by their own count, and go at the next sweep.
+    """
     policy = turn.policy
-    if model.state is not State.READY or model.op or model.pinned or model.always_loaded:
+    if model.state is not State.READY or model.op:
         return
-    if model.use.in_flight or turn.live_dependents(model.name):
+    if model.forget and not turn.live_dependents(model.name):
+        drain(turn, model, "removed from the repository")
+        return
+    if model.kept or model.use.in_flight:
         return
     if model.use.qps > policy.min_qps:
         return
     idle = turn.now - model.busy_since
     if idle < 2 * policy.idle_s or turn.now - model.loaded_at < policy.min_resident_s:
         return
-    device = model.booking[0][0] if model.booking else ""
-    for member in group_of(turn, model, device).members:
-        drain(turn, turn.models[member.name], f"idle for {idle:.0f} s, twice the threshold of {policy.idle_s:.0f} s")
+    if turn.live_dependents(model.name) or _awaited(turn, model):
+        return
+    drain(turn, model, f"idle for {idle:.0f} s, twice the threshold of {policy.idle_s:.0f} s")
+
+
+def _awaited(turn: Turn, model: Model) -> bool:
+    """What is made of it is about to load."""
+    found = (turn.models.get(n) for n in turn.dependents.get(model.name, ()))
+    return any(m is not None and m.state is State.QUEUED for m in found)
 
 
 def _relieve(turn: Turn, account: Account) -> None:
@@ -115,11 +144,10 @@ def _relieve(turn: Turn, account: Account) -> None:
     excess = account.booked_bytes - account.reclaiming_bytes - account.limit_bytes
     if excess <= 0:
         return
-    choice = choose(turn, account.id, excess, worst=Tier.QUIET)
-    for group in choice.groups:
-        for member in group.members:
-            drain(
-                turn,
-                turn.models[member.name],
-                f"{account.id} is {human(excess)} over its limit of {human(account.limit_bytes)}",
-            )
+    victims = Victims(turn, Line(turn).awaited)
+    for victim in victims.choose(account.id, excess, Tier.QUIET, None):
+        drain(
+            turn,
+            turn.models[victim.name],
+            f"{account.id} is {human(excess)} over its limit of {human(account.limit_bytes)}",
+        )

@@ -56,7 +56,17 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True)
+class Held:
+    """What a runtime was given to load."""
+
+    spec: Spec
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Model:
+    """One model's record. Without slots: a step copies records, and a `__dict__` copies several times faster."""
+
     name: str
     state: State
     since: float
@@ -81,9 +91,12 @@ class Model:
     op: int = 0
     """The operation under way; results of any other are dropped."""
     op_since: float = 0.0
-    loaded_revision: str | None = None
-    rejected_revision: str | None = None
-    """A revision that failed to replace the one that serves."""
+    held: Held | None = None
+    """What it is loaded as, or loads as; its files may be others by now."""
+    coming: Held | None = None
+    """What loads beside it, to replace it."""
+    rejected: Spec | None = None
+    """What failed to replace it."""
     loaded_at: float = 0.0
     use: Use = Use()
     promised_to: str | None = None
@@ -92,6 +105,8 @@ class Model:
     """While it drains or unloads: load it again afterwards, for this reason."""
     forget: bool = False
     """Its files are gone: forget it once it is unloaded."""
+    invalid: Failure | None = None
+    """Its files are no longer usable: it becomes INVALID once it is unloaded."""
     parameters: Mapping[str, Any] = field(default_factory=dict)
 
     failure: Failure | None = None
@@ -100,7 +115,40 @@ class Model:
 
     @property
     def runtime(self) -> str:
+        """Where it should be loaded."""
         return self.spec.runtime if self.spec else ""
+
+    @property
+    def home(self) -> str:
+        """The runtime that has it, else the one that should."""
+        return self.held.spec.runtime if self.held else self.runtime
+
+    @property
+    def loaded_revision(self) -> str | None:
+        return self.held.spec.revision if self.held else None
+
+    @property
+    def stale(self) -> bool:
+        """It is loaded as something else than what it should be by now."""
+        held = self.held
+        return held is not None and (
+            (held.spec is not self.spec and held.spec != self.spec)
+            or (held.parameters is not self.parameters and held.parameters != self.parameters)
+        )
+
+    @property
+    def kept(self) -> bool:
+        """It should be loaded at all times."""
+        return self.pinned or self.always_loaded
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of what it is made of, as it is, is loaded, and is about to be loaded."""
+        names = self.spec.depends_on if self.spec else ()
+        for held in (self.held, self.coming):
+            if held is not None and held.spec is not self.spec:
+                names += tuple(n for n in held.spec.depends_on if n not in names)
+        return names
 
     @property
     def blameless(self) -> bool:
@@ -123,6 +171,8 @@ class Ticket:
     deadline_at: float
     priority: int = 0
     gone: bool = False
+    person: bool = False
+    """It asks for the load itself and brings no request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +240,7 @@ class Policy:
     budgets: Mapping[str, int] = field(default_factory=dict)
     drain_timeout_s: float = 30.0
     load_timeout_s: float = 900.0
+    unload_timeout_s: float = 180.0
     fairness_after_s: float = 15.0
     max_queue: int = 10_000
     max_queue_per_model: int = 1_000
@@ -213,6 +264,10 @@ class World:
     """Names of the models in a LIVE state, so that a tick need not look at the others."""
     queue: Map[str, None] = Map()
     """Names of the models that wait: QUEUED, or FAILED and wanted."""
+    moving: Map[str, None] = Map()
+    """Names of the models with an operation under way."""
+    stale: Map[str, None] = Map()
+    """Names of the READY models that are loaded as something else than what they should be."""
     dependents: Map[str, tuple[str, ...]] = Map()
     """Who depends on a name, whether or not that name exists."""
     next_id: int = 1
@@ -223,7 +278,18 @@ class World:
 
 
 def is_live(model: Model) -> bool:
-    return model.state in LIVE or bool(model.booking)
+    return model.state in LIVE or model.held is not None
+
+
+def is_moving(model: Model) -> bool:
+    return model.state in _MOVING or bool(model.op)
+
+
+_MOVING = frozenset({State.LOADING, State.DRAINING, State.UNLOADING})
+
+
+def is_stale(model: Model) -> bool:
+    return model.state is State.READY and model.stale
 
 
 def waits(model: Model) -> bool:

@@ -38,7 +38,7 @@ class Lease:
         self._book: Admission | None = book
         self._organisation = organisation
         self._began = time.monotonic()
-        route.usage.begin(time.time())
+        route.usage.begin(book.clock())
 
     @property
     def model(self) -> str:
@@ -64,7 +64,7 @@ class Lease:
         if book is None:
             return
         usage = self._route.usage
-        usage.end(time.time(), time.monotonic() - self._began, ok, self._organisation)
+        usage.end(book.clock(), time.monotonic() - self._began, ok, self._organisation)
         if not usage.in_flight and book.idle_wanted:
             book.idle(self._route)
 
@@ -72,8 +72,9 @@ class Lease:
 class Admission:
     """The table of open routes and the tickets that wait."""
 
-    def __init__(self, usage: UsageBook):
+    def __init__(self, usage: UsageBook, clock: Callable[[], float] = time.time):
         self.usage = usage
+        self.clock = clock
         self.routes: dict[str, Route] = {}
         self.idle_wanted = False
         """Somebody waits for a model to become idle: a drain, or the queue."""

@@ -62,6 +62,7 @@ class Catalog:
         inspect: Inspect,
         loop: Callable[[], Loop],
         runtimes_known: Callable[[], Awaitable[None]],
+        settle_s: float,
     ):
         self._repository = repository
         self._planner = planner
@@ -69,7 +70,11 @@ class Catalog:
         self._inspect = inspect
         self._loop = loop
         self._runtimes_known = runtimes_known
+        self._settle_s = settle_s
         self._reading = asyncio.Lock()
+        self._changing: dict[str, tuple[str, float]] = {}
+        """Folders that changed: as what, and since when (monotonic). They are taken in once they are still."""
+        self._tasks: set[asyncio.Task[None]] = set()
         self.known: dict[str, Known] = {}
         self._invalid: dict[str, str] = {}
         """Folders that are no usable models, and the revision at which that was found."""
@@ -88,16 +93,18 @@ class Catalog:
             later: list[Entry] = []
             for start in range(0, len(names), BATCH):
                 for found in await asyncio.to_thread(self._entries, names[start : start + BATCH]):
-                    later.extend(self._take(found))
+                    later.extend(self._take(found, settled=not self.read_once.is_set()))
             self.read_once.set()
         for entry in later:
             await self._study(entry)
 
-    async def look(self, name: str) -> None:
-        """Bring one name up to date."""
+    async def look(self, *names: str, settled: bool = False) -> None:
+        """Bring a few names up to date; `settled` when whoever asks knows that nobody is still writing."""
+        asked = [n for n in names if n in self.known or _is_name(n)]
+        later: list[Entry] = []
         async with self._reading:
-            (found,) = await asyncio.to_thread(self._entries, [name])
-            later = self._take(found)
+            for found in await asyncio.to_thread(self._entries, asked):
+                later.extend(self._take(found, settled=settled))
         for entry in later:
             await self._study(entry)
 
@@ -114,7 +121,7 @@ class Catalog:
                 found.append((name, ModelError(f"{name} can't be read: {exc.strerror}")))
         return found
 
-    def _take(self, found: Entry | tuple[str, ModeliumError | None]) -> list[Entry]:
+    def _take(self, found: Entry | tuple[str, ModeliumError | None], *, settled: bool) -> list[Entry]:
         """Take in one folder; returned is what has to be looked into first."""
         if isinstance(found, tuple):
             name, error = found
@@ -128,10 +135,32 @@ class Catalog:
             return []
         if self._invalid.get(found.name) == found.revision:
             return []
+        if not settled and not self._still(found):
+            return []
+        self._changing.pop(found.name, None)
         if found.manifest is None:
             return [found]
         self._accept(found, found.manifest)
         return []
+
+    def _still(self, entry: Entry) -> bool:
+        """Whether nothing has changed for the settle time; if not, it is looked at again after that."""
+        if entry.managed and entry.name not in self.known:
+            return True  # it was renamed into place, whole
+        before = self._changing.get(entry.name)
+        now = time.monotonic()
+        if before is not None and before[0] == entry.revision and now - before[1] >= self._settle_s:
+            return True
+        if before is None or before[0] != entry.revision:
+            self._changing[entry.name] = (entry.revision, now)
+            running = asyncio.get_running_loop()
+            running.call_later(self._settle_s + 0.01, lambda: self._again(entry.name))
+        return False
+
+    def _again(self, name: str) -> None:
+        task = asyncio.get_running_loop().create_task(self.look(name))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _study(self, entry: Entry) -> None:
         """Find out what a folder without a manifest is; nothing in it is changed."""
@@ -224,6 +253,7 @@ class Catalog:
         return Estimate(found.memory_bytes, found.load_s or known.plan.load_s, measured=True)
 
     def _removed(self, name: str) -> None:
+        self._changing.pop(name, None)
         known = self.known.pop(name, None)
         if known is not None or self._invalid.pop(name, None) is not None:
             self._repository.forget(name)
@@ -246,3 +276,11 @@ class Catalog:
         if entry is None or entry.manifest is None:
             raise ModelNotFound(f"{name} is not in the repository any more, or its files just changed")
         return entry.manifest
+
+
+def _is_name(name: str) -> bool:
+    try:
+        check_model_name(name)
+    except ModelError:
+        return False
+    return True

@@ -10,18 +10,22 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from modelium.api.names import check_model_name, name_of_drop
 from modelium.api.types import Analysis, Completeness, Inspection, Manifest, Progress, Severity
 from modelium.core import events as e
 from modelium.core.world import Failure
 from modelium.engine.catalog import Catalog
-from modelium.engine.inspector import Inspector
+
 from modelium.engine.loop import Loop
 from modelium.engine.planner import Planner
 from modelium.engine.repository import Repository, revision_of
 from modelium.engine.store import Quarantined, Store
 from modelium.errors import ConfigError, ModelConflict, ModelError, ModeliumError, PluginError
+
+if TYPE_CHECKING:
+    from modelium.engine.inspector import Inspector
 
 log = logging.getLogger(__name__)
 
@@ -217,7 +221,6 @@ class Ingest:
                 name=name, created_at=time.time(), source=drop.path.name, inspection=inspection, plan=plan
             )
             managed = not (layout.files.get(".") == "." and not layout.texts)
-            self._check_free(name)
             await asyncio.to_thread(
                 self._repository.install, path, layout, manifest, managed=managed, moved=self._moved(drop)
             )

@@ -6,15 +6,18 @@ Everything runs in the event loop's thread. An event that comes up while instruc
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import Callable
 
 from modelium.core import events as e
-from modelium.core.instructions import Instruction, WakeAt
+from modelium.core.instructions import Instruction, Refuse, WakeAt
 from modelium.core.step import step
 from modelium.core.world import Policy, Use, World
 from modelium.engine.usage import UsageBook
+
+log = logging.getLogger(__name__)
 
 Clock = Callable[[], float]
 
@@ -58,7 +61,17 @@ class Loop:
             self._wake_at = None
         if isinstance(event, e.ReadyAsked | e.Ticked) or self.world.queue:
             self._observe_use(event.at)
-        self.world, instructions = step(self.world, event, self.policy)
+        self._step(event)
+
+    def _step(self, event: e.Event) -> None:
+        """A step that fails is a bug; the world stays as it was, and whoever asked is told."""
+        try:
+            self.world, instructions = step(self.world, event, self.policy)
+        except Exception:
+            log.exception("a bug in the judgement of %r: it is as if this had not happened", event)
+            ticket = getattr(event, "ticket", None)
+            name = getattr(event, "name", "")
+            instructions = [] if ticket is None else [Refuse(ticket, name, "internal", "an error in Modelium itself")]
         for instruction in instructions:
             if isinstance(instruction, WakeAt):
                 self._wake(instruction.at)
@@ -69,12 +82,7 @@ class Loop:
         """Before a judgement that may evict: make use exact."""
         use = [(u.name, Use(u.in_flight, u.requests, u.last_used, round(u.qps, 4))) for u in self._usage.drain(now)]
         if use:
-            self.world, instructions = step(self.world, e.UseObserved(now, tuple(use)), self.policy)
-            for instruction in instructions:
-                if isinstance(instruction, WakeAt):
-                    self._wake(instruction.at)
-                else:
-                    self._execute(instruction)
+            self._step(e.UseObserved(now, tuple(use)))
 
     def tick(self) -> None:
         self.post(e.Ticked(self.clock()))

@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
@@ -22,7 +22,7 @@ from modelium.core.world import Failure, Model, Policy, World
 from modelium.engine.admission import Admission, Route
 from modelium.engine.catalog import Catalog
 from modelium.engine.ingest import Ingest
-from modelium.engine.inspector import Inspector
+
 from modelium.engine.journal import Journal
 from modelium.engine.loop import Clock, Loop
 from modelium.engine.planner import Planner, budgets
@@ -50,10 +50,15 @@ from modelium.errors import (
 from modelium.host import PluginHost
 from modelium.paths import Paths
 
+if TYPE_CHECKING:
+    from modelium.engine.inspector import Inspector
+
 log = logging.getLogger(__name__)
 
 DEVICES_EVERY_S = 5.0
 JOURNAL_EVERY_S = 1.0
+LOADED_EVERY_S = 3.0
+"""How often the files of loaded models are compared with what was loaded."""
 
 _ERRORS: Mapping[str, type[ModeliumError]] = {
     t.code: t
@@ -107,6 +112,7 @@ class Orchestrator:
         paths: Paths,
         host: PluginHost,
         sections: Mapping[str, BaseModel],
+        inspector: Inspector,
         *,
         clock: Clock = time.time,
     ):
@@ -118,7 +124,7 @@ class Orchestrator:
         self.store = Store(paths.state)
         self.journal = Journal(paths.state / "decisions.jsonl")
         self.usage = UsageBook(known=config.policies.high_priority_teams)
-        self.admission = Admission(self.usage)
+        self.admission = Admission(self.usage, clock)
         self.devices: tuple[Device, ...] = ()
         self.progress: dict[str, Progress] = {}
         """Of loads and moves under way, by model or drop."""
@@ -143,7 +149,7 @@ class Orchestrator:
         world = World(next_id=self.journal.last_decision + 1)
         self.loop = Loop(world, policy_of(config, host), self.usage, self._execute, clock)
         self.admission.on_idle = self._became_idle
-        self.inspector = Inspector(disabled=config.plugins.disable)
+        self.inspector = inspector
         self.repository = Repository(
             paths.repository, state=paths.state, quarantine=paths.quarantine, trash=paths.trash
         )
@@ -152,7 +158,13 @@ class Orchestrator:
             host.brain(config.brain.name, config.brain.settings), self.running, self.situation, self.store
         )
         self.catalog = Catalog(
-            self.repository, self.planner, self.store, self.inspector.inspect, lambda: self.loop, self.runtimes_known
+            self.repository,
+            self.planner,
+            self.store,
+            self.inspector.inspect,
+            lambda: self.loop,
+            self.runtimes_known,
+            config.orchestration.settle_s,
         )
         self.ingest: Ingest | None = None
         if paths.incoming is not None:
@@ -221,6 +233,8 @@ class Orchestrator:
         self._watcher.start()
         self._every(DEVICES_EVERY_S, self._look_at_devices)
         self._every(JOURNAL_EVERY_S, self._keep_house)
+        self._every(LOADED_EVERY_S, self._look_at_loaded)
+        self._background(self.inspector.start())
         self._background(self._reread())
         for name in self.running:
             self._background(self.runtimes.watch(name))
@@ -274,6 +288,8 @@ class Orchestrator:
         while True:
             try:
                 await self.catalog.read()
+                for name in self.running:
+                    self.runtimes.poke(name)  # what it holds may be known now
                 if self.ingest is not None:
                     await self.ingest.read()
                 await self._reread_quarantine()
@@ -327,6 +343,9 @@ class Orchestrator:
     async def _keep_house(self) -> None:
         await asyncio.to_thread(self.journal.write)
         await self.processes.rotate()
+
+    async def _look_at_loaded(self) -> None:
+        await self.catalog.look(*self.loop.world.live)
 
     def _became_idle(self) -> None:
         """Somebody waits for room, and a model has just become idle: look, once for many."""

@@ -21,12 +21,18 @@ class Planner:
     store: Store
 
     def offers(self, analysis: Analysis) -> list[Offer]:
+        """What all runtimes offer. Raises `ModelError` with their reasons when they say why and nobody offers."""
         situation = self.situation()
-        return [
-            offer
-            for running in self.runtimes.values()
-            for offer in running.backend.offers(analysis, running.info, situation.devices)
-        ]
+        offers: list[Offer] = []
+        reasons: list[str] = []
+        for running in self.runtimes.values():
+            try:
+                offers += running.backend.offers(analysis, running.info, situation.devices)
+            except ModelError as exc:
+                reasons.append(exc.message)
+        if reasons and not offers:
+            raise ModelError("; ".join(reasons))
+        return offers
 
     def plan(self, name: str, analysis: Analysis) -> Plan:
         """Raises `ModelError` when nothing on offer will do."""

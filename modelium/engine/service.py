@@ -92,7 +92,7 @@ class Service:
         self, name: str, *, deadline_s: float | None = None, parameters: Mapping[str, Any] | None = None
     ) -> None:
         """Return when it is READY with the files that are on disk now, and with `parameters` if any are given."""
-        await self._engine.catalog.look(name)
+        await self._engine.catalog.look(name, settled=True)
         await self._ask(
             lambda ticket, now, deadline_at: e.ReadyAsked(
                 now, ticket, name, deadline_at, person=True, parameters=dict(parameters or {})
@@ -131,13 +131,20 @@ class Service:
         if model.state not in (State.COLD, State.INVALID, State.FAILED):
             await self.unload(name)
         place = await asyncio.to_thread(engine.repository.remove, name)
-        await engine.catalog.look(name)
+        await engine.catalog.look(name, settled=True)
         return place
 
     # ------------------------------------------------------------------ questions
 
+    def names(self) -> list[str]:
+        """All models, and drops on their way, by name."""
+        return sorted(self._engine.loop.world.models)
+
+    def view(self, name: str) -> ModelView:
+        return showing.view(self._engine, self._there(name))
+
     def models(self) -> list[ModelView]:
-        return showing.models(self._engine)
+        return [self.view(name) for name in self.names()]
 
     def model(self, name: str) -> ModelDetail:
         return showing.detail(self._engine, self._there(name))

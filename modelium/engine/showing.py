@@ -14,10 +14,8 @@ from modelium.engine.views import DeviceView, Explanation, ModelDetail, ModelVie
 from modelium.errors import ModeliumError
 
 
-def models(engine: Orchestrator) -> list[ModelView]:
-    now = engine.clock()
-    world = engine.loop.world
-    return [ModelView(**_fields(engine, world.models[name], now)) for name in sorted(world.models)]
+def view(engine: Orchestrator, model: Model) -> ModelView:
+    return ModelView(**_fields(engine, model, engine.clock()))
 
 
 def _fields(engine: Orchestrator, model: Model, now: float) -> dict[str, Any]:

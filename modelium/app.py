@@ -1,0 +1,129 @@
+"""The composition root: the one place where the parts are made and put together."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import logging
+import os
+import signal
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+
+import uvloop
+
+from modelium import __version__
+from modelium.config import Config, validate_sections
+from modelium.engine.inspector import Inspector
+from modelium.engine.orchestrator import Orchestrator
+from modelium.engine.processes import ProcessSupervisor
+from modelium.engine.service import Service
+from modelium.errors import ConfigError
+from modelium.host import PluginHost
+from modelium.http.app import build_app, serving
+from modelium.http.settings import HttpSettings
+from modelium.log import setup
+from modelium.paths import Paths
+
+log = logging.getLogger(__name__)
+
+
+@asynccontextmanager
+async def running(config: Config, *, stop_runtimes: bool = False) -> AsyncIterator[tuple[Service, str]]:
+    """The whole service while the context lasts; gives it, and the URL where it answers.
+
+    Runtimes stay up afterwards unless `stop_runtimes`. Raises `ConfigError` for what keeps it from starting.
+    """
+    paths = config.paths()
+    with _only_one(paths):
+        host = await asyncio.to_thread(PluginHost.load, config.plugins.disable)
+        sections = validate_sections(config, host.sections())
+        inspector = Inspector(disabled=config.plugins.disable, note=host.note)
+        engine = Orchestrator(config, paths, host, sections, inspector)
+        service = Service(engine)
+        settings = HttpSettings(host=config.server.host, metrics=config.metrics.enabled)
+        async with serving(build_app(service, settings), config.server.host, config.server.port) as (_, port):
+            url = config.server.model_copy(update={"port": port}).url
+            try:
+                await engine.start()
+                yield service, url
+            finally:
+                await engine.stop(stop_runtimes=stop_runtimes)
+
+
+def serve(config: Config, *, stop_runtimes: bool = False, ready: Callable[[str, Paths], None] | None = None) -> None:
+    """Serve until SIGINT or SIGTERM; `ready` is told the URL and the folders once it answers."""
+
+    async def main() -> None:
+        ended = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, ended.set)
+        async with running(config, stop_runtimes=stop_runtimes) as (_, url):
+            log.info("Modelium %s answers on %s", __version__, url)
+            if ready is not None:
+                ready(url, config.paths())
+            await ended.wait()
+            log.info("stopping")
+        if not stop_runtimes and (left := _supervisor(config.paths()).names()):
+            log.info("still running: %s; `modelium down` ends what is left", ", ".join(left))
+
+    with setup(format=config.logging.format, level=config.logging.level):
+        uvloop.run(main())
+
+
+def down(config: Config) -> list[str]:
+    """End the runtimes that an earlier `serve` of this root left running; returns their names.
+
+    Raises `ConfigError` when the service itself is still running.
+    """
+    paths = config.paths()
+    with _only_one(paths):
+        supervisor = _supervisor(paths)
+        names = supervisor.names()
+
+        async def stop() -> None:
+            for name in names:
+                await supervisor.stop(name)
+
+        asyncio.run(stop())
+    return names
+
+
+def _supervisor(paths: Paths) -> ProcessSupervisor:
+    return ProcessSupervisor(paths.root, state_dir=paths.state / "processes", log_dir=paths.state / "logs")
+
+
+@contextmanager
+def _only_one(paths: Paths) -> Iterator[None]:
+    """Two services on one root would fight over it."""
+    file = paths.state / "lock"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as exc:
+        raise ConfigError(
+            f"{file} can't be written: {exc.strerror}; choose another --root, or let this user write there"
+        ) from exc
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as exc:
+            holder = _holder(file)
+            raise ConfigError(
+                f"{paths.root} is served already{holder}: end that first, or choose another --root"
+            ) from exc
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _holder(file: Path) -> str:
+    try:
+        return f" by process {int(file.read_text())}"
+    except (OSError, ValueError):
+        return ""
+

@@ -1,0 +1,100 @@
+"""The queue as it stands in one look at it: who comes before whom, for whose sake, and what is kept for them."""
+
+from __future__ import annotations
+
+from modelium.core.eviction import Place, Victims
+from modelium.core.states import BASE_PRIORITY, URGENT, State, Want
+from modelium.core.turn import Turn
+from modelium.core.world import Model
+
+
+class Line:
+    """Places in the queue are total: of two who wait for the same room, it is always clear whose it is.
+
+    First those who are wanted, then those that should be there if there is room to spare; then by priority, own or
+    asked for, plus one for each `fairness_after_s` waited; then by time. A part takes the best place among its own
+    and those of what waits for it.
+    """
+
+    def __init__(self, turn: Turn):
+        self._turn = turn
+        self._places: dict[str, Place] = {}
+        self.awaited: dict[str, Place] = {}
+        """Names of parts that waiting models need, with the first place among those."""
+        self.ahead: dict[str, int] = {}
+        """Bytes by device that are kept for those who came before in this look."""
+        self.loading: dict[str, int] = {}
+        """Loads under way, by runtime."""
+        self._victims: Victims | None = None
+        wholes: list[str] = []
+        for name in turn.queue:
+            model = turn.models[name]
+            if model.state is State.QUEUED:
+                self._places[name] = _own_place(turn, model)
+                if model.parts:
+                    wholes.append(name)
+        for name in wholes:
+            self._inherit(name)
+        for runtime in loads(turn):
+            self.loading[runtime] = self.loading.get(runtime, 0) + 1
+
+    def _inherit(self, whole: str) -> None:
+        place = self._places[whole]
+        for part in self._turn.models[whole].parts:
+            if part not in self.awaited or place < self.awaited[part]:
+                self.awaited[part] = place
+            if part in self._places and place < self._places[part]:
+                self._places[part] = place
+                self._inherit(part)
+
+    def order(self) -> list[str]:
+        """Names, the first in the queue at the front."""
+        return sorted(self._places, key=lambda name: (self._places[name], name))
+
+    def place(self, model: Model) -> Place:
+        return self._places[model.name]
+
+    def urgent(self, model: Model) -> bool:
+        """Whether models that are not idle make room for it."""
+        return not self._places[model.name][0]
+
+    def aged(self, model: Model) -> bool:
+        """Whether it has waited so long that it takes room from models in use."""
+        return self._turn.now >= self.ages_at(model)
+
+    def ages_at(self, model: Model) -> float:
+        return self._places[model.name][2] + self._turn.policy.fairness_after_s
+
+    @property
+    def victims(self) -> Victims:
+        if self._victims is None:
+            self._victims = Victims(self._turn, self.awaited)
+        return self._victims
+
+    def moved(self) -> None:
+        """A loaded model moved, or one began to load."""
+        self._victims = None
+
+    def reserve(self, device: str, size: int) -> None:
+        self.ahead[device] = self.ahead.get(device, 0) + size
+
+
+def _own_place(turn: Turn, model: Model) -> Place:
+    waiting = turn.waiting(model)
+    own = BASE_PRIORITY[Want.NONE if model.want is Want.PART else model.want]
+    priority = max((t.priority for t in waiting), default=own)
+    urgent = bool(waiting) or (model.want in URGENT and model.want is not Want.PART)
+    waited = max(0.0, turn.now - model.wanted_since) // max(turn.policy.fairness_after_s, 0.001)
+    return (not urgent, -(max(priority, own) + waited), model.wanted_since, model.name)
+
+
+def loads(turn: Turn) -> list[str]:
+    """The runtime of each load under way."""
+    under_way: list[str] = []
+    for name in turn.moving:
+        model = turn.models[name]
+        if model.coming is not None:
+            under_way.append(model.coming.spec.runtime)
+        elif model.state is State.LOADING:
+            under_way.append(model.home)
+    return under_way

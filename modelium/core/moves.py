@@ -1,0 +1,186 @@
+"""The moves in a model's life that more than one part of the core makes."""
+
+from __future__ import annotations
+
+from modelium.core.instructions import CloseRoute, OpenRoute, Unload
+from modelium.core.states import BASE_PRIORITY, URGENT, State, Want
+from modelium.core.turn import Turn
+from modelium.core.world import Failure, Model, Use
+
+PATIENCE = 3
+"""So many losses of its runtime in a row a waiting model sits out; then it is failed itself."""
+
+
+def want(turn: Turn, model: Model, why: Want, reason: str) -> Model:
+    """Note that a model should be loaded, and queue it if it is not on its way.
+
+    One that is on its way out is only noted for reasons of its own: those who wait for it have tickets, what is made
+    of it asks again, and what is to be kept is seen to when it is gone.
+    """
+    if model.forget or model.state in _SETTLED:
+        return model
+    if model.state in (State.DRAINING, State.UNLOADING):
+        if why in (Want.DROPPED, Want.RESTORE) and model.again is Want.NONE:
+            model = turn.change(model, again=why)
+        return model
+    if BASE_PRIORITY[why] > BASE_PRIORITY[model.want]:
+        anew = model.want is Want.NONE or (why in URGENT and model.want not in URGENT)
+        model = turn.change(model, want=why, wanted_since=turn.now if anew else model.wanted_since)
+        turn.dirty = True
+    if model.state is State.COLD:
+        model = turn.move(model, State.QUEUED, reason)
+    return model
+
+
+_SETTLED = frozenset({State.DISCOVERED, State.INVALID, State.READY})
+
+
+def keep_resident(turn: Turn, model: Model) -> Model:
+    """See that a model that should be loaded at all times is on its way."""
+    reopen(turn, model)
+    what = "always loaded by configuration" if model.always_loaded else "pinned"
+    return want(turn, turn.models[model.name], Want.RESIDENT, what)
+
+
+def onward(turn: Turn, model: Model, again: Want, reason: str) -> None:
+    """What becomes of a COLD or FAILED model that holds nothing any more."""
+    if model.forget:
+        turn.forget(model, "removed from the repository")
+        return
+    if model.invalid is not None:
+        invalidate(turn, model, model.invalid)
+        return
+    if model.kept:
+        model = keep_resident(turn, model)
+    if turn.waiting(model):
+        model = want(turn, model, Want.REQUEST, "asked for")
+    if again is not Want.NONE:
+        want(turn, model, again, reason)
+
+
+def invalidate(turn: Turn, model: Model, failure: Failure) -> None:
+    """Its files are not usable."""
+    model = turn.grant_all(model, gone=True)
+    model = turn.refuse_all(model, failure)
+    turn.move(model, State.INVALID, failure.message, failure=failure, invalid=None, want=Want.NONE, promise=())
+
+
+def drain(turn: Turn, model: Model, reason: str, *, promised_to: str | None = None, again: Want = Want.NONE) -> Model:
+    """Take a READY model out of use; it is unloaded once nothing of it runs.
+
+    What loads beside it to replace it stays booked: only the unload gives that load up.
+    """
+    op = turn.new_id()
+    model = turn.move(
+        model, State.DRAINING, reason, op=op, op_since=turn.now, promised_to=promised_to, again=again, want=Want.NONE
+    )
+    turn.wake(turn.now + turn.policy.drain_timeout_s)
+    turn.out.append(CloseRoute(model.name, op))
+    return model
+
+
+def begin_unload(turn: Turn, model: Model, reason: str) -> Model:
+    op = turn.new_id()
+    model = turn.move(model, State.UNLOADING, reason, op=op, op_since=turn.now, want=Want.NONE)
+    turn.wake(turn.now + turn.policy.unload_timeout_s)
+    turn.out.append(Unload(model.name, op, model.home))
+    return model
+
+
+def give_up_load(turn: Turn, model: Model, reason: str, failure: Failure | None = None) -> Model:
+    """Cancel a load that is under way; what it left is unloaded. With a failure, it is FAILED after that."""
+    return begin_unload(turn, turn.change(model, failure=failure), reason)
+
+
+def unload_parts(turn: Turn, whole: Model) -> None:
+    """Go on with parts that had to wait until what is made of them was gone."""
+    for name in whole.parts:
+        part = turn.models.get(name)
+        if part is None or turn.live_dependents(name):
+            continue
+        if part.state is State.DRAINING and not part.op:
+            begin_unload(turn, part, part.reason)
+        elif part.state is State.READY and part.forget:
+            drain(turn, part, "removed from the repository")
+
+
+def may_reopen(turn: Turn, model: Model) -> bool:
+    """Whether a model is DRAINING for nothing but room, and its room is nobody's yet."""
+    if (
+        model.state is not State.DRAINING
+        or model.again is not Want.NONE
+        or model.forget
+        or model.coming is not None
+        or turn.asked_gone(model)
+    ):
+        return False
+    for name in model.parts:
+        part = turn.models.get(name)
+        if part is None or part.state is not State.READY:
+            return False
+    for device, size in model.booking:
+        account = turn.devices.get(device)
+        if (
+            size
+            and account is not None
+            and size > account.limit_bytes - (account.booked_bytes - account.reclaiming_bytes + account.promised_bytes)
+        ):
+            return False
+    return True
+
+
+def reopen(turn: Turn, model: Model) -> bool:
+    """Put a draining model back in use, if it may be."""
+    if not may_reopen(turn, model):
+        return False
+    model = turn.move(model, State.READY, "wanted again before it was unloaded", op=0, promised_to=None)
+    turn.out.append(OpenRoute(model.name, model.home))
+    admit(turn, model)
+    return True
+
+
+def admit(turn: Turn, model: Model) -> Model:
+    """Grant all who wait for a READY model, and count their requests as in flight from this moment."""
+    waiting = turn.waiting(model)
+    if not waiting:
+        return model
+    model = turn.grant_all(model, gone=False)
+    requests = sum(not t.person for t in waiting)
+    use = Use(model.use.in_flight + requests, model.use.requests + len(waiting), turn.now, model.use.qps)
+    return turn.change(model, use=use)
+
+
+def fail(turn: Turn, model: Model, failure: Failure, *, runtime_lost: bool = False) -> Model:
+    """End a model's wait or load with a reason.
+
+    When the runtime is at fault, those who wait go on waiting; when the model is, they are answered, and it is
+    retried later and later, only for somebody who asks.
+    """
+    policy = turn.policy
+    failures = model.failures + 1
+    retry_s = max(0.1, min(policy.retry_s * 2 ** min(failures - 1, 16), policy.retry_max_s))
+    give_up = not runtime_lost or failures > PATIENCE
+    keep = Want.RESIDENT if model.kept else Want.NONE if give_up else model.want
+    model = turn.move(
+        model,
+        State.FAILED,
+        failure.message,
+        failure=failure,
+        failures=failures,
+        retry_at=turn.now + (retry_s if give_up else min(1.0, retry_s)),
+        op=0,
+        booking=(),
+        extra=(),
+        promise=(),
+        measured=(),
+        held=None,
+        coming=None,
+        promised_to=None,
+        again=Want.NONE,
+        want=keep,
+        wanted_since=model.wanted_since if model.want is not Want.NONE else turn.now,
+    )
+    if give_up:
+        model = turn.refuse_all(model, failure, model.retry_at - turn.now)
+    turn.wake(model.retry_at)
+    return model

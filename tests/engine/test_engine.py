@@ -1,0 +1,499 @@
+"""The engine whole, on a scripted runtime: drops, loads, evictions, crashes, restarts."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+
+import pytest
+from tests.engine.harness import MB, rig
+
+from modelium.api.fakes import FakeRuntime
+from modelium.errors import DeadlinePassed, DriverError, LoadRejected, ModelFailed, ModelNotFound, NeverFits, QueueFull
+
+
+async def test_a_drop_becomes_ready_and_answers(tmp_path: Path) -> None:
+    async with rig(tmp_path) as r:
+        r.drop("a.toy.onnx", size=MB)
+        await r.is_("a.toy", "READY")
+        lease = r.service.try_acquire("a.toy")
+        assert lease is not None and lease.endpoints["kserve-http"] == "http://fake.invalid"
+        lease.release()
+        assert not list((tmp_path / "incoming").iterdir())
+        assert (tmp_path / "repository/a.toy/config.pbtxt").exists()
+        view = r.service.model("a.toy")
+        assert view.memory_source == "measured" and view.requests == 1 and view.plan is not None
+
+
+async def test_two_hundred_waiters_cause_one_load(tmp_path: Path) -> None:
+    async with rig(tmp_path) as r:
+        await r.add("a")
+        await r.service.unload("a")
+        held = r.runtime.hold("load", "a")
+        waiters = [asyncio.ensure_future(r.service.acquire("a")) for _ in range(200)]
+        await held.arrived.wait()
+        assert r.service.model("a").waiting == 200
+        held.release()
+        leases = await asyncio.gather(*waiters)
+        assert {lease.model for lease in leases} == {"a"}
+        assert r.runtime.count("load", "a") == 2  # the drop's and this one
+        assert r.service.model("a").in_flight == 200
+        for lease in leases:
+            lease.release()
+        assert r.service.model("a").in_flight == 0
+
+
+async def test_room_is_made_for_a_request_and_what_is_in_use_stays(tmp_path: Path) -> None:
+    async with rig(tmp_path, budget=2 * MB, min_resident_seconds=0) as r:
+        await r.add("a")
+        await r.add("b")
+        using = await r.service.acquire("a")
+        await r.add("c")
+        assert r.state("c") == "COLD"  # a drop evicts nothing that is not idle
+        lease = await r.service.acquire("c")
+        assert (r.state("a"), r.state("b"), r.state("c")) == ("READY", "COLD", "READY")
+        lease.release()
+        using.release()
+
+
+async def test_a_waiter_gets_its_room_when_the_use_ends(tmp_path: Path) -> None:
+    async with rig(tmp_path, budget=MB, min_resident_seconds=0) as r:
+        await r.add("a")
+        await r.add("b")
+        using = await r.service.acquire("a")
+        waiter = asyncio.ensure_future(r.service.acquire("b"))
+        await r.until(lambda: "in use" in r.reason("b"))
+        using.release()
+        (await waiter).release()
+        assert r.state("a") == "COLD"
+
+
+async def test_a_request_in_flight_is_waited_for_before_the_unload(tmp_path: Path) -> None:
+    async with rig(tmp_path) as r:
+        await r.add("a")
+        using = await r.service.acquire("a")
+        unload = asyncio.ensure_future(r.service.unload("a"))
+        await r.is_("a", "DRAINING")
+        assert r.service.try_acquire("a") is None
+        assert r.runtime.count("unload") == 0
+        using.release()
+        await unload
+        assert r.state("a") == "COLD"
+
+
+async def test_who_leaves_is_not_loaded_for(tmp_path: Path) -> None:
+    async with rig(tmp_path, budget=MB) as r:
+        await r.add("a")
+        using = await r.service.acquire("a")
+        await r.add("b")
+        waiter = asyncio.ensure_future(r.service.acquire("b"))
+        await r.is_("b", "QUEUED")
+        waiter.cancel()
+        await r.is_("b", "COLD")
+        using.release()
+        assert r.runtime.count("load", "b") == 0
+        assert not r.engine.loop.world.tickets
+
+
+async def test_a_lease_granted_to_one_who_just_left_is_given_back(tmp_path: Path) -> None:
+    async with rig(tmp_path) as r:
+        await r.add("a")
+        await r.service.unload("a")
+        held = r.runtime.hold("load", "a")
+        waiter = asyncio.ensure_future(r.service.acquire("a"))
+        await held.arrived.wait()
+        held.release()
+        while r.state("a") != "READY":
+            await asyncio.sleep(0)
+        waiter.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiter
+        assert r.service.model("a").in_flight == 0
+
+
+async def test_deadline_queue_and_size_are_told_apart(tmp_path: Path) -> None:
+    async with rig(tmp_path, budget=MB, max_queue_per_model=1, min_resident_seconds=0) as r:
+        await r.add("a")
+        await r.add("b")
+        await r.add("big", size=5 * MB)
+        using = await r.service.acquire("a")
+        with pytest.raises(NeverFits, match=r"5\.0 MB.*budget of 1\.0 MB"):
+            await r.service.acquire("big")
+        waiter = asyncio.ensure_future(r.service.acquire("b", deadline_s=10))
+        await r.is_("b", "QUEUED")
+        with pytest.raises(QueueFull):
+            await r.service.acquire("b")
+        r.advance(11)
+        with pytest.raises(DeadlinePassed) as passed:
+            await waiter
+        assert passed.value.retry_after_s and "in use" in passed.value.message
+        with pytest.raises(ModelNotFound):
+            await r.service.acquire("nobody")
+        using.release()
+
+
+async def test_a_rejected_model_fails_with_its_reason_and_is_retried_later(tmp_path: Path) -> None:
+    async with rig(tmp_path, retry_s=5) as r:
+        r.runtime.fail("load", LoadRejected("no such operator: Foo"), "a")
+        await r.add("a")
+        assert r.state("a") == "FAILED"
+        with pytest.raises(DriverError, match="Foo") as refused:
+            await r.service.acquire("a")
+        assert refused.value.retry_after_s == pytest.approx(5)
+        r.advance(6)
+        (await r.service.acquire("a")).release()
+        assert r.state("a") == "READY"
+
+
+async def test_a_driver_with_a_bug_fails_the_load_and_nothing_else(tmp_path: Path) -> None:
+    async with rig(tmp_path) as r:
+        r.runtime.fail("load", RuntimeError("boom"), "a")
+        await r.add("a")
+        assert r.state("a") == "FAILED" and "boom" in r.reason("a")
+        await r.add("b")
+        assert r.state("b") == "READY"
+
+
+async def test_a_load_that_never_ends_is_given_up(tmp_path: Path) -> None:
+    async with rig(tmp_path, load_timeout_s=60) as r:
+        held = r.runtime.hold("load", "a")
+        r.drop("a", size=MB)
+        await held.arrived.wait()
+        waiter = asyncio.ensure_future(r.service.acquire("a", deadline_s=500))
+        await r.until(lambda: r.service.model("a").waiting)
+        r.advance(61)
+        with pytest.raises(ModelFailed, match="60 s"):
+            await waiter
+        await r.is_("a", "FAILED")
+        assert held.cancelled and r.runtime.count("unload", "a") == 1
+
+
+async def test_a_crash_of_the_runtime_brings_back_what_was_wanted(tmp_path: Path) -> None:
+    async with rig(tmp_path) as r:
+        await r.add("used")
+        await r.add("idle")
+        await r.add("pinned")
+        await r.service.pin("pinned", True)
+        (await r.service.acquire("used")).release()
+        r.engine.loop.tick()
+        r.crash()
+        await r.until(lambda: r.state("runtime") == "-" and r.runtime.starts == 1 and r.state("idle") == "FAILED")
+        assert r.service.try_acquire("used") is None
+        r.advance(2)
+        await r.until(lambda: r.runtime.starts == 2)
+        r.advance(2)
+        await r.is_("used", "READY")
+        await r.is_("pinned", "READY")
+        assert r.state("idle") in ("FAILED", "COLD")
+        (await r.service.acquire("idle")).release()
+
+
+async def test_requests_that_wait_survive_a_crash_in_mid_load(tmp_path: Path) -> None:
+    async with rig(tmp_path) as r:
+        await r.add("a")
+        await r.service.unload("a")
+        held = r.runtime.hold("load", "a")
+        waiter = asyncio.ensure_future(r.service.acquire("a"))
+        await held.arrived.wait()
+        r.crash()
+        for _ in range(3):
+            await r.until(lambda: not r.engine.loop._running)
+            await asyncio.sleep(0.01)
+            r.advance(3)
+        (await asyncio.wait_for(waiter, 5)).release()
+
+
+async def test_a_restart_adopts_what_is_loaded_and_reloads_nothing(tmp_path: Path) -> None:
+    runtime = FakeRuntime()
+    async with rig(tmp_path, runtime=runtime) as r:
+        for name in ("a", "b"):
+            await r.add(name)
+        await r.service.pin("b", True)
+        await r.add("cold", size=MB)
+        await r.service.unload("cold")
+    assert runtime.models.keys() == {"a", "b"}
+    async with rig(tmp_path, runtime=runtime) as again:
+        await again.is_("a", "RECOVERING")
+        await again.look()
+        await again.is_("a", "READY")
+        await again.is_("b", "READY")
+        await again.is_("cold", "COLD")
+        assert runtime.count("load") == 3 and runtime.starts == 1
+        assert again.service.model("b").pinned
+        assert "adopted" in again.reason("a")
+        assert again.service.status().devices[0].booked_bytes == 2 * MB
+
+
+async def test_losing_everything_but_the_repository_costs_only_estimates(tmp_path: Path) -> None:
+    runtime = FakeRuntime()
+    async with rig(tmp_path, runtime=runtime) as r:
+        await r.add("a")
+    for file in (tmp_path / ".modelium").glob("*.json"):
+        file.unlink()
+    async with rig(tmp_path, runtime=runtime) as again:
+        await again.is_("a", "COLD")
+        await again.look()
+        await again.is_("a", "READY")
+        assert runtime.count("load") == 1
+
+
+async def test_changed_files_are_loaded_while_the_old_serve(tmp_path: Path) -> None:
+    async with rig(tmp_path) as r:
+        await r.add("a")
+        held = r.runtime.hold("load", "a")
+        (tmp_path / "repository/a/1/model").write_text(json.dumps({"size": MB, "new": 1}))
+        await r.engine.catalog.look("a", settled=True)
+        await held.arrived.wait()
+        lease = r.service.try_acquire("a")
+        assert lease is not None
+        lease.release()
+        assert r.service.status().devices[0].booked_bytes == 2 * MB
+        held.release()
+        await r.until(lambda: r.service.model("a").loaded_revision == r.service.model("a").revision)
+        assert r.runtime.count("unload") == 0 and r.service.status().devices[0].booked_bytes == MB
+
+
+async def test_changed_files_that_do_not_load_leave_the_old_serving(tmp_path: Path) -> None:
+    async with rig(tmp_path) as r:
+        await r.add("a")
+        r.runtime.fail("load", LoadRejected("broken"), "a")
+        (tmp_path / "repository/a/1/model").write_text(json.dumps({"size": MB, "new": 1}))
+        await r.engine.catalog.look("a", settled=True)
+        await r.until(lambda: "broken" in r.reason("a"))
+        assert r.state("a") == "READY" and r.service.try_acquire("a") is not None
+        loads = r.runtime.count("load")
+        r.advance(100)
+        assert r.runtime.count("load") == loads
+
+
+async def test_a_removed_folder_is_unloaded_and_forgotten(tmp_path: Path) -> None:
+    async with rig(tmp_path) as r:
+        await r.add("a")
+        place = await r.service.remove("a")
+        assert place == tmp_path / "trash/a" and (place / "1/model").exists()
+        await r.until(lambda: r.state("a") == "-")
+        assert "a" not in r.runtime.models and r.engine.usage.get("a") is None
+        await r.add("b")
+        (tmp_path / "repository/b").rename(tmp_path / "elsewhere")
+        await r.until(lambda: r.state("b") == "-")
+        assert "b" not in r.runtime.models
+
+
+async def test_a_rescan_never_undoes_an_eviction(tmp_path: Path) -> None:
+    async with rig(tmp_path) as r:
+        await r.add("a")
+        await r.service.unload("a")
+        loads = r.runtime.count("load")
+        await r.engine.catalog.read()
+        await r.engine.ingest.read()  # type: ignore[union-attr]
+        r.engine.loop.tick()
+        assert r.state("a") == "COLD" and r.runtime.count("load") == loads
+
+
+async def test_bad_drops_are_kept_out_and_kept(tmp_path: Path) -> None:
+    async with rig(tmp_path) as r:
+        await r.add("a")
+        for name, toy, why in (
+            ("my model", {}, "letters"),
+            ("..hidden", {}, "letters"),
+            ("evil", {"bad": "it asks for os.system"}, "os.system"),
+            ("a", {}, "there already"),
+        ):
+            if name.startswith("."):
+                continue
+            r.drop(name, **toy)
+            await r.is_(f"quarantine/{name}", "INVALID")
+            assert why in r.reason(f"quarantine/{name}")
+            assert (tmp_path / "quarantine" / name).exists()
+        (tmp_path / "incoming/notes.txt").write_text("hello")
+        await r.is_("quarantine/notes.txt", "INVALID")
+        assert r.runtime.count("load") == 1
+    async with rig(tmp_path) as again:
+        await again.is_("quarantine/evil", "INVALID")
+        await again.service.remove("quarantine/evil")
+        assert again.state("quarantine/evil") == "-" and (tmp_path / "trash/evil").exists()
+
+
+async def test_a_half_drop_waits_for_the_rest(tmp_path: Path) -> None:
+    async with rig(tmp_path) as r:
+        place = r.drop("a", whole=False)
+        await r.until(lambda: "half of it" in r.reason("incoming/a"))
+        assert r.state("incoming/a") == "DISCOVERED"
+        place.write_text(json.dumps({"whole": True}))
+        await r.is_("a", "READY")
+
+
+async def test_a_pickled_drop_is_converted_and_the_original_kept(tmp_path: Path) -> None:
+    async with rig(tmp_path) as r:
+        r.drop("a.bin", pickled=True)
+        await r.is_("a", "READY")
+        assert json.loads((tmp_path / "repository/a/1/model").read_text())["pickled"] is False
+        assert json.loads((tmp_path / "trash/a.bin").read_text())["pickled"] is True
+
+
+async def test_an_unwritable_repository_leaves_the_drop_where_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with rig(tmp_path) as r:
+
+        def full(*args: object) -> None:
+            raise OSError(28, "No space left on device", "x")
+
+        monkeypatch.setattr("modelium.engine.repository.Repository._arrange", full)
+        place = r.drop("a", size=MB)
+        await r.is_("incoming/a", "INVALID")
+        assert "disk is full" in r.reason("incoming/a") and place.exists()
+        monkeypatch.undo()
+        r.engine.ingest.noticed("a")  # type: ignore[union-attr]
+        await r.is_("a", "READY")
+
+
+async def test_what_a_cut_off_installation_took_is_brought_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with rig(tmp_path) as r:
+
+        def killed(*args: object) -> None:
+            raise SystemExit  # the rename into place never comes, and neither does the undoing
+
+        monkeypatch.setattr("modelium.engine.repository._undo", lambda staging: None)
+        monkeypatch.setattr("modelium.engine.repository.os.rename", _rename_but_into(tmp_path / "repository"))
+        r.drop("a", size=MB)
+        await r.until(lambda: not (tmp_path / "incoming/a").exists())
+    monkeypatch.undo()
+    async with rig(tmp_path) as again:
+        await again.is_("a", "READY")
+
+
+def _rename_but_into(folder: Path):  # type: ignore[no-untyped-def]
+    import os
+
+    real = os.rename
+
+    def rename(source: object, target: object) -> None:
+        if str(target).startswith(str(folder)):
+            raise OSError(5, "Input/output error", str(target))
+        real(source, target)  # type: ignore[arg-type]
+
+    return rename
+
+
+async def test_models_that_somebody_else_loads_or_unloads(tmp_path: Path) -> None:
+    async with rig(tmp_path) as r:
+        await r.add("a")
+        await r.add("b")
+        await r.service.unload("b")
+        r.runtime.put("foreign", {"cpu:0": MB})
+        r.runtime.put("b", {"cpu:0": MB})
+        del r.runtime.models["a"]
+        await r.look()
+        assert r.state("b") == "READY" and r.state("a") == "FAILED"
+        assert r.service.status().runtimes[0].foreign_models == ("foreign",)
+        r.advance(2)
+        (await r.service.acquire("a")).release()
+
+
+async def test_contact_lost_and_regained(tmp_path: Path) -> None:
+    async with rig(tmp_path) as r:
+        await r.add("a")
+        r.runtime.lose_contact()
+        await r.engine.runtimes.observe("fake")
+        await r.engine.runtimes.observe("fake")
+        assert r.service.status().runtimes[0].state == "CRASHED"
+        r.runtime.regain_contact()
+        r.advance(10)
+        await r.is_("a", "READY")
+        assert r.runtime.count("load") == 1  # it was adopted
+
+
+async def test_growth_over_the_limit_makes_idle_models_go(tmp_path: Path) -> None:
+    async with rig(tmp_path, budget=4 * MB, min_resident_seconds=0) as r:
+        await r.add("a")
+        await r.add("b")
+        r.clock.now += 1
+        (await r.service.acquire("b")).release()
+        r.runtime.put("b", {"cpu:0": 4 * MB})
+        await r.look()
+        r.advance(11)
+        await r.is_("a", "COLD")
+        assert r.state("b") == "READY"
+
+
+async def test_idle_models_go_after_twice_the_threshold(tmp_path: Path) -> None:
+    async with rig(tmp_path, evict_after_idle_seconds=100, always_loaded=["keep-*"]) as r:
+        await r.add("a")
+        await r.add("keep-b")
+        (await r.service.acquire("a")).release()
+        r.advance(150)
+        assert r.state("a") == "READY"
+        r.advance(100)
+        await r.is_("a", "COLD")
+        assert r.state("keep-b") == "READY"
+
+
+async def test_what_would_happen_is_told_and_not_done(tmp_path: Path) -> None:
+    async with rig(tmp_path, budget=2 * MB, min_resident_seconds=0) as r:
+        await r.add("a")
+        await r.add("b")
+        outside = tmp_path / "new"
+        outside.write_text(json.dumps({"size": 2 * MB}))
+        before = r.engine.loop.world
+        told = await r.service.plan(outside)
+        assert told.would_load is False and told.would_evict == ("a", "b") and told.refused is None
+        assert r.engine.loop.world is before and outside.exists()
+        outside.write_text(json.dumps({"size": 3 * MB}))
+        told = await r.service.plan(outside)
+        assert told.refused is not None and "never fit" in told.refused
+
+
+async def test_why_is_told(tmp_path: Path) -> None:
+    async with rig(tmp_path) as r:
+        await r.add("a")
+        told = r.service.explain("a")
+        assert [t.after for t in told.transitions] == ["COLD", "QUEUED", "LOADING", "READY"]
+        assert told.measured is not None and told.measured.memory_bytes == MB and told.model.plan is not None
+        assert "holds 1.0 MB on cpu:0" in told.room
+        checks = await r.service.check()
+        assert all(c.ok for c in checks if not c.name.startswith("disk")), checks
+
+
+async def test_a_repository_of_somebody_else_is_not_written_to(tmp_path: Path) -> None:
+    theirs = tmp_path / "theirs"
+    for name in ("m1", "m2"):
+        (theirs / name / "1").mkdir(parents=True)
+        (theirs / name / "1/x.toy").write_text(json.dumps({"size": MB}))
+
+    def listing() -> list[tuple[str, int]]:
+        return sorted((str(p), p.stat().st_mtime_ns) for p in theirs.rglob("*"))
+
+    before = listing()
+    async with rig(tmp_path / "root", repository=theirs) as r:
+        await r.is_("m1", "COLD")
+        (await r.service.acquire("m1")).release()
+        assert r.state("m2") == "COLD"
+    assert listing() == before
+
+
+async def test_stopping_answers_who_waits(tmp_path: Path) -> None:
+    async with rig(tmp_path, budget=MB) as r:
+        await r.add("a")
+        await r.add("b")
+        using = await r.service.acquire("a")
+        waiter = asyncio.ensure_future(r.service.acquire("b"))
+        await r.is_("b", "QUEUED")
+    with pytest.raises(DriverError, match="stopping"):
+        await waiter
+    using.release()
+
+
+async def test_the_feed_shows_transitions(tmp_path: Path) -> None:
+    async with rig(tmp_path) as r, r.service.subscribe() as feed:
+        await r.add("a")
+        seen = []
+        async for event in feed:
+            if event.kind == "transition" and event.subject == "a":
+                seen.append(event.data["after"])
+            if seen and seen[-1] == "READY":
+                break
+        assert seen == ["COLD", "QUEUED", "LOADING", "READY"]

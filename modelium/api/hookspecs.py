@@ -100,7 +100,8 @@ class ModeliumSpec:
 
     @hookspec
     def modelium_brains(self, settings: dict[str, Any]) -> Iterable[Brain] | None:
-        """Offer brains; the configuration's `brain: {name: ...}` chooses one, and `settings` is that section.
+        """Offer brains; the configuration's `brain: {name: ...}` chooses one, and `settings` is that section
+        without `name`.
 
         Example:
 
@@ -126,7 +127,8 @@ class ModeliumSpec:
 
     @hookspec
     def modelium_eviction_policies(self, settings: dict[str, Any]) -> Iterable[EvictionPolicy] | None:
-        """Offer eviction policies; the configuration's `eviction: {name: ...}` chooses one.
+        """Offer eviction policies; the configuration's `eviction: {name: ...}` chooses one, and
+        `settings` is that section without `name`.
 
         Example:
 

@@ -1,0 +1,177 @@
+"""For the tests of drivers: a contract that every driver keeps. The fakes come with it.
+
+Importing this needs pytest and pytest-asyncio; `modelium.api.fakes` needs neither.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import pytest
+import pytest_asyncio
+
+from modelium.api.driver import RuntimeDriver
+from modelium.api.fakes import FakeBackend, FakeDriver, FakeProcesses, FakeRuntime, Held, load_request, silent
+from modelium.api.types import LoadRequest, ObservedModel
+from modelium.errors import LoadRejected, RuntimeUnavailable
+
+__all__ = [
+    "DriverContract",
+    "FakeBackend",
+    "FakeDriver",
+    "FakeProcesses",
+    "FakeRuntime",
+    "Held",
+    "eventually",
+    "load_request",
+    "silent",
+]
+
+
+async def eventually(check: Callable[[], Awaitable[bool]], what: str, bound_s: float = 60) -> None:
+    """Ask again and again until `check` says yes; fail with `what` after `bound_s` seconds."""
+    async with asyncio.timeout(bound_s) as bound:
+        try:
+            while not await check():
+                await asyncio.sleep(0.05)
+        except asyncio.CancelledError:
+            if bound.expired():
+                pytest.fail(f"not within {bound_s} s: {what}")
+            raise
+
+
+@pytest.mark.asyncio
+class DriverContract:
+    """What the engine relies on in every driver. Subclass it as `TestX` and give it these fixtures:
+
+    - `make_driver`: a function that makes a driver; all that it makes talk to the same runtime (the same context);
+    - `good_model`, `another_model`: `LoadRequest`s of two models that load;
+    - `bad_model`: one that the runtime refuses;
+    - `slow_model`: one whose load takes long enough to be cancelled, a few seconds;
+    - `crash`: a function that ends the runtime with all its models, as `kill -9` would.
+
+    Fixtures must end the runtime's processes when they are done with it.
+    """
+
+    @pytest_asyncio.fixture
+    async def driver(self, make_driver: Callable[[], RuntimeDriver]) -> AsyncIterator[RuntimeDriver]:
+        driver = make_driver()
+        await driver.start()
+        yield driver
+        await driver.start()
+        for model in (await driver.observe()).models:
+            await driver.unload(model.name)
+        await driver.close()
+
+    async def held(self, driver: RuntimeDriver, name: str) -> ObservedModel | None:
+        """The model as the runtime shows it, None when it is not there."""
+        return next((m for m in (await driver.observe()).models if m.name == name), None)
+
+    async def test_start_twice_is_one_runtime(self, driver: RuntimeDriver) -> None:
+        first, second = await driver.start(), await driver.start()
+        assert first.instance == second.instance
+        assert second.adopted
+        assert second.endpoints
+
+    async def test_load_shows_and_unload_removes(self, driver: RuntimeDriver, good_model: LoadRequest) -> None:
+        outcome = await driver.load(good_model, silent)
+        assert all(size > 0 for size in outcome.memory.values())
+        shown = await self.held(driver, good_model.name)
+        assert shown is not None and shown.ready
+        await driver.unload(good_model.name)
+        assert await self.held(driver, good_model.name) is None
+
+    async def test_load_twice(self, driver: RuntimeDriver, good_model: LoadRequest) -> None:
+        await driver.load(good_model, silent)
+        await driver.load(good_model, silent)
+        shown = await self.held(driver, good_model.name)
+        assert shown is not None and shown.ready
+
+    async def test_unload_of_the_unknown_is_no_error(self, driver: RuntimeDriver) -> None:
+        outcome = await driver.unload("nobody-loaded-this")
+        assert not outcome.residue
+
+    async def test_bad_model_is_rejected_with_a_reason(self, driver: RuntimeDriver, bad_model: LoadRequest) -> None:
+        with pytest.raises(LoadRejected) as caught:
+            await driver.load(bad_model, silent)
+        assert caught.value.message
+        shown = await self.held(driver, bad_model.name)
+        assert shown is None or not shown.ready
+
+    async def test_a_bad_model_leaves_the_others_alone(
+        self, driver: RuntimeDriver, good_model: LoadRequest, bad_model: LoadRequest
+    ) -> None:
+        await driver.load(good_model, silent)
+        with pytest.raises(LoadRejected):
+            await driver.load(bad_model, silent)
+        shown = await self.held(driver, good_model.name)
+        assert shown is not None and shown.ready
+
+    async def test_two_at_once(
+        self, driver: RuntimeDriver, good_model: LoadRequest, another_model: LoadRequest
+    ) -> None:
+        await asyncio.gather(driver.load(good_model, silent), driver.load(another_model, silent))
+        ready = {m.name for m in (await driver.observe()).models if m.ready}
+        assert {good_model.name, another_model.name} <= ready
+        await asyncio.gather(driver.unload(good_model.name), driver.unload(another_model.name))
+        left = {m.name for m in (await driver.observe()).models}
+        assert not left & {good_model.name, another_model.name}
+
+    async def test_cancelled_load_leaves_nothing(self, driver: RuntimeDriver, slow_model: LoadRequest) -> None:
+        task = asyncio.create_task(driver.load(slow_model, silent))
+
+        async def loading() -> bool:
+            return await self.held(driver, slow_model.name) is not None
+
+        await eventually(loading, f"{slow_model.name} shows while it loads")
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert await self.held(driver, slow_model.name) is None
+
+    async def test_a_new_driver_adopts(
+        self, driver: RuntimeDriver, make_driver: Callable[[], RuntimeDriver], good_model: LoadRequest
+    ) -> None:
+        before = await driver.start()
+        await driver.load(good_model, silent)
+        await driver.close()
+        second = make_driver()
+        info = await second.start()
+        assert info.adopted and info.instance == before.instance
+        shown = await self.held(second, good_model.name)
+        assert shown is not None and shown.ready
+        await second.close()
+
+    async def test_crash_is_told_and_a_start_is_a_new_instance(
+        self, driver: RuntimeDriver, crash: Callable[[], None], good_model: LoadRequest
+    ) -> None:
+        before = await driver.start()
+        await driver.load(good_model, silent)
+        crash()
+        with pytest.raises(RuntimeUnavailable):
+            await driver.observe()
+        with pytest.raises(RuntimeUnavailable):
+            await driver.load(good_model, silent)
+        after = await driver.start()
+        assert after.instance != before.instance and not after.adopted
+        assert await self.held(driver, good_model.name) is None
+        await driver.load(good_model, silent)
+
+    async def test_crash_in_mid_load(
+        self, driver: RuntimeDriver, crash: Callable[[], None], slow_model: LoadRequest
+    ) -> None:
+        task = asyncio.create_task(driver.load(slow_model, silent))
+
+        async def loading() -> bool:
+            return await self.held(driver, slow_model.name) is not None
+
+        await eventually(loading, f"{slow_model.name} shows while it loads")
+        crash()
+        with pytest.raises(RuntimeUnavailable):
+            await task
+
+    async def test_logs(self, driver: RuntimeDriver, good_model: LoadRequest) -> None:
+        await driver.load(good_model, silent)
+        assert len(driver.logs(None, 5)) <= 5
+        assert any(good_model.name in line for line in driver.logs(good_model.name, 50))

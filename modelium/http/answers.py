@@ -1,0 +1,146 @@
+"""How errors reach clients: each surface in its own protocol's shape, with one status for each code.
+
+Nothing that a client sends or a plugin does makes a traceback on the wire: what nobody expected is logged once, under
+a request id that the client is given.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import math
+import secrets
+from collections.abc import Awaitable, Callable, Mapping
+from http import HTTPStatus
+from typing import Any
+
+from aiohttp import web
+
+from modelium.errors import ModeliumError
+
+log = logging.getLogger(__name__)
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+STATUS: Mapping[str, int] = {
+    "bad_request": 400,
+    "capacity": 503,
+    "config": 500,
+    "deadline_passed": 503,
+    "driver": 502,
+    "forbidden": 403,
+    "internal": 500,
+    "load_rejected": 503,
+    "load_timeout": 503,
+    "model_conflict": 409,
+    "model_failed": 503,
+    "model_invalid": 400,
+    "model_not_found": 404,
+    "never_fits": 507,  # Insufficient Storage: unlike 503 it does not invite to try again
+    "not_supported": 501,
+    "plugin": 500,
+    "queue_full": 429,
+    "runtime_unavailable": 503,
+    "too_large": 413,
+    "upstream_failed": 502,
+}
+"""By `ModeliumError.code`; a code that is not here is 500."""
+
+RETRY_AFTER_S: Mapping[str, float] = {"queue_full": 1.0, "deadline_passed": 5.0, "runtime_unavailable": 1.0}
+"""For codes after which asking again helps, where the error itself says no time."""
+
+
+class BadRequest(ModeliumError):
+    """The request is not what it must be."""
+
+    code = "bad_request"
+
+
+class NotSupported(ModeliumError):
+    """The request is right, and nothing here can answer it."""
+
+    code = "not_supported"
+
+
+class UpstreamFailed(ModeliumError):
+    """The runtime took a request and did not answer it; it is not sent again, since it may have been worked on."""
+
+    code = "upstream_failed"
+
+
+def json_answer(
+    value: Any, status: int = 200, headers: Mapping[str, str] | None = None, default: Callable[[Any], Any] = str
+) -> web.Response:
+    body = json.dumps(value, default=default, ensure_ascii=False).encode()
+    return web.Response(body=body, status=status, headers=headers, content_type="application/json")
+
+
+def kserve_shape(error: ModeliumError) -> Any:
+    """As Triton answers: `{"error": "..."}`."""
+    return {"error": error.message}
+
+
+def own_shape(error: ModeliumError) -> Any:
+    return {"error": error.as_dict()}
+
+
+SHAPES: list[tuple[str, Callable[[ModeliumError], Any]]] = [("/v2", kserve_shape), ("/", own_shape)]
+"""The shape of errors by the beginning of the path; the first that fits."""
+
+
+def error_answer(request: web.Request, error: ModeliumError, status: int | None = None) -> web.Response:
+    """`error` in the shape of the protocol that `request` speaks."""
+    shape = next(shape for prefix, shape in SHAPES if request.path.startswith(prefix) or prefix == "/")
+    headers = {}
+    retry_after_s = error.retry_after_s if error.retry_after_s is not None else RETRY_AFTER_S.get(error.code)
+    if retry_after_s is not None:
+        headers["Retry-After"] = str(max(1, math.ceil(retry_after_s)))
+    return json_answer(shape(error), status or STATUS.get(error.code, 500), headers)
+
+
+@web.middleware
+async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Turn whatever a handler raises into an answer."""
+    try:
+        return await handler(request)
+    except ModeliumError as exc:
+        failure, status = exc, None
+    except web.HTTPException as exc:
+        if exc.status < 400:
+            raise
+        failure, status = _http_error(request, exc), exc.status
+    except (ConnectionError, asyncio.CancelledError):
+        raise  # the client is gone
+    except Exception:
+        request_id = secrets.token_hex(8)
+        log.exception("request %s (%s %s) failed unexpectedly", request_id, request.method, request.path)
+        failure = ModeliumError(
+            f"something went wrong inside Modelium; its log tells more under request {request_id}",
+            request_id=request_id,
+        )
+        status = 500
+    if request.writer.output_size:  # the answer was under way: only breaking it off is honest
+        if request.transport is not None:
+            request.transport.abort()
+        raise ConnectionResetError(failure.message)
+    answer = error_answer(request, failure, status)
+    if status == 405 and isinstance(failure.fields.get("allowed"), list):
+        answer.headers["Allow"] = ", ".join(failure.fields["allowed"])
+    return answer
+
+
+def _http_error(request: web.Request, exc: web.HTTPException) -> ModeliumError:
+    """aiohttp's own refusals, in words of ours."""
+    if isinstance(exc, web.HTTPNotFound):
+        return ModeliumError(f"there is nothing at {request.path}; GET / lists what there is", code="not_found")
+    if isinstance(exc, web.HTTPMethodNotAllowed):
+        allowed = sorted(exc.allowed_methods)
+        return ModeliumError(
+            f"{request.path} takes {' or '.join(allowed)}, not {request.method}",
+            code="method_not_allowed",
+            allowed=allowed,
+        )
+    if isinstance(exc, web.HTTPRequestEntityTooLarge):
+        return ModeliumError(f"the request's body is too large: {exc.text}", code="too_large")
+    return ModeliumError(exc.text or HTTPStatus(exc.status).phrase, code="http")

@@ -1,0 +1,107 @@
+"""The HTTP surface put together, and how it is served."""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
+
+from modelium.errors import ConfigError
+from modelium.http.admin import Admin
+from modelium.http.answers import errors
+from modelium.http.guard import make_guard
+from modelium.http.inference import Inference
+from modelium.http.kserve import KServe
+from modelium.http.metrics import Metrics
+from modelium.http.predict import Predict
+from modelium.http.settings import HttpSettings
+from modelium.http.streams import Streams
+from modelium.http.upstream import Upstream
+
+if TYPE_CHECKING:
+    from modelium.engine.service import Service
+
+log = logging.getLogger(__name__)
+
+MAX_HEADER_BYTES = 64 * 1024
+"""Of one header or of the request line; longer ones are answered 400 by the parser."""
+
+
+def build_app(service: Service, settings: HttpSettings | None = None) -> web.Application:
+    """The whole surface over `service`. To be served by `serving`, which sets what an application can't."""
+    settings = settings or HttpSettings()
+    upstream, streams = Upstream(settings), Streams()
+    admin = Admin(service, settings)
+    app = web.Application(middlewares=[errors, make_guard(settings)], client_max_size=settings.max_json_bytes)
+    app.add_routes(KServe(service, settings, upstream, streams).routes())
+    app.add_routes(Predict(service, settings, Inference(upstream, streams)).routes())
+    app.add_routes(admin.routes())
+    if settings.metrics:
+        app.add_routes(Metrics(service).routes())
+
+    async def clients(app: web.Application) -> AsyncIterator[None]:
+        await upstream.open()
+        yield
+        await upstream.close()
+        await streams.close()
+
+    app.cleanup_ctx.append(clients)
+    app.on_shutdown.append(admin.close_feeds)
+    return app
+
+
+@asynccontextmanager
+async def serving(
+    app: web.Application, host: str, port: int, *, keepalive_s: float = 3600.0, grace_s: float = 10.0
+) -> AsyncIterator[tuple[str, int]]:
+    """Serve `app` while the context lasts; gives the address bound, of use where `port` is 0.
+
+    At the end new connections are refused, requests under way get `grace_s` seconds, and what is left is broken off.
+    An idle client's connection is kept for `keepalive_s`: long, so that clients' pools hardly ever meet a closed one.
+    Raises `ConfigError` when the address can't be bound.
+    """
+    runner = web.AppRunner(
+        app,
+        access_log=None,
+        logger=_ServerLog(log),
+        auto_decompress=False,  # bodies are passed on as they come
+        handler_cancellation=True,  # who leaves stops waiting, and the runtime stops working for nobody
+        keepalive_timeout=keepalive_s,
+        max_line_size=MAX_HEADER_BYTES,
+        max_field_size=MAX_HEADER_BYTES,
+        shutdown_timeout=grace_s,
+    )
+    await runner.setup()
+    try:
+        site = web.TCPSite(runner, host, port, backlog=1024)
+        try:
+            await site.start()
+        except OSError as exc:
+            raise ConfigError(_cannot_bind(exc, host, port), host=host, port=port) from exc
+        address = runner.addresses[0]
+        yield address[0], address[1]
+    finally:
+        await runner.cleanup()
+
+
+class _ServerLog(logging.LoggerAdapter[logging.Logger]):
+    """Takes a malformed request for what it is: one quiet line, where aiohttp would log an error with a traceback."""
+
+    def exception(self, msg: object, *args: object, exc_info: Any = True, **kwargs: Any) -> None:
+        if isinstance(exc_info, HttpProcessingError):
+            self.info("a malformed request was refused: %s", exc_info.message.partition("\n")[0])
+        else:
+            super().exception(msg, *args, exc_info=exc_info, **kwargs)
+
+
+def _cannot_bind(exc: OSError, host: str, port: int) -> str:
+    if exc.errno == errno.EADDRINUSE:
+        return f"port {port} on {host} is in use: end what uses it, or choose another with --port"
+    if exc.errno == errno.EACCES:
+        return f"port {port} may not be bound by this user: choose one from 1024 up with --port"
+    return f"{host}:{port} can't be bound ({exc.strerror or exc}): is the address one of this machine?"

@@ -1,0 +1,76 @@
+"""Inference that is asked for here rather than passed on, over whichever protocol answers for the model."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+from urllib.parse import quote
+
+from modelium.api import Tensor
+from modelium.engine.admission import Lease
+from modelium.http.admission import GRPC, HTTP, endpoint
+from modelium.http.answers import UpstreamFailed
+from modelium.http.streams import InferenceFailed, Streams, join
+from modelium.http.tensors import InferRequest, InferResponse, decode_response, encode_request
+from modelium.http.upstream import HEADER_LENGTH, Upstream
+
+
+class Inference:
+    """Asks runtimes. All methods raise `InferenceFailed` with the status and words of the runtime's own error."""
+
+    def __init__(self, upstream: Upstream, streams: Streams):
+        self._upstream = upstream
+        self._streams = streams
+
+    async def infer(self, lease: Lease, request: InferRequest) -> InferResponse:
+        """The answer to `request`; that of a decoupled model put together out of its pieces."""
+        if lease.decoupled and GRPC in lease.endpoints:
+            return join(lease.model, await self._streams.infer(lease.endpoints[GRPC], lease.model, "", request))
+        request.binary_output = True
+        body, header_length = encode_request(request)
+        url = f"{_url(lease)}/infer"
+        status, headers, answer = await self._upstream.ask(
+            "POST", url, lease.model, body=body, header_length=header_length
+        )
+        if status != 200:
+            raise _failed(status, answer)
+        length = headers.get(HEADER_LENGTH)
+        return decode_response(answer, int(length) if length is not None else None)
+
+    async def signature(self, lease: Lease) -> tuple[list[Tensor], list[Tensor]]:
+        """The model's inputs and outputs, by its metadata; which inputs are optional, that does not tell."""
+        metadata = await self._get(lease, "")
+        return [_tensor(value) for value in metadata["inputs"]], [_tensor(value) for value in metadata["outputs"]]
+
+    async def optional_inputs(self, lease: Lease) -> frozenset[str]:
+        """Names of inputs that may be left out, where the runtime tells by Triton's model configuration."""
+        try:
+            config = await self._get(lease, "/config")
+        except InferenceFailed:
+            return frozenset()
+        return frozenset(value["name"] for value in config.get("input", []) if value.get("optional"))
+
+    async def _get(self, lease: Lease, what: str) -> Any:
+        status, _, answer = await self._upstream.ask("GET", _url(lease) + what, lease.model)
+        if status != 200:
+            raise _failed(status, answer)
+        try:
+            return json.loads(answer)
+        except ValueError as exc:
+            raise UpstreamFailed(f"the runtime of {lease.model} answered with no JSON: {answer[:80]!r}") from exc
+
+
+def _url(lease: Lease) -> str:
+    return f"{endpoint(lease, HTTP)}/v2/models/{quote(lease.model, safe='')}"
+
+
+def _tensor(value: dict[str, Any]) -> Tensor:
+    return Tensor(name=value["name"], datatype=value["datatype"], shape=tuple(value["shape"]))
+
+
+def _failed(status: int, answer: bytes) -> InferenceFailed:
+    try:
+        message = str(json.loads(answer)["error"])
+    except (ValueError, KeyError, TypeError):
+        message = answer[:500].decode("utf-8", "replace") or f"status {status} without a word"
+    return InferenceFailed(message, status)

@@ -1,0 +1,288 @@
+"""KServe v2 over HTTP with Triton's extensions, so that a client written for Triton works by changing nothing.
+
+What is bound to a model is passed to the model's runtime, which is loaded first when it has to be, and its answer is
+passed back byte for byte. What is about all models (index, statistics, load and unload) is answered here. Two answers
+differ from Triton's on purpose:
+
+- A model that is not loaded counts as ready when a request would load it, so that clients that wait for readiness
+  before they ask don't wait for ever. `x-modelium-state` tells its state, as does the repository index.
+- A request that Triton can't parse is 400 rather than 500, since it is the client's fault.
+
+Asking for readiness or statistics is no use of a model: a dashboard keeps nothing loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from aiohttp import web
+
+import modelium
+from modelium.api import RuntimeInfo
+from modelium.core.states import RuntimeState, State
+from modelium.engine.admission import Lease
+from modelium.errors import ModeliumError, ModelNotFound, RuntimeUnavailable
+from modelium.http.admin import views
+from modelium.http.admission import GRPC, HTTP, acquire, deadline_of, endpoint
+from modelium.http.answers import BadRequest, NotSupported, UpstreamFailed, error_answer, json_answer
+from modelium.http.bodies import header_length, read_body, read_object
+from modelium.http.settings import HttpSettings
+from modelium.http.streams import InferenceFailed, Streams, join
+from modelium.http.tensors import decode_request, encode_response
+from modelium.http.upstream import HEADER_LENGTH, StreamBroken, Upstream
+
+if TYPE_CHECKING:
+    from modelium.engine.service import Service
+
+EXTENSIONS = (
+    "classification", "sequence", "model_repository", "model_repository(unload_dependents)", "schedule_policy",
+    "model_configuration", "system_shared_memory", "cuda_shared_memory", "binary_tensor_data", "parameters",
+    "statistics", "trace", "logging",
+)  # fmt: skip
+
+INDEX_STATES: Mapping[str, str] = {
+    State.QUEUED: "LOADING",
+    State.LOADING: "LOADING",
+    State.RECOVERING: "LOADING",
+    State.READY: "READY",
+    State.DRAINING: "UNLOADING",
+    State.UNLOADING: "UNLOADING",
+}
+"""In Triton's words; every other state is UNAVAILABLE."""
+
+NOT_SERVABLE = frozenset({State.DISCOVERED, State.INVALID, State.FAILED})
+"""States in which a request would not be answered, now or after waiting."""
+
+_UNPARSABLE = b'{"error":"failed to parse the request JSON'
+"""How Triton's answer begins, under status 500, when a body is no JSON (seen on 2.51)."""
+
+_LOAD_REFUSED = frozenset({"load_rejected", "model_failed", "model_invalid"})
+
+
+class KServe:
+    """The routes under `/v2`."""
+
+    def __init__(self, service: Service, settings: HttpSettings, upstream: Upstream, streams: Streams):
+        self._service = service
+        self._settings = settings
+        self._upstream = upstream
+        self._streams = streams
+
+    def routes(self) -> list[web.RouteDef]:
+        get, post = web.get, web.post
+        model, version = "/v2/models/{model}", "/v2/models/{model}/versions/{version}"
+        routes = [
+            # the most used first: they are tried in turn
+            post(f"{model}/infer", self.infer),
+            post(f"{version}/infer", self.infer),
+            post(f"{model}/generate", self.forward),
+            post(f"{model}/generate_stream", self.forward),
+            get(f"{model}/ready", self.model_ready),
+            get("/v2", self.server),
+            get("/v2/health/live", self.live),
+            get("/v2/health/ready", self.ready),
+            get("/v2/models/stats", self.all_statistics),
+            get(model, self.forward),
+            get(f"{model}/config", self.forward),
+            get(f"{model}/stats", self.statistics),
+            post(f"{version}/generate", self.forward),
+            post(f"{version}/generate_stream", self.forward),
+            get(f"{version}/ready", self.model_ready),
+            get(version, self.forward),
+            get(f"{version}/config", self.forward),
+            get(f"{version}/stats", self.statistics),
+            post("/v2/repository/index", self.index),
+            post("/v2/repository/models/{model}/load", self.load),
+            post("/v2/repository/models/{model}/unload", self.unload),
+        ]
+        for method in (web.get, web.post):
+            routes.append(method(f"{model}/trace/setting", self.runtime_setting))
+            for area in ("systemsharedmemory", "cudasharedmemory", "trace", "logging"):
+                routes.append(method(f"/v2/{area}{{rest:(/.*)?}}", self.runtime_setting))
+        return routes
+
+    # ------------------------------------------------------------------ bound to a model
+
+    async def infer(self, request: web.Request) -> web.StreamResponse:
+        name = request.match_info["model"]
+        lease = await acquire(self._service, self._settings, request, name)
+        if lease.decoupled and GRPC in lease.endpoints:
+            return await self._held(lease, self._infer_decoupled(request, lease))
+        return await self._held(lease, self._passed(request, lease))
+
+    async def forward(self, request: web.Request) -> web.StreamResponse:
+        """Pass on to the model's runtime as it is."""
+        lease = await acquire(self._service, self._settings, request, request.match_info["model"])
+        return await self._held(lease, self._passed(request, lease))
+
+    async def _held(self, lease: Lease, answering: Any) -> web.StreamResponse:
+        """Await `answering`, then give the lease back with what became of it."""
+        ok = True  # also when the client leaves: that is no failure of the model's
+        try:
+            response: web.StreamResponse = await answering
+            ok = response.status < 500
+            return response
+        except (UpstreamFailed, RuntimeUnavailable, StreamBroken):
+            ok = False
+            self._service.poke(lease.runtime)
+            raise
+        finally:
+            lease.release(ok=ok)
+
+    async def _passed(self, request: web.Request, lease: Lease) -> web.StreamResponse:
+        response = await self._upstream.forward(request, endpoint(lease, HTTP), lease.model)
+        if response.status == 500 and isinstance(response, web.Response):
+            body = response.body
+            if isinstance(body, bytes) and body.startswith(_UNPARSABLE):
+                response.set_status(400)
+        return response
+
+    async def _infer_decoupled(self, request: web.Request, lease: Lease) -> web.StreamResponse:
+        wanted = decode_request(await read_body(request), header_length(request))
+        version = request.match_info.get("version", "")
+        try:
+            answers = await self._streams.infer(lease.endpoints[GRPC], lease.model, version, wanted)
+        except InferenceFailed as exc:
+            return error_answer(request, exc, exc.status)
+        body, length = encode_response(join(lease.model, answers), wanted)
+        if length is None:
+            return web.Response(body=body, content_type="application/json")
+        headers = {HEADER_LENGTH: str(length)}
+        return web.Response(body=body, headers=headers, content_type="application/octet-stream")
+
+    # ------------------------------------------------------------------ no use of a model
+
+    async def model_ready(self, request: web.Request) -> web.StreamResponse:
+        """200 when a request would be answered, if need be after a load; a version is asked of the runtime."""
+        try:
+            model = self._service.view(request.match_info["model"])
+        except ModelNotFound as exc:
+            return error_answer(request, exc, 400)
+        if model.state == State.READY and "version" in request.match_info:
+            return await self._upstream.forward(request, self._runtime_of(model.runtime), model.name)
+        headers = {"x-modelium-state": model.state}
+        if model.state in NOT_SERVABLE:
+            return json_answer({"error": f"{model.name} is {model.state}: {model.reason}"}, 400, headers)
+        return web.Response(headers=headers, content_type="text/plain")
+
+    async def statistics(self, request: web.Request) -> web.StreamResponse:
+        model = self._service.view(request.match_info["model"])
+        if model.state not in (State.READY, State.DRAINING):
+            raise BadRequest(f"{model.name} is {model.state}: only a loaded model has statistics")
+        return await self._upstream.forward(request, self._runtime_of(model.runtime), model.name)
+
+    async def all_statistics(self, request: web.Request) -> web.StreamResponse:
+        """What each runtime tells of its models, in one list."""
+        found: list[Any] = []
+        for info in self._runtimes():
+            status, _, body = await self._upstream.ask("GET", f"{info.endpoint(HTTP)}/v2/models/stats", info.name)
+            if status != 200:
+                raise UpstreamFailed(f"{info.name} answered {status} when asked for statistics: {body[:200]!r}")
+            found += json.loads(body)["model_stats"]
+        return json_answer({"model_stats": found})
+
+    async def runtime_setting(self, request: web.Request) -> web.StreamResponse:
+        """Shared memory, trace and logging belong to a runtime: passed on where there is no doubt which one."""
+        runtimes = self._runtimes()
+        if len(runtimes) != 1:
+            names = ", ".join(info.name for info in runtimes) or "none"
+            raise NotSupported(
+                f"{request.path} is a runtime's own, and passed on where exactly one runtime speaks {HTTP}; up are: "
+                f"{names}"
+            )
+        address = runtimes[0].endpoint(HTTP) or ""
+        return await self._upstream.forward(request, address, runtimes[0].name)
+
+    # ------------------------------------------------------------------ the server
+
+    async def server(self, request: web.Request) -> web.Response:
+        return json_answer({"name": "modelium", "version": modelium.__version__, "extensions": EXTENSIONS})
+
+    async def live(self, request: web.Request) -> web.Response:
+        return web.Response(content_type="text/plain")
+
+    async def ready(self, request: web.Request) -> web.Response:
+        return web.Response(status=200 if self._service.ready() else 400, content_type="text/plain")
+
+    # ------------------------------------------------------------------ the repository
+
+    async def index(self, request: web.Request) -> web.Response:
+        wanted = await read_object(request)
+        only_ready = wanted.get("ready", False)
+        if not isinstance(only_ready, bool):
+            raise BadRequest(f"expected 'ready' to be true or false, found {only_ready!r:.40}")
+        versions = await self._versions()
+        entries: list[dict[str, str]] = []
+        async for model in views(self._service):
+            state = INDEX_STATES.get(model.state, "UNAVAILABLE")
+            if "/" in model.name or (only_ready and state != "READY"):
+                continue  # a name with a slash is a drop that is no model yet
+            entry = {"name": model.name, "state": state}
+            if state != "READY":
+                entry["reason"] = model.reason
+            for version in versions.get(model.name, [""]) if state == "READY" else [""]:
+                entries.append({**entry, "version": version} if version else entry)
+        return json_answer(entries)
+
+    async def load(self, request: web.Request) -> web.Response:
+        """Load, and answer when it is done; the `config` parameter overrides the configuration, as in Triton."""
+        name = request.match_info["model"]
+        parameters = (await read_object(request)).get("parameters", {})
+        if not isinstance(parameters, dict):
+            raise BadRequest("expected 'parameters' to be an object")
+        if files := [key for key in parameters if key.startswith("file:")]:
+            raise BadRequest(
+                f"{files[0]!r} would load {name} from the request, and models are served from the repository only: "
+                "put the files there, or add them with `modelium add`"
+            )
+        config = parameters.get("config")
+        if config is not None and not isinstance(config, str):
+            raise BadRequest(f"expected 'config' to be a text that holds JSON, found {type(config).__name__}")
+        deadline_s = deadline_of(request, self._settings.max_deadline_s)
+        try:
+            await self._service.load(name, deadline_s=deadline_s, parameters=parameters)
+        except ModeliumError as exc:
+            return error_answer(request, exc, 400 if exc.code in _LOAD_REFUSED else None)  # 400 as Triton has it
+        return web.Response(content_type="application/json")
+
+    async def unload(self, request: web.Request) -> web.Response:
+        """Unload, and answer when it is done. A model that is not there is unloaded already, as Triton has it.
+
+        Parts of an ensemble go when nobody uses them, so `unload_dependents` is accepted and changes nothing.
+        """
+        parameters = (await read_object(request)).get("parameters", {})
+        if not isinstance(parameters, dict) or not isinstance(parameters.get("unload_dependents", False), bool):
+            raise BadRequest("expected 'parameters' to be an object, in it at most 'unload_dependents', true or false")
+        with contextlib.suppress(ModelNotFound):
+            await self._service.unload(request.match_info["model"])
+        return web.Response(content_type="application/json")
+
+    # ------------------------------------------------------------------ inside
+
+    def _runtimes(self) -> list[RuntimeInfo]:
+        """Those that are up and speak KServe over HTTP."""
+        views = self._service.status().runtimes
+        return [v.info for v in views if v.state == RuntimeState.UP and v.info is not None and v.info.endpoint(HTTP)]
+
+    def _runtime_of(self, name: str | None) -> str:
+        for info in self._runtimes():
+            if info.name == name and (address := info.endpoint(HTTP)):
+                return address
+        raise RuntimeUnavailable(f"the runtime {name} is not up")
+
+    async def _versions(self) -> dict[str, list[str]]:
+        """The loaded versions of each model, where its runtime tells."""
+        versions: dict[str, list[str]] = {}
+        for info in self._runtimes():
+            url = f"{info.endpoint(HTTP)}/v2/repository/index"
+            try:
+                status, _, body = await self._upstream.ask("POST", url, info.name, body=b'{"ready":true}')
+            except (UpstreamFailed, RuntimeUnavailable):
+                continue
+            for entry in json.loads(body) if status == 200 else []:
+                if entry.get("version"):
+                    versions.setdefault(entry["name"], []).append(entry["version"])
+        return versions

@@ -1,0 +1,38 @@
+"""What the surface can be told, and the keys under which the application holds what its handlers need."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from aiohttp import web
+
+if TYPE_CHECKING:
+    from modelium.engine.service import Service
+
+
+@dataclass(frozen=True, slots=True)
+class HttpSettings:
+    """Bounds and guards of the HTTP surface; every default is a good one. Sizes are bytes, durations seconds."""
+
+    host: str = "127.0.0.1"
+    """The address that is bound: on a loopback one, only loopback names are accepted in `Host`."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Further names that clients may call this service by, without a port."""
+    allowed_origins: tuple[str, ...] = ()
+    """Origins (`https://app.example`) of web pages that may send requests other than GET."""
+    max_body_bytes: int | None = None
+    """Of a request that is passed on as it comes; it is never held in memory whole."""
+    max_json_bytes: int = 16 * 2**20
+    """Of a request that is read here: `/predict`, inference on decoupled models, parameters."""
+    max_deadline_s: float = 3600.0
+    """The longest that a client may ask to wait for a model."""
+    connect_timeout_s: float = 5.0
+    """For reaching a runtime."""
+    heartbeat_s: float = 15.0
+    """Between signs of life on `/events`."""
+    metrics: bool = True
+
+
+SERVICE: web.AppKey[Service] = web.AppKey("service")
+SETTINGS: web.AppKey[HttpSettings] = web.AppKey("settings", HttpSettings)

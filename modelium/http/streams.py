@@ -1,0 +1,199 @@
+"""Inference on decoupled models, which Triton answers over gRPC streams only: one request in, all responses out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from modelium.errors import ModeliumError, RuntimeUnavailable
+from modelium.http.answers import BadRequest, UpstreamFailed
+from modelium.http.tensors import InferRequest, InferResponse, Parameters, TensorValue, join_bytes, split_bytes, to_raw
+
+if TYPE_CHECKING:
+    import grpc.aio  # type: ignore[import-untyped]
+
+FINAL = "triton_final_response"
+"""Parameter of a stream's last response."""
+WANT_FINAL = "triton_enable_empty_final_response"
+WANT_STATUS = ("triton_grpc_error", "true")
+"""Metadata that makes errors end the stream with a status instead of coming in band."""
+
+_CONTENTS = {
+    "BOOL": "bool_contents", "INT8": "int_contents", "INT16": "int_contents", "INT32": "int_contents",
+    "INT64": "int64_contents", "UINT8": "uint_contents", "UINT16": "uint_contents", "UINT32": "uint_contents",
+    "UINT64": "uint64_contents", "FP32": "fp32_contents", "FP64": "fp64_contents", "BYTES": "bytes_contents",
+}  # fmt: skip
+"""Where values lie in a protobuf tensor that is not sent raw."""
+
+
+class InferenceFailed(ModeliumError):
+    """The runtime answered an inference with an error."""
+
+    code = "inference_failed"
+
+    def __init__(self, message: str, status: int):
+        super().__init__(message)
+        self.status = status
+
+
+class Streams:
+    """gRPC channels to runtimes, one for each address, opened when first needed."""
+
+    def __init__(self) -> None:
+        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._lock = asyncio.Lock()
+
+    async def close(self) -> None:
+        for channel in self._channels.values():
+            await channel.close(None)
+        self._channels.clear()
+
+    async def infer(self, address: str, model: str, version: str, request: InferRequest) -> list[InferResponse]:
+        """All responses to `request`, in their order. Cancelling it cancels the inference."""
+        import grpc
+
+        call = (await self._stub(address)).ModelStreamInfer(
+            _one(to_proto(model, version, request)), metadata=(WANT_STATUS,)
+        )
+        responses = []
+        try:
+            async for message in call:
+                if message.error_message:
+                    raise InferenceFailed(message.error_message, 400)
+                response = from_proto(message.infer_response)
+                final = response.parameters.pop(FINAL, False)
+                if response.outputs or not final:
+                    responses.append(response)
+                if final:
+                    break
+        except grpc.aio.AioRpcError as exc:
+            raise _error(exc, address, model, bool(responses)) from exc
+        finally:
+            call.cancel()
+        return responses
+
+    async def _stub(self, address: str) -> Any:
+        async with self._lock:
+            # gRPC's modules take a while to import: not on the event loop
+            grpc_aio, service = await asyncio.to_thread(_modules)
+            channel = self._channels.get(address)
+            if channel is None:
+                unlimited = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+                channel = self._channels[address] = grpc_aio.insecure_channel(address, options=unlimited)
+        return service.GRPCInferenceServiceStub(channel)
+
+
+def _modules() -> tuple[Any, Any]:
+    import grpc.aio
+    from tritonclient.grpc import service_pb2_grpc
+
+    return grpc.aio, service_pb2_grpc
+
+
+async def _one(message: Any) -> AsyncIterator[Any]:
+    yield message
+
+
+def _error(exc: grpc.aio.AioRpcError, address: str, model: str, begun: bool) -> ModeliumError:
+    import grpc
+
+    code, details = exc.code(), exc.details() or "no details"
+    if code is grpc.StatusCode.UNAVAILABLE and "failed to connect" in details and not begun:
+        return RuntimeUnavailable(
+            f"the runtime of {model} at {address} can't be reached ({details}); nothing was sent to it",
+            retry_after_s=1.0,
+        )
+    if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
+        return UpstreamFailed(f"the runtime of {model} at {address} took the request and did not answer ({details})")
+    status = {
+        grpc.StatusCode.INVALID_ARGUMENT: 400,
+        grpc.StatusCode.NOT_FOUND: 404,
+        grpc.StatusCode.ALREADY_EXISTS: 409,
+        grpc.StatusCode.UNIMPLEMENTED: 501,
+        grpc.StatusCode.DEADLINE_EXCEEDED: 504,
+    }.get(code, 500)
+    return InferenceFailed(details, status)
+
+
+# --------------------------------------------------------------------------- messages
+
+
+def to_proto(model: str, version: str, request: InferRequest) -> Any:
+    """A `ModelInferRequest`, its values raw."""
+    from tritonclient.grpc import service_pb2 as pb
+
+    message = pb.ModelInferRequest(model_name=model, model_version=version, id=request.id)
+    _set_parameters(message.parameters, {**request.parameters, WANT_FINAL: True})
+    for tensor in request.inputs:
+        value = message.inputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
+        _set_parameters(value.parameters, tensor.parameters)
+        if tensor.raw is not None:
+            message.raw_input_contents.append(bytes(tensor.raw))
+    for wanted in request.outputs:
+        _set_parameters(message.outputs.add(name=wanted.name).parameters, wanted.parameters)
+    return message
+
+
+def from_proto(message: Any) -> InferResponse:
+    """From a `ModelInferResponse`, its values raw or not."""
+    outputs = []
+    raws = iter(message.raw_output_contents)
+    for value in message.outputs:
+        tensor = TensorValue(value.name, value.datatype, tuple(value.shape), None, _get_parameters(value.parameters))
+        if "shared_memory_region" not in tensor.parameters:
+            if message.raw_output_contents:
+                tensor.raw = next(raws)
+            else:
+                elements = list(getattr(value.contents, _CONTENTS[value.datatype]))
+                tensor.raw = to_raw(tensor.name, tensor.datatype, tensor.shape, elements)
+        outputs.append(tensor)
+    return InferResponse(
+        message.model_name, message.model_version, outputs, message.id, _get_parameters(message.parameters)
+    )
+
+
+def _set_parameters(target: Any, parameters: Parameters) -> None:
+    for key, value in parameters.items():
+        if isinstance(value, bool):
+            target[key].bool_param = value
+        elif isinstance(value, int) and -(2**63) <= value < 2**63:
+            target[key].int64_param = value
+        elif isinstance(value, float):
+            target[key].double_param = value
+        elif isinstance(value, str):
+            target[key].string_param = value
+        else:
+            raise BadRequest(f"parameter {key!r}: expected a text, a number, true or false, found {value!r:.80}")
+
+
+def _get_parameters(parameters: Any) -> Parameters:
+    return {key: getattr(value, value.WhichOneof("parameter_choice")) for key, value in parameters.items()}
+
+
+def join(model: str, responses: Sequence[InferResponse]) -> InferResponse:
+    """One response out of many: a single one as it is; pieces of text, each output one BYTES element, put together.
+
+    `BadRequest` where the pieces are no text: only a stream can carry them.
+    """
+    if not responses:
+        return InferResponse(model, "", [])
+    first = responses[0]
+    if len(responses) == 1:
+        return first
+    pieces: dict[str, list[bytes]] = {}
+    for response in responses:
+        for tensor in response.outputs:
+            elements = list(split_bytes(tensor.name, tensor.raw or b"")) if tensor.datatype == "BYTES" else []
+            if len(elements) != 1:
+                raise BadRequest(
+                    f"{model} answered with {len(responses)} responses, and {tensor.datatype} {tensor.name!r} can't be "
+                    f"put together as pieces of text can: ask /v2/models/{model}/generate_stream, or gRPC's "
+                    "ModelStreamInfer"
+                )
+            pieces.setdefault(tensor.name, []).append(elements[0])
+    shapes = {tensor.name: tensor.shape for response in responses for tensor in response.outputs}
+    outputs = [
+        TensorValue(name, "BYTES", shapes[name], join_bytes([b"".join(parts)])) for name, parts in pieces.items()
+    ]
+    return InferResponse(first.model, first.version, outputs, first.id, first.parameters)

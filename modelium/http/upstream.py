@@ -1,0 +1,251 @@
+"""Requests passed on to a runtime and its answers passed back, byte for byte.
+
+What is sent is sent once. A request goes out a second time only when its first connection turned out to be closed
+before a byte was handed to it, which happens when a runtime closes an idle connection at the moment it is taken from
+the pool. Once a byte has left, the runtime may have worked on it, and its failure is the client's to hear.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import aiohttp
+from aiohttp import hdrs, web
+from aiohttp.abc import AbstractStreamWriter
+from aiohttp.payload import BytesPayload, Payload
+from multidict import CIMultiDict, istr
+from yarl import URL
+
+from modelium.errors import ModeliumError, RuntimeUnavailable
+from modelium.http.answers import BadRequest, UpstreamFailed
+from modelium.http.settings import HttpSettings
+
+log = logging.getLogger(__name__)
+
+WHOLE_BYTES = 256 * 1024
+"""Bodies up to this size travel as one piece, longer ones and those of unknown length as they come."""
+
+HEADER_LENGTH = istr("Inference-Header-Content-Length")
+
+HOP_BY_HOP = tuple(
+    istr(name)
+    for name in (
+        "Connection", "Keep-Alive", "Proxy-Authenticate", "Proxy-Authorization", "Proxy-Connection", "TE", "Trailer",
+        "Transfer-Encoding", "Upgrade",
+    )
+)  # fmt: skip
+"""Headers that speak of one connection, not of the message: RFC 9110, 7.6.1."""
+
+_NOT_FOR_UPSTREAM = (*HOP_BY_HOP, istr("Host"), istr("Expect"))
+_AUTO_HEADERS = (hdrs.ACCEPT, hdrs.ACCEPT_ENCODING, hdrs.CONTENT_TYPE, hdrs.USER_AGENT)
+
+
+class TooLarge(ModeliumError):
+    code = "too_large"
+
+
+class StreamBroken(ConnectionResetError):
+    """The runtime was lost while its answer was under way; the client's connection was broken off."""
+
+
+class _Whole(BytesPayload):
+    """A body that knows whether it was handed to a connection, its head going with it in one write."""
+
+    handed = False
+
+    async def write_with_length(self, writer: AbstractStreamWriter, content_length: int | None) -> None:
+        transport = writer.transport
+        if transport is not None and not transport.is_closing():
+            self.handed = True
+        await writer.write(self._value)
+
+
+class _Streamed(Payload):
+    """A body passed on as it arrives, no faster than the runtime takes it."""
+
+    def __init__(self, content: aiohttp.StreamReader, limit: int | None):
+        super().__init__(content, content_type="application/octet-stream")
+        self.too_large = False
+        self._limit = limit
+
+    async def write(self, writer: AbstractStreamWriter) -> None:
+        content: aiohttp.StreamReader = self._value
+        size = 0
+        while chunk := await content.readany():
+            size += len(chunk)
+            if self._limit is not None and size > self._limit:
+                self.too_large = True
+                raise ConnectionAbortedError("the body is too large")
+            await writer.write(chunk)
+
+    def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
+        raise TypeError("a streamed body can't be read twice")
+
+
+class Upstream:
+    """The one HTTP client of runtimes: plain, without cookies, redirects, decompression or limits."""
+
+    def __init__(self, settings: HttpSettings):
+        self._max_body_bytes = settings.max_body_bytes
+        self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=settings.connect_timeout_s)
+        self._session: aiohttp.ClientSession | None = None
+
+    async def open(self) -> None:
+        """To be called on the loop that the requests will run on."""
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            auto_decompress=False,
+            skip_auto_headers=_AUTO_HEADERS,
+            timeout=self._timeout,
+            trust_env=False,
+            max_line_size=64 * 1024,
+            max_field_size=64 * 1024,
+        )
+
+    async def close(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+    async def forward(self, request: web.Request, base: str, model: str) -> web.StreamResponse:
+        """Pass `request` to the runtime at `base`, and its answer to the client.
+
+        `model` is for messages. Raises `RuntimeUnavailable` when nothing was sent, `UpstreamFailed` when the runtime
+        did not answer, `StreamBroken` when it was lost in the middle of an answer; the client then sees a connection
+        that broke.
+        """
+        body = await self._body(request)
+        headers = CIMultiDict(request.headers)
+        _drop_hop_by_hop(headers, _NOT_FOR_UPSTREAM)
+        target = request.raw_path
+        url = URL(base + (target if target.startswith("/") else str(request.rel_url)), encoded=True)
+        async with await self._send(request.method, url, headers, body, model) as answer:
+            return await self._relay(request, answer, model)
+
+    async def ask(
+        self, method: str, url: str, model: str, *, body: bytes | None = None, header_length: int | None = None
+    ) -> tuple[int, CIMultiDict[str], bytes]:
+        """A request of our own: status, headers and body of the answer. Errors as those of `forward`."""
+        headers: CIMultiDict[str] = CIMultiDict()
+        if header_length is not None:
+            headers[HEADER_LENGTH] = str(header_length)
+            headers[hdrs.CONTENT_TYPE] = "application/octet-stream"
+        payload = None if body is None else _Whole(body)
+        async with await self._send(method, URL(url, encoded=True), headers, payload, model) as answer:
+            return answer.status, CIMultiDict(answer.headers), await _read(answer, model)
+
+    async def _body(self, request: web.Request) -> Payload | None:
+        headers, content = request.headers, request.content
+        declared = headers.get(hdrs.CONTENT_LENGTH)
+        length = int(declared) if declared is not None else None  # the parser saw to it that it is a number
+        if (head_length := headers.get(HEADER_LENGTH)) is not None:
+            _check_header_length(head_length, length)
+        if length is None:
+            return _Streamed(content, self._max_body_bytes) if request.body_exists else None
+        if self._max_body_bytes is not None and length > self._max_body_bytes:
+            raise TooLarge(f"expected a body of at most {self._max_body_bytes} bytes (max_body_bytes), found {length}")
+        if length > WHOLE_BYTES:
+            return _Streamed(content, None)
+        data = await content.readany() if length else b""
+        if len(data) < length:
+            pieces = [data]
+            missing = length - len(data)
+            while missing and (piece := await content.readany()):
+                pieces.append(piece)
+                missing -= len(piece)
+            data = b"".join(pieces)
+        return _Whole(data)
+
+    async def _send(
+        self, method: str, url: URL, headers: CIMultiDict[str], body: Payload | None, model: str
+    ) -> aiohttp.ClientResponse:
+        assert self._session is not None
+        for last in (False, True):
+            try:
+                return await self._session.request(method, url, headers=headers, data=body, allow_redirects=False)
+            except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as exc:
+                raise _unreachable(url, model, exc) from exc
+            except (aiohttp.ClientError, OSError) as exc:
+                if isinstance(body, _Streamed) and body.too_large:
+                    raise TooLarge(
+                        f"expected a body of at most {self._max_body_bytes} bytes (max_body_bytes), found a longer one"
+                    ) from exc
+                if isinstance(body, _Whole) and not body.handed:
+                    if last:
+                        raise _unreachable(url, model, exc) from exc
+                    continue
+                raise UpstreamFailed(
+                    f"the runtime of {model} at {url.authority} took the request and did not answer "
+                    f"({_words(exc)}); it was not sent again, since it may have been worked on"
+                ) from exc
+        raise AssertionError("unreachable")
+
+    async def _relay(self, request: web.Request, answer: aiohttp.ClientResponse, model: str) -> web.StreamResponse:
+        headers = CIMultiDict(answer.headers)
+        _drop_hop_by_hop(headers, HOP_BY_HOP)
+        declared = headers.get(hdrs.CONTENT_LENGTH)
+        if declared is not None and int(declared) <= WHOLE_BYTES:
+            body = await _read(answer, model)
+            return web.Response(status=answer.status, reason=answer.reason, headers=headers, body=body)
+        response = web.StreamResponse(status=answer.status, reason=answer.reason, headers=headers)
+        if declared is None and request.version >= aiohttp.HttpVersion11:
+            response.enable_chunked_encoding()
+        await response.prepare(request)
+        content = answer.content
+        while True:
+            try:
+                chunk = await content.readany()
+            except (aiohttp.ClientError, OSError) as exc:
+                log.warning("%s: its runtime was lost while it answered: %s", model, _words(exc))
+                _break_off(request, declared is None and request.version < aiohttp.HttpVersion11)
+                raise StreamBroken(_words(exc)) from exc
+            if not chunk:
+                break
+            await response.write(chunk)
+        await response.write_eof()
+        return response
+
+
+def _drop_hop_by_hop(headers: CIMultiDict[str], names: tuple[istr, ...]) -> None:
+    connection = headers.get(hdrs.CONNECTION)
+    if connection is not None and connection.lower() not in ("keep-alive", "close"):
+        for name in connection.split(","):
+            headers.popall(name.strip(), None)
+    for name in names:
+        headers.popall(name, None)
+
+
+def _check_header_length(value: str, body_length: int | None) -> None:
+    expected = f"0 to the body's {body_length} bytes" if body_length is not None else "a number of bytes"
+    good = value.isascii() and value.isdigit() and (body_length is None or int(value) <= body_length)
+    if not good:
+        raise BadRequest(f"expected Inference-Header-Content-Length to be {expected}, found {value!r:.40}")
+
+
+async def _read(answer: aiohttp.ClientResponse, model: str) -> bytes:
+    try:
+        return await answer.read()
+    except (aiohttp.ClientError, OSError) as exc:
+        raise UpstreamFailed(f"the runtime of {model} broke off its answer ({_words(exc)}); ask again") from exc
+
+
+def _break_off(request: web.Request, ends_with_connection: bool) -> None:
+    """Close the client's connection so that it can't take what it has for the whole answer."""
+    transport = request.transport
+    if transport is None:
+        return
+    if ends_with_connection:
+        transport.abort()  # an orderly close would mean the end of the body
+    else:
+        transport.close()
+
+
+def _unreachable(url: URL, model: str, exc: Exception) -> RuntimeUnavailable:
+    return RuntimeUnavailable(
+        f"the runtime of {model} at {url.authority} can't be reached ({_words(exc)}); nothing was sent to it",
+        retry_after_s=1.0,
+    )
+
+
+def _words(exc: BaseException) -> str:
+    return str(exc) or type(exc).__name__

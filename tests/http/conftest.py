@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import aiohttp
+import pytest
+
+from modelium.http.app import build_app, serving
+from modelium.http.settings import HttpSettings
+from tests.http.fakes import FakeService
+from tests.http.upstreams import Recorder, recording
+
+
+@dataclass
+class Surface:
+    """The surface over a fake service, served on `url`, and a client that does nothing by itself."""
+
+    url: str
+    service: FakeService
+    client: aiohttp.ClientSession
+
+
+@pytest.fixture
+def service() -> FakeService:
+    return FakeService()
+
+
+@pytest.fixture
+def settings() -> HttpSettings:
+    return HttpSettings(heartbeat_s=0.05, connect_timeout_s=2.0)
+
+
+@pytest.fixture
+async def surface(service: FakeService, settings: HttpSettings) -> AsyncIterator[Surface]:
+    app = build_app(service, settings)  # type: ignore[arg-type]  # the same facade
+    async with (
+        serving(app, "127.0.0.1", 0, grace_s=0.1) as (host, port),
+        aiohttp.ClientSession(auto_decompress=False, cookie_jar=aiohttp.DummyCookieJar()) as client,
+    ):
+        yield Surface(f"http://{host}:{port}", service, client)
+
+
+@pytest.fixture
+async def upstream(service: FakeService) -> AsyncIterator[Recorder]:
+    """A recording runtime, with a model `m` READY in it."""
+    async with recording() as recorder:
+        service.runtime(kserve_http=recorder.url)
+        service.add("m")
+        yield recorder

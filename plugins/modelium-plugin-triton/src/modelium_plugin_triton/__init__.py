@@ -1,0 +1,1 @@
+"""Modelium's runtime for NVIDIA Triton Inference Server."""

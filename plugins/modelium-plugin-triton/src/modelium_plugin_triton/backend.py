@@ -1,0 +1,121 @@
+"""Triton as Modelium's host sees it: what it can serve, and how a model's folder is made for it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel
+
+from modelium.api import Analysis, Device, Layout, Offer, Plan, RuntimeContext, RuntimeDriver, RuntimeInfo
+from modelium.errors import ModelError
+from modelium_plugin_triton import servings
+from modelium_plugin_triton.servings import AS_IS, RUNTIME, SERVINGS
+from modelium_plugin_triton.settings import TritonSettings
+
+if TYPE_CHECKING:
+    from modelium_plugin_triton.driver import TritonDriver
+
+PACK_OF = {"onnxruntime": "onnx", "torch": "torch", "transformers": "torch"}
+"""The pack that brings a module which a person's own Python model imports."""
+
+ALWAYS = ("python",)
+"""What every Triton that this plugin starts has; offered on while no Triton has been up."""
+
+
+class TritonBackend:
+    """Triton Inference Server, its own or somebody else's."""
+
+    name = RUNTIME
+    settings_model: type[BaseModel] = TritonSettings
+
+    def create(self, context: RuntimeContext) -> RuntimeDriver:
+        from modelium_plugin_triton.driver import TritonDriver
+
+        driver: TritonDriver = TritonDriver(context)
+        return driver
+
+    def offers(self, analysis: Analysis, runtime: RuntimeInfo | None, devices: Sequence[Device]) -> Sequence[Offer]:
+        """Native backends before templates. Raises `ModelError` with the reason when it is a kind of model that Triton
+        serves, and this Triton, or this model, is not such that it could."""
+        if analysis.format == "triton":
+            return [as_is(analysis, runtime, devices)]
+        possible = servings.servings_for(analysis)
+        if not possible:
+            return []
+        have = ALWAYS if runtime is None else runtime.backends
+        usable = [serving for serving in possible if serving.backend in have]
+        if not usable:
+            wanted = " or ".join(serving.backend for serving in possible)
+            raise ModelError(f"serving it takes Triton's {wanted} backend, and this Triton has {_listed(have)}")
+        kinds = _device_kinds(runtime, devices)
+        return [servings.offer(serving, analysis, kinds) for serving in usable]
+
+    def layout(self, name: str, analysis: Analysis, plan: Plan) -> Layout:
+        if plan.serving == AS_IS:
+            return Layout(files={".": "."})
+        return servings.layout(name, analysis, plan)
+
+
+def as_is(analysis: Analysis, runtime: RuntimeInfo | None, devices: Sequence[Device]) -> Offer:
+    """A directory of somebody's own, served by the backend that it names."""
+    facts = analysis.facts
+    backend = str(facts["backend"])
+    if runtime is not None and not facts["ensemble"] and backend not in runtime.backends:
+        raise ModelError(
+            f"the model wants Triton's {backend} backend, and this Triton has {_listed(runtime.backends)}: point "
+            "`triton.executable` or `triton.endpoint` to a Triton that has it"
+            + (f", or drop {_alone(backend)} alone, which Modelium serves on any" if _alone(backend) else "")
+        )
+    kinds = _wanted_kinds(facts["instances"], _device_kinds(runtime, devices))
+    packs = sorted({PACK_OF[module] for module in facts["imports"] if module in PACK_OF})
+    like = _like(backend, packs)
+    count = sum(group["count"] for group in facts["instances"]) or 1
+    # A part of an ensemble is loaded, and counted, for itself.
+    memory = 0 if facts["ensemble"] else (like.overhead_bytes + analysis.weights_bytes) * count
+    return Offer(
+        runtime=RUNTIME,
+        serving=AS_IS,
+        native=True,
+        device_kinds=kinds,
+        memory_bytes=memory,
+        load_s=like.load_s + analysis.weights_bytes / servings.READ_BYTES_PER_S,
+        requires=tuple(packs),
+        settings={"packs": packs},
+        note="a Triton ensemble" if facts["ensemble"] else f"Triton's {backend} backend, as its directory says",
+    )
+
+
+def _alone(backend: str) -> str:
+    return {"onnxruntime": "its .onnx file", "pytorch": "its .pt file"}.get(backend, "")
+
+
+def _like(backend: str, packs: Collection[str]) -> servings.Serving:
+    """The way of serving that takes most nearly as much."""
+    if backend == "python":
+        return SERVINGS["transformers-feature-extraction" if "torch" in packs else "onnx-python"]
+    return SERVINGS["torchscript" if backend == "pytorch" else "onnx"]
+
+
+def _device_kinds(runtime: RuntimeInfo | None, devices: Sequence[Device]) -> tuple[str, ...]:
+    """A GPU first, where there is one and Triton doesn't say that it can't use it."""
+    gpu = any(device.kind == "cuda" for device in devices) and (runtime is None or runtime.facts.get("gpu", True))
+    return ("cuda", "cpu") if gpu else ("cpu",)
+
+
+def _wanted_kinds(instances: Sequence[Mapping[str, object]], kinds: tuple[str, ...]) -> tuple[str, ...]:
+    """The kinds of device that a configuration's instance groups leave open."""
+    named = {group["kind"] for group in instances}
+    if named == {"KIND_CPU"}:
+        return ("cpu",)
+    if "KIND_GPU" in named:
+        if "cuda" not in kinds:
+            raise ModelError(
+                "config.pbtxt asks for KIND_GPU, and there is no GPU that Triton can use: ask for KIND_CPU or KIND_AUTO"
+            )
+        return ("cuda",)
+    return kinds
+
+
+def _listed(backends: Sequence[str]) -> str:
+    return ", ".join(sorted(backends)) or "none"

@@ -1,0 +1,227 @@
+"""The ways in which Triton can serve each kind of model, what each takes, and the files that it is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+from modelium.api import Analysis, Layout, Offer, Plan, Tensor
+from modelium.api.templates import render
+from modelium.errors import ModelError
+from modelium_plugin_triton.modelconfig import triton_type
+
+RUNTIME = "triton"
+AS_IS = "as-is"
+
+MIB = 2**20
+FP32_BYTES = 4
+
+DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "uint8": 1}
+
+READ_BYTES_PER_S = 500 * MIB
+"""How fast weights come from disk into memory, a cautious figure for a laptop's SSD; used for the first load only."""
+
+LONGEST_CACHE_TOKENS = 4096
+"""Tokens of all generations together for which a first estimate keeps room: more are rarely alive at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """One way of serving, which is one template."""
+
+    name: str
+    backend: str
+    """Triton's backend that it needs."""
+    packs: tuple[str, ...]
+    """What Triton's private environment needs on top of numpy."""
+    overhead_bytes: int
+    """Of one instance without weights."""
+    load_s: float
+    """Of a load without weights."""
+    settings: Mapping[str, Any]
+    """What can be set, with its defaults."""
+
+    @property
+    def native(self) -> bool:
+        return self.backend != "python"
+
+
+_COMMON: Mapping[str, Any] = {"instances": 1, "threads": 0}
+_BATCHED: Mapping[str, Any] = {**_COMMON, "max_batch_size": 32}
+_TRANSFORMERS: Mapping[str, Any] = {**_COMMON, "dtype": "auto"}
+_LABELS: Mapping[str, Any] = {**_BATCHED, "dtype": "auto", "top_k": 5}
+
+# Overheads are what /proc/PID/smaps_rollup shows for the stub of a model of a few kilobytes that is loaded alone (Rss;
+# USS is about a third less once other models share the libraries), and times what its load took on two cores: Triton
+# 2.51 of the wheel, CPython 3.11, onnxruntime 1.31, torch 2.13 for CPUs, transformers 5.23. A stub with nothing but numpy
+# has 40 MiB; what a library adds to it stands for the native backend, which runs in the server's own process.
+_ONNX, _ONNX_NATIVE = 70 * MIB, 30 * MIB
+_TORCH, _TORCH_NATIVE = 230 * MIB, 190 * MIB
+_TORCH_AND_TRANSFORMERS = 360 * MIB
+
+SERVINGS: Mapping[str, Serving] = {
+    serving.name: serving
+    for serving in (
+        Serving("onnx", "onnxruntime", (), _ONNX_NATIVE, 0.5, _BATCHED),
+        Serving("onnx-python", "python", ("onnx",), _ONNX, 1.6, _BATCHED),
+        Serving("torchscript", "pytorch", (), _TORCH_NATIVE, 0.5, _BATCHED),
+        Serving("torchscript-python", "python", ("torch",), _TORCH, 5, _COMMON),
+        Serving(
+            "transformers-text-generation", "python", ("torch",), _TORCH_AND_TRANSFORMERS, 6,
+            {**_TRANSFORMERS, "max_tokens": 256, "concurrent": 8},
+        ),
+        Serving("transformers-text-classification", "python", ("torch",), _TORCH_AND_TRANSFORMERS, 6, _LABELS),
+        Serving(
+            "transformers-feature-extraction", "python", ("torch",), _TORCH_AND_TRANSFORMERS, 6,
+            {**_TRANSFORMERS, "max_batch_size": 32},
+        ),
+        Serving("transformers-image-classification", "python", ("torch",), _TORCH_AND_TRANSFORMERS, 6, _LABELS),
+    )
+}  # fmt: skip
+
+
+def servings_for(analysis: Analysis) -> tuple[Serving, ...]:
+    """The templates for a model, native ones first. Raises `ModelError` when it is one that none can serve."""
+    if analysis.format == "onnx":
+        return _onnx(analysis)
+    if analysis.format == "torchscript":
+        return _torchscript(analysis)
+    if analysis.format == "huggingface":
+        return _huggingface(analysis)
+    return ()
+
+
+def _onnx(analysis: Analysis) -> tuple[Serving, ...]:
+    # numpy has no bfloat16, and Python-backend models get their tensors as numpy arrays.
+    if any(tensor.datatype == "BF16" for tensor in (*analysis.inputs, *analysis.outputs)):
+        return (SERVINGS["onnx"],)
+    return SERVINGS["onnx"], SERVINGS["onnx-python"]
+
+
+def _torchscript(analysis: Analysis) -> tuple[Serving, ...]:
+    # The native backend can't find out what a program takes; the template reads it from the program.
+    if analysis.inputs and analysis.outputs:
+        return SERVINGS["torchscript"], SERVINGS["torchscript-python"]
+    return (SERVINGS["torchscript-python"],)
+
+
+def _huggingface(analysis: Analysis) -> tuple[Serving, ...]:
+    facts = analysis.facts
+    if facts.get("unsupported"):
+        raise ModelError(str(facts["unsupported"]))
+    if facts.get("quantization"):
+        raise ModelError(
+            f"the weights are quantised with {facts['quantization']}, and Triton's transformers templates serve plain "
+            "ones: drop the model it was made from, or serve it with a runtime that knows the method, such as vLLM"
+        )
+    serving = SERVINGS.get(f"transformers-{analysis.task}")
+    if serving is None:
+        raise ModelError(f"no template serves the task {analysis.task!r}: expected one of {sorted(SERVINGS)}")
+    return (serving,)
+
+
+# --------------------------------------------------------------------------- what they take
+
+
+def memory_bytes(serving: Serving, analysis: Analysis, device_kind: str) -> int:
+    """A first estimate for all instances; measured memory replaces it after the first load."""
+    weights = analysis.weights_bytes
+    if analysis.format == "huggingface":
+        if device_kind == "cpu":
+            # There the templates compute in FP32, whatever the checkpoint's own type.
+            weights = (
+                analysis.parameters * FP32_BYTES
+                if analysis.parameters
+                else weights * FP32_BYTES // DTYPE_BYTES.get(analysis.dtype or "", FP32_BYTES)
+            )
+        if analysis.task == "text-generation":
+            weights += _cache_bytes(analysis, device_kind)
+    return (serving.overhead_bytes + weights) * int(serving.settings["instances"])
+
+
+def _cache_bytes(analysis: Analysis, device_kind: str) -> int:
+    """Of the keys and values of `LONGEST_CACHE_TOKENS`: layers * 2 * key-value heads * head size * bytes each."""
+    facts = analysis.facts
+    layers, heads, hidden = (facts.get(name) or 0 for name in ("layers", "heads", "hidden_size"))
+    head = facts.get("head_dim") or (hidden // heads if heads else 0)
+    size = FP32_BYTES if device_kind == "cpu" else DTYPE_BYTES.get(analysis.dtype or "", FP32_BYTES)
+    tokens = min(facts.get("max_length") or LONGEST_CACHE_TOKENS, LONGEST_CACHE_TOKENS)
+    return int(layers * 2 * (facts.get("kv_heads") or heads) * head * size * tokens)
+
+
+def offer(serving: Serving, analysis: Analysis, device_kinds: Sequence[str]) -> Offer:
+    return Offer(
+        runtime=RUNTIME,
+        serving=serving.name,
+        native=serving.native,
+        device_kinds=tuple(device_kinds),
+        memory_bytes=memory_bytes(serving, analysis, device_kinds[0]),
+        load_s=serving.load_s + analysis.weights_bytes / READ_BYTES_PER_S,
+        requires=serving.packs,
+        settings={**serving.settings, **_batching(serving, analysis), "packs": list(serving.packs)},
+        note=f"Triton's {serving.backend} backend",
+    )
+
+
+def _batching(serving: Serving, analysis: Analysis) -> dict[str, int]:
+    """No batching where the first dimension is not the batch."""
+    if "max_batch_size" not in serving.settings or analysis.format == "huggingface" or analysis.facts.get("batch_dim"):
+        return {}
+    return {"max_batch_size": 0}
+
+
+# --------------------------------------------------------------------------- the files that they are made of
+
+
+def layout(name: str, analysis: Analysis, plan: Plan) -> Layout:
+    """The model's folder. Raises `ModelError` for a serving that is not one of these."""
+    serving = SERVINGS.get(plan.serving)
+    if serving is None:
+        raise ModelError(f"Triton has no way of serving called {plan.serving!r}: expected one of {sorted(SERVINGS)}")
+    settings = {**serving.settings, **_batching(serving, analysis), **plan.settings}
+    values = {**settings, "name": name, "device_kind": plan.device_kind}
+    if analysis.format == "huggingface":
+        values |= {
+            "model_folder": str(PurePosixPath("model") / PurePosixPath(analysis.entry).parent),
+            "tokenizer": "true" if analysis.facts.get("tokenizer") else "false",
+            "width": analysis.facts.get("hidden_size") or -1,
+        }
+        return Layout(files={"1/model": "."}, texts=render(serving.name, values))
+    standard = "model.onnx" if analysis.format == "onnx" else "model.pt"
+    if not analysis.entry:
+        files, model_file = {f"1/{standard}": "."}, standard
+    elif serving.native:
+        files, model_file = {"1": "."}, analysis.entry
+    else:
+        # In a folder of its own, so that no file of the drop can meet one of the template's.
+        files, model_file = {"1/model": "."}, f"model/{analysis.entry}"
+    batched = settings.get("max_batch_size", 0) > 0
+    tensors = (*analysis.inputs, *analysis.outputs)
+    scalar = not batched and any(not tensor.shape for tensor in tensors)
+    # onnxruntime completes a configuration that says nothing of tensors, and refuses one with a wrong rank.
+    told = not (serving.native and (scalar or analysis.facts.get("unknown_rank")))
+    values |= {
+        "model_file": model_file,
+        "max_batch_size": settings.get("max_batch_size", 0),
+        "inputs": [_tensor(tensor, batched, serving.native) for tensor in analysis.inputs] if told else [],
+        "outputs": [_tensor(tensor, batched, serving.native) for tensor in analysis.outputs] if told else [],
+    }
+    return Layout(files=files, texts=render(serving.name, values))
+
+
+def _tensor(tensor: Tensor, batched: bool, native: bool) -> dict[str, Any]:
+    """A tensor as the configuration has it: without the batch dimension, and one number as a tensor of one element.
+
+    Triton turns that into a plain number for native backends; the templates do it themselves, since Triton refuses to
+    where there is no batching.
+    """
+    dims = list(tensor.shape[1:] if batched else tensor.shape)
+    return {
+        "name": tensor.name,
+        "data_type": triton_type(tensor.datatype),
+        "dims": dims or [1],
+        "scalar": native and not dims,
+        "optional": tensor.optional,
+    }

@@ -1,0 +1,117 @@
+"""What would happen, what happened, and why: plan, explain, logs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from modelium.commands.base import FAILED, emit, json_option, with_client
+from modelium.commands.client import Client, model_path
+from modelium.commands.listing import details
+from modelium.commands.text import clock, console, pairs, size, table
+
+
+@click.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@json_option
+@with_client
+async def plan(client: Client, path: Path, as_json: bool) -> int:
+    """Tell what would happen if PATH were dropped: what it is, how it would be served, what would be evicted.
+
+    Nothing is done. Exits with 1 when it would be refused.
+    """
+    preview = await client.post("/plan", {"path": os.path.abspath(path)})
+    if as_json:
+        emit(preview)
+    else:
+        console().print(_preview(preview))
+    return FAILED if preview["refused"] else 0
+
+
+def _preview(preview: dict[str, Any]) -> RenderableType:
+    chosen, analysis, layout = preview["plan"] or {}, preview["analysis"] or {}, preview["layout"] or {}
+    if preview["refused"]:
+        outcome = Text(f"refused: {preview['refused']}", style="red")
+    elif preview["would_load"]:
+        outcome = Text(f"loaded at once on {preview['device']}", style="green")
+    else:
+        outcome = Text("kept ready to load: there is no room that nobody needs", style="yellow")
+    files = [f"{there} from {here}" for there, here in layout.get("files", {}).items()]
+    return pairs(
+        [
+            ("name", preview["name"]),
+            ("outcome", outcome),
+            ("what", analysis.get("summary", "")),
+            ("served by", f"{chosen['runtime']}/{chosen['serving']} on {chosen['device_kind']}" if chosen else ""),
+            ("because", chosen.get("reason", "")),
+            ("not taken", "\n".join(chosen.get("alternatives", ()))),
+            ("memory", f"{size(chosen['memory_bytes'])} estimated" if chosen else ""),
+            ("load takes", f"about {chosen['load_s']:.0f} s" if chosen else ""),
+            ("a request", f"would evict {', '.join(preview['would_evict'])}" if preview["would_evict"] else ""),
+            ("room", preview["room"]),
+            ("files", "\n".join([*files, *layout.get("texts", {})])),
+            ("findings", "\n".join(f"{f['severity']}: {f['message']}" for f in preview["findings"])),
+        ]
+    )
+
+
+@click.command()
+@click.argument("name")
+@json_option
+@with_client
+async def explain(client: Client, name: str, as_json: bool) -> None:
+    """Tell why a model is where it is: its plan, estimates against measurements, last transitions, what comes next."""
+    found = await client.get(model_path(name, "explain"))
+    if as_json:
+        emit(found)
+    else:
+        console().print(_explanation(found))
+
+
+def _explanation(found: dict[str, Any]) -> RenderableType:
+    chosen = found["model"]["plan"] or {}
+    parts: list[RenderableType] = [
+        details(found["model"]),
+        pairs(
+            [
+                ("not taken", "\n".join(chosen.get("alternatives", ()))),
+                ("confidence", f"{chosen['confidence']:.0%}" if chosen else ""),
+                ("estimated", size(found["estimate_bytes"]) if found["estimate_bytes"] else ""),
+                ("measured", _measured(found["measured"])),
+                ("room", found["room"]),
+                ("next", found["next"]),
+            ]
+        ),
+    ]
+    if found["transitions"]:
+        rows = [
+            [clock(t["at"]), f"{t['before'] or 'new'} -> {t['after'] or 'gone'}", t["reason"]]
+            for t in found["transitions"]
+        ]
+        parts += ["", table(["WHEN", "TRANSITION", "REASON"], rows)]
+    return Group(*parts)
+
+
+def _measured(measured: dict[str, Any] | None) -> str:
+    if measured is None:
+        return "never yet"
+    return f"{size(measured['memory_bytes'])}, {measured['load_s']:.1f} s to load, in {measured['loads']} loads"
+
+
+@click.command()
+@click.argument("name")
+@click.option("--lines", "-n", type=click.IntRange(1, 10_000), default=200, show_default=True, help="How many.")
+@json_option
+@with_client
+async def logs(client: Client, name: str, lines: int, as_json: bool) -> None:
+    """Show the last lines that a runtime wrote, or that it wrote about a model. NAME is a model's or a runtime's."""
+    text = await client.get(model_path(name, "logs"), lines=str(lines))
+    if as_json:
+        emit({"name": name, "lines": text.splitlines()})
+    else:
+        click.echo(text, nl=False)

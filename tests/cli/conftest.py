@@ -1,0 +1,106 @@
+"""The command line as people run it: a process of its own, against a real service on a scripted runtime."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from modelium.http.app import build_app, serving
+from tests.engine.harness import Rig, rig
+
+CHECKOUT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Ran:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+Modelium = Callable[..., Awaitable[Ran]]
+
+
+async def start(*args: str, cwd: Path, **environ: str) -> asyncio.subprocess.Process:
+    """`modelium ARGS` in `cwd`, with nothing of the user's own settings."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("MODELIUM_", "XDG_"))}
+    home = cwd / "home"
+    home.mkdir(exist_ok=True)
+    return await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "modelium.cli",
+        *args,
+        cwd=cwd,
+        env=kept | {"PYTHONPATH": str(CHECKOUT), "HOME": str(home)} | environ,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+
+
+async def finish(process: asyncio.subprocess.Process) -> Ran:
+    try:
+        async with asyncio.timeout(60):
+            out, err = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    assert process.returncode is not None
+    assert b"Traceback" not in err, err.decode()
+    return Ran(process.returncode, out.decode(), err.decode())
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Modelium:
+    """Run `modelium` where no service is."""
+
+    async def run(*args: str, **environ: str) -> Ran:
+        return await finish(await start(*args, cwd=tmp_path, **environ))
+
+    return run
+
+
+@dataclass
+class Served:
+    """A service that runs, and the command line that talks to it."""
+
+    rig: Rig
+    url: str
+    folder: Path
+
+    async def start(self, *args: str) -> asyncio.subprocess.Process:
+        return await start(*args, cwd=self.folder, MODELIUM_URL=self.url)
+
+    async def modelium(self, *args: str) -> Ran:
+        return await finish(await self.start(*args))
+
+    def toy(self, name: str, **toy: Any) -> Path:
+        """A toy outside of the service's folders."""
+        path = self.folder / "mine" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({"size": 10**6} | toy))
+        return path
+
+
+@pytest_asyncio.fixture
+async def served(tmp_path: Path) -> AsyncIterator[Served]:
+    async with (
+        rig(tmp_path / "root") as engine,
+        serving(build_app(engine.service), "127.0.0.1", 0, grace_s=0.1) as (host, port),
+    ):
+        yield Served(engine, f"http://{host}:{port}", tmp_path)

@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 BATCH = 100
 """Entries read in a thread before the event loop takes them in."""
+STUDIED_AT_ONCE = 4
 
 Inspect = Callable[[Path], Awaitable[Inspection]]
 
@@ -95,8 +96,7 @@ class Catalog:
                 for found in await asyncio.to_thread(self._entries, names[start : start + BATCH]):
                     later.extend(self._take(found, settled=not self.read_once.is_set()))
             self.read_once.set()
-        for entry in later:
-            await self._study(entry)
+        await self._study_all(later)
 
     async def look(self, *names: str, settled: bool = False) -> None:
         """Bring a few names up to date; `settled` when whoever asks knows that nobody is still writing."""
@@ -105,8 +105,7 @@ class Catalog:
         async with self._reading:
             for found in await asyncio.to_thread(self._entries, asked):
                 later.extend(self._take(found, settled=settled))
-        for entry in later:
-            await self._study(entry)
+        await self._study_all(later)
 
     def _entries(self, names: Iterable[str]) -> list[Entry | tuple[str, ModeliumError | None]]:
         """Runs in a thread."""
@@ -161,6 +160,18 @@ class Catalog:
         task = asyncio.get_running_loop().create_task(self.look(name))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    async def _study_all(self, entries: list[Entry]) -> None:
+        """Look into folders; while the inspector looks into one, others are planned and written down."""
+        waiting = iter(entries)
+
+        async def work() -> None:
+            for entry in waiting:
+                await self._study(entry)
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(STUDIED_AT_ONCE, len(entries))):
+                group.create_task(work())
 
     async def _study(self, entry: Entry) -> None:
         """Find out what a folder without a manifest is; nothing in it is changed."""

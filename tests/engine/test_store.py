@@ -1,0 +1,55 @@
+"""What survives a restart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from modelium.api import Plan
+from modelium.engine.store import LoadedRecord, Store, measurement_key
+
+
+def test_everything_comes_back(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.pin("a", True)
+    store.set_loaded("a", LoadedRecord(revision="r", instance="i"))
+    for seconds in (1.0, 9.0, 2.0):
+        store.measure("k", 100, seconds)
+    store.measure("k", 150)
+    store.flush()
+    again = Store(tmp_path)
+    found = again.measurement("k")
+    assert again.pins == {"a"} and again.loaded["a"].instance == "i"
+    assert found is not None and (found.loads, found.memory_bytes, found.load_s) == (3, 150, 2.0)
+
+
+def test_growth_counts_only_after_a_load_and_when_it_matters(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.measure("k", 100)
+    assert store.measurement("k") is None
+    store.measure("k", 1000, 1.0)
+    store.measure("k", 1005)
+    assert store.measured["k"].memory_bytes == 1000
+    store.measure("k", 1100)
+    assert store.measured["k"].memory_bytes == 1100
+
+
+def test_broken_files_start_anew(tmp_path: Path) -> None:
+    (tmp_path / "pins.json").write_text("{")
+    (tmp_path / "measurements.json").write_text('{"k": {"loads": "many"}}')
+    store = Store(tmp_path)
+    assert store.pins == set() and store.measured == {}
+
+
+def test_a_measurement_is_for_one_content_runtime_setting_and_kind() -> None:
+    plan = Plan(
+        brain="b", runtime="r", serving="s", device_kind="cpu", memory_bytes=1, load_s=1, reason="", confidence=1
+    )  # fmt: skip
+    keys = {
+        measurement_key("c", plan),
+        measurement_key("d", plan),
+        measurement_key("c", plan.model_copy(update={"serving": "t"})),
+        measurement_key("c", plan.model_copy(update={"device_kind": "cuda"})),
+        measurement_key("c", plan.model_copy(update={"settings": {"x": 1}})),
+    }
+    assert len(keys) == 5
+    assert measurement_key("c", plan.model_copy(update={"reason": "another"})) in keys

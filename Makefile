@@ -30,7 +30,7 @@ lint: $(VENV)/.tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy modelium tests
-	for plugin in $(PLUGINS); do (cd $$plugin && MYPYPATH=src ../../$(BIN)/mypy --config-file ../../pyproject.toml src tests); done
+	for plugin in $(PLUGINS); do (cd $$plugin && MYPYPATH=src:tests:../../tests ../../$(BIN)/mypy --config-file ../../pyproject.toml src tests); done
 	$(BIN)/lint-imports
 	$(BIN)/python -m modelium.hookdocs --check
 

@@ -9,6 +9,7 @@ functions take the path of a Python that has them, and run this file with it:
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -18,8 +19,11 @@ from typing import Any
 
 HUGGINGFACE = ("text-generation", "text-classification", "feature-extraction", "image-classification")
 
-TORCHSCRIPT = ("torchscript", "torchscript-image", "torchscript-tokens", "torchscript-bfloat16")
-"""A vector to another; an image to classes; token ids and a mask to two outputs; the first in bfloat16."""
+TORCHSCRIPT = (
+    "torchscript", "torchscript-image", "torchscript-tokens", "torchscript-bfloat16", "torchscript-options",
+)  # fmt: skip
+"""A vector to another; an image to classes; token ids and a mask to two outputs; the first in bfloat16; and a script
+with a number and a switch that may be left out, which gives a dictionary."""
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
@@ -141,6 +145,7 @@ def original(python: Path | str, kind: str, path: Path, **inputs: Any) -> Any:
 def _other_python(python: Path | str, verb: str, kind: str, path: Path, options: dict[str, Any]) -> str:
     done = subprocess.run(
         [str(python), str(Path(__file__).resolve()), verb, kind, str(path), json.dumps(options)],
+        check=False,
         capture_output=True,
         text=True,
         timeout=300,
@@ -212,7 +217,8 @@ def make_huggingface(
         made.save_pretrained(path)
     if pooling:
         modules = [("0", "", "Transformer"), ("1", "1_Pooling", "Pooling"), ("2", "2_Normalize", "Normalize")]
-        listed = [{"idx": int(i), "name": i, "path": p, "type": f"sentence_transformers.models.{k}"} for i, p, k in modules]
+        kinds = "sentence_transformers.models."
+        listed = [{"idx": int(i), "name": i, "path": p, "type": kinds + kind} for i, p, kind in modules]
         (path / "modules.json").write_text(json.dumps(listed), encoding="utf-8")
         (path / "1_Pooling").mkdir()
         modes = {"cls_token": "cls", "mean_tokens": "mean", "max_tokens": "max"}
@@ -235,6 +241,18 @@ def make_torchscript(kind: str, path: Path) -> None:
             vectors = self.embedding(ids) * mask.unsqueeze(-1).float()
             return self.head(vectors.sum(1)), vectors
 
+    class Options(torch.nn.Module):
+        def forward(self, x: torch.Tensor, scale: float = 2.0, negate: bool = False) -> dict[str, torch.Tensor]:
+            scaled = x * scale
+            return {"scaled": -scaled if negate else scaled, "positive": scaled > 0}
+
+    if kind == "torchscript-options":
+        # Annotations are text here, and TorchScript wants them as types.
+        Options.forward.__annotations__ = {"x": torch.Tensor, "scale": float, "negate": bool}
+        Options.forward.__annotations__["return"] = dict[str, torch.Tensor]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.jit.script(Options()).save(str(path))
+        return
     if kind in ("torchscript", "torchscript-bfloat16"):
         model: Any = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
         example: tuple[Any, ...] = (torch.zeros(1, 4),)
@@ -250,7 +268,7 @@ def make_torchscript(kind: str, path: Path) -> None:
 
 
 def run_text_generation(path: Path, *, texts: list[str], max_tokens: int = 8, **options: Any) -> list[dict[str, Any]]:
-    """Greedy unless the options (of `generate`) say otherwise, for each text: its text, ids, and count of prompt tokens."""
+    """For each text the likeliest tokens, and as text, and the prompt's number of them; options are `generate`'s."""
     import transformers as t
 
     tokenizer = t.AutoTokenizer.from_pretrained(path)
@@ -273,7 +291,7 @@ def run_text_classification(path: Path, *, texts: list[str], pairs: list[str] | 
     tokenizer = t.AutoTokenizer.from_pretrained(path)
     model = t.AutoModelForSequenceClassification.from_pretrained(path).eval()
     with torch.no_grad():
-        each = zip(texts, pairs or [None] * len(texts), strict=True)
+        each = zip(texts, pairs or itertools.repeat(None), strict=pairs is not None)
         return [model(**tokenizer(a, b, return_tensors="pt")).logits[0].tolist() for a, b in each]
 
 
@@ -308,7 +326,8 @@ def run_torchscript(path: Path, *, inputs: list[Any], dtypes: list[str]) -> list
     given = [torch.tensor(one, dtype=getattr(torch, dtype)) for one, dtype in zip(inputs, dtypes, strict=True)]
     with torch.no_grad():
         out = torch.jit.load(str(path))(*given)
-    return [one.tolist() for one in (out if isinstance(out, tuple) else (out,))]
+    parts = list(out.values()) if isinstance(out, dict) else list(out) if isinstance(out, tuple) else [out]
+    return [one.tolist() for one in parts]
 
 
 def main(verb: str, kind: str, path: str, options: str) -> None:

@@ -112,7 +112,7 @@ class Served:
         self.process = None
 
     def down(self) -> None:
-        """End everything that belongs to this root; a service that does not end by itself is killed, and then told of."""
+        """End everything that belongs to this root; a service that does not end by itself is killed, and told of."""
         stuck = None
         if self.process is not None:
             try:
@@ -120,8 +120,8 @@ class Served:
             except subprocess.TimeoutExpired as exc:
                 stuck = exc
                 self.kill()
-        command = [*self.prefix, *MODELIUM, "down", *self._where]
-        done = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=120)
+        command = [*MODELIUM, "down", *self._where]
+        done = subprocess.run(command, check=False, env=self.env, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, f"down: {done.returncode}\n{done.stdout}{done.stderr}"
         assert stuck is None, f"it did not end on SIGINT:\n{self.tail()}"
 

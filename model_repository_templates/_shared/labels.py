@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
-
 from serving import strings
 
 

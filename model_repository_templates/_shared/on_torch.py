@@ -21,7 +21,9 @@ def device(args: dict[str, str], parameters: dict[str, str]) -> Any:
     if args["model_instance_kind"] != "GPU":
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise RuntimeError("this instance is of KIND_GPU, and PyTorch finds no GPU: use KIND_CPU or install its CUDA build")
+        raise RuntimeError(
+            "this instance is of KIND_GPU, and PyTorch finds no GPU: use KIND_CPU or install its CUDA build"
+        )
     return torch.device("cuda", int(args["model_instance_device_id"]))
 
 

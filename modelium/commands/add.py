@@ -21,7 +21,9 @@ from modelium.commands.text import size
 LOOK_S = 1.0
 """How often the service is asked when its feed says nothing."""
 GONE_S = 3.0
-"""How long a drop may be gone before the model that it became must be there."""
+"""How long a drop may be gone before the model that it became must be there, when nobody told why it went."""
+TOLD_S = 0.2
+"""The same when its end was told: what it became was told with it."""
 
 
 @click.command()
@@ -115,15 +117,16 @@ async def _accepted(client: Client, follower: Follower, name: str, place: str) -
         drop = await client.model(place)
         _refuse(model or drop)
         now = asyncio.get_running_loop().time()
+        told = follower.last.get(place, {})
+        patience = TOLD_S if told and not told["after"] else GONE_S
         if drop is None and model is None:
             gone_since = gone_since or now
-            if now - gone_since > GONE_S:
-                last = follower.last.get(place, {"reason": "it was taken out of the incoming folder"})
-                raise Failed(f"{place}: {last['reason']}")
+            if now - gone_since > patience:
+                raise Failed(f"{place}: {told.get('reason', 'it was taken out of the incoming folder')}")
         else:
             gone_since = None
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(follower.changed.wait(), LOOK_S)
+            await asyncio.wait_for(follower.changed.wait(), min(LOOK_S, patience))
 
 
 def _refuse(view: dict[str, Any] | None) -> None:

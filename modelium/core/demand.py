@@ -9,7 +9,7 @@ from modelium.core.moves import admit, drain, give_up_load, keep_resident, reope
 from modelium.core.placement import human
 from modelium.core.states import State, Want
 from modelium.core.turn import Turn
-from modelium.core.world import Failure, Held, Model, Runtime, Ticket
+from modelium.core.world import Failure, Model, Runtime, Ticket
 
 
 def ready_asked(turn: Turn, event: e.ReadyAsked) -> None:
@@ -28,8 +28,9 @@ def ready_asked(turn: Turn, event: e.ReadyAsked) -> None:
         if runtime is not None and runtime.given_up:
             turn.runtimes = turn.runtimes.set(runtime.name, _another_chance(runtime, turn.now))
             turn.wake(turn.now)
+    held = model.held
     as_asked = event.parameters is None or (
-        model.coming is None and model.held == Held(model.spec, dict(event.parameters))
+        model.coming is None and held is not None and (held.spec, held.parameters) == (model.spec, event.parameters)
     )
     if model.state is State.READY and as_asked:
         admit(turn, turn.hold(ticket))

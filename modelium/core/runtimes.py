@@ -106,6 +106,7 @@ def _remeasure(turn: Turn, model: Model, shown: ObservedModel) -> None:
     if not model.stale:
         estimate = replace(estimate, memory_bytes=footprint(new, model.booking), measured=True)
     turn.change(model, measured=new, booking=new, estimate=estimate)
+    turn.dirty = turn.dirty or bool(turn.queue)
 
 
 def _adopt(turn: Turn, model: Model, shown: ObservedModel) -> None:

@@ -63,12 +63,14 @@ def _still_wanted(turn: Turn, model: Model) -> Want:
     if model.kept:
         return Want.RESIDENT
     waiting = turn.waiting(model)
-    if waiting:
-        return Want.PERSON if any(t.person for t in waiting) else Want.REQUEST
+    if any(t.person for t in waiting):
+        return Want.PERSON
     for name in turn.dependents.get(model.name, ()):
         whole = turn.models.get(name)
         if whole is not None and whole.state is State.QUEUED:
             return Want.PART
+    if waiting:
+        return Want.REQUEST
     return model.want if model.want in (Want.DROPPED, Want.RESTORE) else Want.NONE
 
 
@@ -110,9 +112,12 @@ def _serve(turn: Turn, line: Line, model: Model) -> None:
     if model.parts and not _parts_ready(turn, line, model):
         return
     if line.loading.get(model.runtime, 0) >= turn.policy.max_concurrent_loads:
-        for device, size in model.promise:
-            line.reserve(device, size)
-        _wait(turn, model, f"waits for its turn: {turn.policy.max_concurrent_loads} loads under way", model.promise)
+        reason = f"waits for its turn: {turn.policy.max_concurrent_loads} loads under way"
+        kept = next((s for s in found if model.promise and s.account.id == model.promise[0][0]), None)
+        if kept is not None and kept.shortage <= 0:
+            _promise(turn, line, model, kept, reason)
+        else:
+            _wait(turn, model, reason)
         return
     for spot in found:
         if spot.need <= min(max(0, spot.free_now), spot.account.budget_bytes):

@@ -49,7 +49,8 @@ def devices_observed(turn: Turn, event: e.DevicesObserved) -> None:
                 reclaiming_bytes=account.reclaiming_bytes,
             )
             turn.devices = turn.devices.set(device.id, seen)
-        if account is None or seen.limit_bytes > account.limit_bytes or seen.budget_bytes > account.budget_bytes:
+        before = None if account is None else (account.limit_bytes, account.budget_bytes)
+        if before != (seen.limit_bytes, seen.budget_bytes):
             turn.dirty = turn.dirty or bool(turn.queue)
 
 

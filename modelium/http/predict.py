@@ -165,7 +165,7 @@ def _fits(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
 
 def _array(expected: Tensor, value: Any) -> npt.NDArray[Any]:
     array = as_array(expected.name, expected.datatype, value)
-    if array.dtype.kind not in "biufO" or (array.dtype.kind == "O" and isinstance(value, dict)):
+    if array.dtype.kind not in "biuf" and not all(type(element) is int for element in array.flat):
         raise BadRequest(f"input {expected.name!r}: expected {expected.datatype}, found {value!r:.80}")
     return array
 

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import os
+import select
+import struct
 import sys
+import termios
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,22 +39,57 @@ class Ran:
 Modelium = Callable[..., Awaitable[Ran]]
 
 
-async def start(*args: str, cwd: Path, **environ: str) -> asyncio.subprocess.Process:
-    """`modelium ARGS` in `cwd`, with nothing of the user's own settings."""
+def environment(cwd: Path, changes: dict[str, str]) -> dict[str, str]:
+    """Nothing of the user's own settings, and a home of its own."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("MODELIUM_", "XDG_"))}
     home = cwd / "home"
     home.mkdir(exist_ok=True)
+    return kept | {"PYTHONPATH": str(CHECKOUT), "HOME": str(home)} | changes
+
+
+async def start(*args: str, cwd: Path, **environ: str) -> asyncio.subprocess.Process:
+    """`modelium ARGS` in `cwd`."""
     return await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
         "modelium.cli",
         *args,
         cwd=cwd,
-        env=kept | {"PYTHONPATH": str(CHECKOUT), "HOME": str(home)} | environ,
+        env=environment(cwd, environ),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
+
+
+async def on_a_terminal(
+    *args: str, cwd: Path, **environ: str
+) -> tuple[asyncio.subprocess.Process, Callable[[bytes], None]]:
+    """`modelium ARGS` with a terminal; and a function that reads from it until a text is there."""
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 160, 0, 0))
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "modelium.cli",
+        *args,
+        cwd=cwd,
+        env=environment(cwd, {"TERM": "xterm", **environ}),
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+    )
+    os.close(theirs)
+    seen = bytearray()
+
+    def read(text: bytes) -> None:
+        ends = time.monotonic() + 30
+        while text not in seen:
+            readable, _, _ = select.select([ours], [], [], max(0.0, ends - time.monotonic()))
+            assert readable, f"never shown: {text!r} in {bytes(seen)!r}"
+            seen.extend(os.read(ours, 4096))
+
+    return process, read
 
 
 async def finish(process: asyncio.subprocess.Process) -> Ran:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 from pathlib import Path
 
 import pytest
 
 from modelium.cli import run
 from modelium.commands.base import UNREACHABLE
-from tests.cli.conftest import Modelium, Served
+from tests.cli.conftest import Modelium, Served, on_a_terminal
 
 MB = 10**6
 
@@ -58,6 +59,15 @@ class TestListing:
 
     async def test_watching_is_not_for_programs(self, served: Served) -> None:
         assert (await served.modelium("ps", "--watch", "--json")).code == 2
+
+    async def test_watching_on_a_terminal(self, served: Served) -> None:
+        await served.rig.add("a.toy")
+        process, read = await on_a_terminal("ps", "--watch", cwd=served.folder, MODELIUM_URL=served.url)
+        await asyncio.to_thread(read, b"a.toy")
+        await served.rig.add("b.toy")
+        await asyncio.to_thread(read, b"b.toy")
+        process.send_signal(signal.SIGINT)
+        assert await process.wait() == 130
 
     async def test_one_model(self, served: Served) -> None:
         await served.rig.add("a.toy", 2 * MB)

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from modelium_plugin_triton.install import Wheel, install_pack, prepare
+from modelium_plugin_triton.locate import find_interpreter
+from modelium_plugin_triton.settings import TritonSettings
 
+from modelium.api import Progress
+from modelium.config import cache_dir
 from tests import models
-from tests.e2e.kit import alive, kill, processes_of
+from tests.e2e.kit import kill, processes_of
 
 HERE = Path(__file__).parent
 
@@ -30,4 +38,43 @@ def nothing_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     for pid in left:
         kill(pid)
     assert not left, f"left running: {left}"
-    assert not alive(left)
+
+
+@pytest.fixture(scope="session")
+def wheel() -> Wheel:
+    """The tritonserver that services here run, set up by the plugin's own code."""
+
+    async def make() -> Wheel:
+        return await prepare(cache_dir(), await find_interpreter(TritonSettings()), (), _say)
+
+    return asyncio.run(make())
+
+
+@pytest.fixture(scope="session")
+def torch_python(wheel: Wheel) -> Path:
+    """A Python with torch and transformers to make models with: $MODELIUM_TEST_PYTHON, else Triton's environment."""
+    named = os.environ.get("MODELIUM_TEST_PYTHON")
+    if named:
+        return Path(named)
+    asyncio.run(install_pack(wheel.environment, "torch", (), _say))
+    python: Path = wheel.environment.python
+    return python
+
+
+@pytest.fixture(scope="session")
+def made(torch_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`made(kind, name, **options)`: a model of `tests.models.make`, made once; not to be changed by a test."""
+    folder = tmp_path_factory.mktemp("made")
+    known: dict[str, Path] = {}
+
+    def make(kind: str, name: str, **options: Any) -> Path:
+        key = repr((kind, name, sorted(options.items())))
+        if key not in known:
+            known[key] = models.make(torch_python, kind, folder / str(len(known)) / name, **options)
+        return known[key]
+
+    return make
+
+
+def _say(progress: Progress) -> None:
+    print(progress.stage, file=sys.stderr)

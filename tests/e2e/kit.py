@@ -1,4 +1,4 @@
-"""What the end-to-end tests are made of: Triton models that a test can hold and count, and looks at what really runs."""
+"""What the end-to-end tests are made of: Triton models that a test can hold and count, and looks at what runs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import time
+import urllib.request
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import Any
 import aiohttp
 import psutil
 
-from tests.service import Answer, Served
+from tests.service import Answer, Served, free_port
 
 ROOT_MARK = "MODELIUM_ROOT_ID"
 """The variable in the environment of every process that a service starts for its runtimes."""
@@ -34,7 +35,7 @@ import triton_python_backend_utils as pb_utils
 
 
 class TritonPythonModel:
-    """y = factor * x. In the folder `control` it writes a line for each load and each request, and waits while told to."""
+    """y = factor * x. In the folder `control` it writes a line for each load and request, and waits while told to."""
 
     def initialize(self, args):
         told = json.loads(args["model_config"])["parameters"]
@@ -224,13 +225,20 @@ def fingerprint(folder: Path) -> dict[str, str]:
 # --------------------------------------------------------------------------- asking
 
 
+class Straight(Served):
+    """An address to talk to that is no service of ours."""
+
+    def __init__(self, url: str):
+        self.url = url
+
+
 def x_body(x: Sequence[float] = (1, 2, 3)) -> dict[str, Any]:
     return {"inputs": [{"name": "x", "shape": [len(x)], "datatype": "FP32", "data": list(x)}]}
 
 
 def infer(service: Served, name: str, x: Sequence[float] = (1, 2, 3), **headers: str) -> list[float]:
     """`y` for `x`, by JSON."""
-    return outputs(service.post(f"/v2/models/{name}/infer", x_body(x), **headers))["y"]
+    return list(outputs(service.post(f"/v2/models/{name}/infer", x_body(x), **headers))["y"])
 
 
 def outputs(answer: Mapping[str, Any]) -> dict[str, Any]:
@@ -352,3 +360,56 @@ def kill(pid: int) -> None:
 def cp(source: Path, target: Path) -> None:
     """Copy as a person does, file after file."""
     subprocess.run(["cp", "-r", str(source), str(target)], check=True)
+
+
+# --------------------------------------------------------------------------- somebody else's tritonserver
+
+
+@dataclass(frozen=True)
+class External:
+    """A tritonserver that a person started."""
+
+    process: subprocess.Popen[bytes]
+    http: str
+    grpc: str
+
+
+@contextmanager
+def tritonserver(wheel: Any, repository: Path, *arguments: str) -> Iterator[External]:
+    """Run the wheel's server on `repository` with these arguments (`--model-control-mode=...`), and end it later."""
+    ports = {name: free_port() for name in ("http", "grpc", "metrics")}
+    command = [str(wheel.executable), f"--model-repository={repository}", f"--backend-directory={wheel.backends}"]
+    for name, port in ports.items():
+        command += [f"--{name}-address=127.0.0.1", f"--{name}-port={port}"]
+    env = {
+        **os.environ,
+        "LD_LIBRARY_PATH": str(wheel.libraries),
+        "PATH": f"{wheel.environment.folder}/bin:{os.environ['PATH']}",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    log = repository.parent / f"{repository.name}-triton.log"
+    with log.open("wb") as out:
+        process = subprocess.Popen([*command, *arguments], env=env, stdout=out, stderr=out, start_new_session=True)
+    external = External(process, f"http://127.0.0.1:{ports['http']}", f"127.0.0.1:{ports['grpc']}")
+    try:
+        end = time.monotonic() + 60
+        while not _lives(external.http):
+            assert process.poll() is None and time.monotonic() < end, log.read_text()[-3000:]
+            time.sleep(0.05)
+        yield external
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(30)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # its stubs too
+        process.wait(30)
+
+
+def _lives(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/v2/health/live", timeout=2) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False

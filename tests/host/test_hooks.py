@@ -193,10 +193,11 @@ class TestScan:
 def test_modelium_converters() -> None:
     host = host_with(
         a=plugin(modelium_converters=lambda: [ToyConverter("b"), ToyConverter("a")]),
-        b=plugin(modelium_converters=lambda: [ToyConverter]),
+        b=plugin(modelium_converters=lambda: [type("Instead", (ToyConverter,), {"name": "of an object"})]),
         c=plugin(modelium_converters=lambda: [Named("no-methods")]),
     )
     assert [c.name for c in host.converters()] == ["a", "b"]
+    assert [f.error for f in host.failures()][0] == "TypeError: returned the class Instead where Converter was expected"
     assert len(host.failures()) == 2
 
 

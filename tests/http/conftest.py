@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 
 import aiohttp
@@ -9,6 +9,7 @@ import pytest
 from modelium.http.app import build_app, serving
 from modelium.http.settings import HttpSettings
 from tests.http.fakes import FakeService
+from tests.http.tritonserver import MODELS, Triton, running
 from tests.http.upstreams import Recorder, recording
 
 
@@ -48,3 +49,19 @@ async def upstream(service: FakeService) -> AsyncIterator[Recorder]:
         service.runtime(kserve_http=recorder.url)
         service.add("m")
         yield recorder
+
+
+@pytest.fixture(scope="session")
+def triton(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Triton]:
+    """A real tritonserver with the models of `tritonserver.MODELS` loaded."""
+    with running(tmp_path_factory.mktemp("triton")) as server:
+        yield server
+
+
+@pytest.fixture
+def real(service: FakeService, triton: Triton) -> Triton:
+    """The fake service with the real runtime behind it, all models READY."""
+    service.runtime(kserve_http=triton.url, kserve_grpc=triton.grpc)
+    for name in MODELS:
+        service.add(name, decoupled=name == "pieces")
+    return triton

@@ -48,7 +48,7 @@ async def test_many_models_are_listed_without_holding_up_others(surface: Surface
 
 async def test_errors_are_in_our_own_shape(surface: Surface, upstream: Recorder) -> None:
     for method, path in [("GET", "/models/x"), ("POST", "/models/x/load"), ("DELETE", "/models/x"),
-                         ("GET", "/models/x/explain"), ("GET", "/models/x/logs"), ("POST", "/models/x/pin")]:  # fmt: skip
+                         ("GET", "/models/x/explain"), ("GET", "/models/x/logs")]:  # fmt: skip
         status, answer, _ = await ask(surface, method, path)
         assert (status, answer) == (404, {"error": {"code": "model_not_found", "message": "there is no model named x"}})
     surface.service.failures["m"] = NeverFits("needs 3 of 2", needs=3, limit=2)

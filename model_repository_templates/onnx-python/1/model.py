@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
-
 from serving import Refused, answer, datatypes, parameters, text, version_folder
 
 Inputs = dict[str, np.ndarray]

@@ -42,30 +42,32 @@ class TritonPythonModel:
         self.model = torch.jit.load(str(version_folder(args) / settings["model_file"]), map_location=self.device).eval()
         self.inputs = list(datatypes(args, "input"))
         self.outputs = list(datatypes(args, "output"))
-        self.plain = [
-            str(argument.type) in ("int", "float", "bool") for argument in self.model.forward.schema.arguments[1:]
-        ]
+        self.arguments = self.model.forward.schema.arguments[1:]
 
     def execute(self, requests: list[Any]) -> list[Any]:
         return answer(requests, self.read, id, self.run)
 
-    def read(self, request: Any) -> list[Any]:
-        """The arguments of `forward`, in its order; None for optional ones that were not sent."""
+    def read(self, request: Any) -> dict[str, Any]:
+        """The arguments of `forward`; one that was not sent has its default, and is None where there is none."""
         given = {tensor.name(): tensor for tensor in request.inputs()}
-        return [self.argument(given.get(name), plain) for name, plain in zip(self.inputs, self.plain, strict=True)]
+        values = {}
+        for name, argument in zip(self.inputs, self.arguments, strict=True):
+            if name in given:
+                values[argument.name] = self.value(given[name], str(argument.type))
+            elif not argument.has_default_value():
+                values[argument.name] = None
+        return values
 
-    def argument(self, tensor: Any, plain: bool) -> Any:
-        if tensor is None:
-            return None
+    def value(self, tensor: Any, kind: str) -> Any:
         # BF16 has no numpy type, so tensors go in and out by DLPack.
         values = self.torch.from_dlpack(tensor.to_dlpack())
-        return values.item() if plain else values.to(self.device)
+        return values.item() if kind in ("int", "float", "bool") else values.to(self.device)
 
-    def run(self, jobs: list[list[Any]]) -> list[list[Any]]:
+    def run(self, jobs: list[dict[str, Any]]) -> list[list[Any]]:
         (arguments,) = jobs
         try:
             with self.torch.inference_mode():
-                made = list(self.flat(self.model(*arguments)))
+                made = list(self.flat(self.model(**arguments)))
         except RuntimeError as error:
             # What the program raises is about the shapes and types that it was given; its last line says so.
             raise Refused(str(error).strip().splitlines()[-1]) from None

@@ -38,7 +38,7 @@ TRIES = (1, 8, 16, 32, 64, 128, 224, 256)
 
 
 def read_signature(file: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The inputs and outputs as Triton's configuration wants them. Raises `ValueError` for arguments Triton can't send."""
+    """The inputs and outputs for Triton's configuration. Raises `ValueError` for arguments that Triton can't send."""
     model = torch.jit.load(str(file), map_location="cpu").eval()
     arguments = model.forward.schema.arguments[1:]
     graph = torch.jit.freeze(model).graph
@@ -52,7 +52,9 @@ def read_signature(file: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any
             dtype, dims = conclude(value)
             tensor |= {"data_type": TYPES[dtype], "dims": dims}
         else:
-            raise ValueError(f"forward's argument {argument.name} is a {kind}, and Triton sends tensors and numbers only")
+            raise ValueError(
+                f"forward's argument {argument.name} is a {kind}, and Triton sends tensors and numbers only"
+            )
         if argument.has_default_value() or kind.startswith("Optional"):
             tensor["optional"] = True
         inputs.append(tensor)
@@ -79,7 +81,7 @@ def conclude(value: Any) -> tuple[torch.dtype, Shape]:
 
 
 def uses(value: Any) -> Iterator[tuple[Any, int]]:
-    """Nodes that use a tensor, or the same tensor after steps that keep its shape, with the place that it takes there."""
+    """Nodes that use a tensor, itself or after steps that keep its shape, and which of their inputs it is."""
     for use in value.uses():
         node, kind = use.user, use.user.kind()
         second = list(node.inputs())[1].type().kind() if node.inputsSize() > 1 else ""
@@ -108,7 +110,9 @@ def outputs(model: Any, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def zeros(tensor: dict[str, Any], size: int) -> Any:
     dtype = next(key for key, name in TYPES.items() if name == tensor["data_type"])
-    made = torch.zeros([size if dim == -1 and place else abs(dim) for place, dim in enumerate(tensor["dims"])], dtype=dtype)
+    made = torch.zeros(
+        [size if dim == -1 and place else abs(dim) for place, dim in enumerate(tensor["dims"])], dtype=dtype
+    )
     return made.item() if tensor["dims"] == [1] else made
 
 

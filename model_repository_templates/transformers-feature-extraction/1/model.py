@@ -50,12 +50,14 @@ class TritonPythonModel:
         used = mask.any(dim=0).nonzero().flatten()
         window = slice(int(used[0]), int(used[-1]) + 1) if len(used) else slice(0)
         made = {
-            "last_hidden_state": lambda: tokens[:, window],
-            "attention_mask": lambda: mask[:, window].long(),
-            "sentence_embedding": lambda: wholes,
+            "last_hidden_state": tokens[:, window],
+            "attention_mask": mask[:, window].long(),
+            "sentence_embedding": wholes,
         }
         return [
-            pb_utils.Tensor(name, make().contiguous().cpu().numpy()) for name, make in made.items() if name in job.wanted
+            pb_utils.Tensor(name, values.contiguous().cpu().numpy())
+            for name, values in made.items()
+            if name in job.wanted
         ]
 
     def pool(self, tokens: Any, mask: Any) -> Any:
@@ -75,7 +77,7 @@ class TritonPythonModel:
 
 
 def how_to_pool(folder: Path) -> tuple[str, bool]:
-    """The pooling (`mean`, `cls`, `max`, `lasttoken`) and whether to normalize, as sentence-transformers writes them."""
+    """The pooling (`mean`, `cls`, `max`, `lasttoken`) and whether to normalize, as sentence-transformers says it."""
     pooling, normalized = "mean", False
     modules = folder / "modules.json"
     if not modules.exists():
@@ -83,15 +85,22 @@ def how_to_pool(folder: Path) -> tuple[str, bool]:
     for module in json.loads(modules.read_text(encoding="utf-8")):
         kind = module["type"].rsplit(".", 1)[-1]
         if kind == "Pooling":
-            wanted = json.loads((folder / module["path"] / "config.json").read_text(encoding="utf-8"))
-            names = {"cls_token": "cls", "mean_tokens": "mean", "max_tokens": "max", "lasttoken": "lasttoken"}
-            chosen = [name for key, name in names.items() if wanted.get(f"pooling_mode_{key}")]
-            other = [key for key in wanted if key.startswith("pooling_mode_") and wanted[key] is True]
-            if len(chosen) != 1 or len(other) != 1:
-                raise ValueError(f"the pooling {other} is not one of {list(names)}, one at a time")
-            pooling = chosen[0]
+            pooling = pooling_of(json.loads((folder / module["path"] / "config.json").read_text(encoding="utf-8")))
         elif kind == "Normalize":
             normalized = True
         elif kind != "Transformer":
-            raise ValueError(f"the folder's modules.json names {module['type']}, which this way of serving doesn't know")
+            raise ValueError(
+                f"the folder's modules.json names {module['type']}, which this way of serving doesn't know"
+            )
     return pooling, normalized
+
+
+def pooling_of(config: dict[str, Any]) -> str:
+    """The one way of pooling that sentence-transformers' Pooling is configured for, in its older form or its newer."""
+    chosen = [key.removeprefix("pooling_mode_") for key, value in config.items() if value is True]
+    chosen = [config["pooling_mode"]] if "pooling_mode" in config else chosen
+    known = {"cls_token": "cls", "mean_tokens": "mean", "max_tokens": "max"}
+    names = [known.get(name, name) for name in chosen if name != "include_prompt"]
+    if len(names) != 1 or names[0] not in ("mean", "cls", "max", "lasttoken"):
+        raise ValueError(f"the folder asks for pooling by {chosen}: expected one of mean, cls, max and lasttoken")
+    return str(names[0])

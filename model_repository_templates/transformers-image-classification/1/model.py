@@ -13,6 +13,9 @@ import on_torch
 from labels import Labels
 from serving import Refused, answer, parameters, version_folder
 
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+"""What Pillow may read: some of its other formats start programs."""
+
 
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
@@ -53,12 +56,15 @@ class TritonPythonModel:
     def decode(self, value: bytes) -> Any:
         """An image from a file's bytes, or from their base64 text, which JSON can carry."""
         try:
-            return self.image.open(io.BytesIO(value)).convert("RGB")
+            return self.opened(value)
         except Exception as error:
             try:
-                return self.image.open(io.BytesIO(base64.b64decode(value, validate=True))).convert("RGB")
+                return self.opened(base64.b64decode(value, validate=True))
             except Exception:
                 raise Refused(f"image must be a JPEG, PNG or alike, as bytes or as base64: {error}") from None
+
+    def opened(self, value: bytes) -> Any:
+        return self.image.open(io.BytesIO(value), formats=FORMATS).convert("RGB")
 
     def run(self, jobs: list[Any]) -> list[list[Any]]:
         pixels = self.torch.cat(jobs).to(self.device, self.model.dtype)

@@ -15,7 +15,7 @@ import numpy as np
 import on_torch
 import triton_python_backend_utils as pb_utils
 from decoding import Decoding, Text, decoding
-from serving import Refused, cancelled, failure, parameters, refusal, strings, text, version_folder
+from serving import Refused, cancelled, failure, parameters, strings, text, version_folder
 from turns import Turns
 
 
@@ -73,8 +73,8 @@ class TritonPythonModel:
             sender = request.get_response_sender()
             try:
                 job = self.read(request, sender)
-            except Refused as error:
-                sender.send(refusal(str(error)), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+            except Exception as error:
+                sender.send(failure(error), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
             else:
                 self.pool.submit(self.serve, job)
 
@@ -96,14 +96,16 @@ class TritonPythonModel:
             room = self.longest - len(prompt)
             if room < 1:
                 raise Refused(
-                    f"the prompt has {len(prompt)} tokens, and the model takes {self.longest} with its answer: shorten it"
+                    f"the prompt has {len(prompt)} tokens, and the model takes {self.longest} with its answer: "
+                    "shorten it"
                 )
             wanted = Decoding(**{**wanted.__dict__, "max_tokens": min(wanted.max_tokens, room)})
         ids_wanted = self.tokenizer is None or "input_ids" in given
         return Job(sender, prompt, wanted, bool(others.get("stream", False)), ids_wanted)
 
     def prompt(self, single: dict[str, str], ids: np.ndarray | None) -> list[int]:
-        sources = [name for name in ("text_input", "messages") if name in single] + ([] if ids is None else ["input_ids"])
+        given = {*single, *(() if ids is None else ("input_ids",))}
+        sources = sorted(given & {"text_input", "messages", "input_ids"})
         if len(sources) != 1:
             raise Refused(f"send one of text_input, messages and input_ids; the request has {sources or 'none'}")
         if ids is not None:
@@ -119,7 +121,9 @@ class TritonPythonModel:
         if not self.tokenizer.chat_template:
             raise Refused("the model came without a chat template: send text_input instead of messages")
         try:
-            written = self.tokenizer.apply_chat_template(json.loads(messages), add_generation_prompt=True, tokenize=False)
+            written = self.tokenizer.apply_chat_template(
+                json.loads(messages), add_generation_prompt=True, tokenize=False
+            )
         except Exception as error:
             raise Refused(f"messages don't suit the model's chat template: {type(error).__name__}: {error}") from None
         return list(self.tokenizer(written, add_special_tokens=False, verbose=False)["input_ids"])
@@ -153,8 +157,7 @@ class TritonPythonModel:
                 pad_token_id=self.ends[0] if self.ends else 0,
             ),
             logits_processor=LogitsProcessorList(self.choosers(wanted)),
-            stopping_criteria=StoppingCriteriaList([generation.stop_here]),
-            streamer=generation,
+            stopping_criteria=StoppingCriteriaList([generation]),
         )
 
     def choosers(self, wanted: Decoding) -> list[Any]:
@@ -182,13 +185,12 @@ class TritonPythonModel:
 
 
 class Generation:
-    """What transformers calls after each token (a streamer): sends the text, stops, and lets the others compute."""
+    """What transformers calls after each token (a stopping criterion): sends the text, and lets the others compute."""
 
     def __init__(self, owner: TritonPythonModel, job: Job):
         self.owner = owner
         self.job = job
         self.text = Text(self.decode, job.decoding.stop)
-        self.prompt_seen = False
         self.cancelled = False
 
     def decode(self, tokens: list[int]) -> str:
@@ -199,22 +201,14 @@ class Generation:
         self.cancelled = self.cancelled or self.owner.ending or bool(self.job.sender.is_cancelled())
         return self.cancelled
 
-    def put(self, tokens: Any) -> None:
-        if not self.prompt_seen:
-            self.prompt_seen = True
-            return
-        token = int(tokens.reshape(-1)[0])
+    def __call__(self, ids: Any, scores: Any, **_: Any) -> Any:
+        token = int(ids[0, -1])
         piece = self.text.add(token)
-        ids = [token] if self.job.ids_wanted else []
-        if self.job.stream and (piece or ids) and not self.given_up():
-            self.job.sender.send(self.response(piece, ids))
+        shown = [token] if self.job.ids_wanted else []
+        if not self.given_up() and self.job.stream and (piece or shown):
+            self.job.sender.send(self.response(piece, shown))
         self.owner.turns.give_way()
-
-    def end(self) -> None:
-        """Part of a streamer; `conclusion` does the work, after the computing."""
-
-    def stop_here(self, ids: Any, scores: Any, **_: Any) -> Any:
-        stop = self.text.stopped or self.given_up()
+        stop = self.text.stopped or self.cancelled
         return self.owner.torch.full((ids.shape[0],), stop, device=ids.device, dtype=self.owner.torch.bool)
 
     def conclusion(self) -> Any:

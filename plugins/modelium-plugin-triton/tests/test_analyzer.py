@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
-from modelium.api import Analysis, Severity
-from modelium.errors import ModelError
 from modelium_plugin_triton.analyzer import (
     modelium_analyze,
     modelium_completeness,
     modelium_scan,
     read_repository,
 )
+
+from modelium.api import Analysis, Severity
+from modelium.errors import ModelError
 
 PYTHON = 'backend: "python"\ninput { name: "x" data_type: TYPE_FP32 dims: 4 }\noutput { name: "y" data_type: TYPE_STRING dims: -1 }\n'
 

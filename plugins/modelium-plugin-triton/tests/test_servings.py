@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
+from modelium_plugin_triton.backend import TritonBackend
+from modelium_plugin_triton.modelconfig import parse_config, placed
+from modelium_plugin_triton.servings import SERVINGS
 
 from modelium.api import Analysis, Device, Offer, Plan, RuntimeInfo, Tensor
 from modelium.api.templates import render, template_names
 from modelium.errors import ModelError, PluginError
-from modelium_plugin_triton.backend import TritonBackend
-from modelium_plugin_triton.modelconfig import parse_config, placed
-from modelium_plugin_triton.servings import SERVINGS
 
 CPU = Device(id="cpu:0", kind="cpu", name="CPU", total_bytes=2**34, used_bytes=0)
 GPU = Device(id="cuda:0", kind="cuda", name="GPU", total_bytes=2**35, used_bytes=0)
@@ -96,7 +96,9 @@ class TestOffers:
         with pytest.raises(ModelError, match="onnxruntime backend"):
             offers(half, triton("python"))
 
-    @pytest.mark.parametrize("task", ["text-generation", "text-classification", "feature-extraction", "image-classification"])
+    @pytest.mark.parametrize(
+        "task", ["text-generation", "text-classification", "feature-extraction", "image-classification"]
+    )
     def test_each_task_has_its_serving(self, task: str) -> None:
         (offer,) = offers(model("huggingface", task=task), triton("python"))
         assert offer.serving == f"transformers-{task}"
@@ -176,7 +178,7 @@ class TestAsIs:
 class TestLayouts:
     @pytest.mark.parametrize("serving", sorted(SERVINGS))
     def test_every_template_makes_a_configuration_that_triton_reads(self, serving: str) -> None:
-        format = serving.split("-")[0].replace("transformers", "huggingface")
+        format = serving.split("-", maxsplit=1)[0].replace("transformers", "huggingface")
         task = serving.removeprefix("transformers-") if format == "huggingface" else None
         base = LLM if format == "huggingface" else ONNX
         analysis = base.model_copy(update={"format": format, "task": task})
@@ -254,7 +256,9 @@ class TestTemplates:
 
 class TestPlaced:
     def test_gpu_instances_get_their_gpus_and_nothing_else_changes(self) -> None:
-        text = 'name: "m" backend: "python" instance_group { kind: KIND_GPU count: 2 } instance_group { kind: KIND_CPU }'
+        text = (
+            'name: "m" backend: "python" instance_group { kind: KIND_GPU count: 2 } instance_group { kind: KIND_CPU }'
+        )
         made = placed(text, [3])
         assert '"gpus":[3]' in made.replace(" ", "")
         assert made.count("gpus") == 1

@@ -9,8 +9,8 @@ from pathlib import Path
 import models
 import numpy as np
 import pytest
-import tritonclient.http as http
-from servings_lab import Triton
+from real_triton import Triton
+from tritonclient import http
 from tritonclient.utils import InferenceServerException
 
 W = np.arange(1, 13, dtype=np.float32).reshape(4, 3)

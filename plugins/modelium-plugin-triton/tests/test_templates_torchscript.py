@@ -9,15 +9,19 @@ import ml_dtypes
 import models
 import numpy as np
 import pytest
-import tritonclient.http as http
-from servings_lab import Triton
+from real_triton import Triton
+from tritonclient import http
 
-NUMPY: dict[str, Any] = {"FP32": np.float32, "INT64": np.int64, "BF16": ml_dtypes.bfloat16}
-TORCH = {"FP32": "float32", "INT64": "int64", "BF16": "bfloat16"}
+NUMPY: dict[str, Any] = {
+    "FP32": np.float32, "FP64": np.float64, "INT64": np.int64, "BF16": ml_dtypes.bfloat16, "BOOL": np.bool_,
+}  # fmt: skip
+TORCH = {"FP32": "float32", "FP64": "float64", "INT64": "int64", "BF16": "bfloat16", "BOOL": "bool"}
 
 
 @pytest.fixture(scope="module", params=models.TORCHSCRIPT)
-def script(request: pytest.FixtureRequest, triton: Triton, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+def script(
+    request: pytest.FixtureRequest, triton: Triton, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Path]:
     kind = str(request.param)
     path = models.make(triton.python, kind, tmp_path_factory.mktemp(kind) / f"{kind}.pt")
     return kind, path
@@ -30,6 +34,11 @@ INPUTS: dict[str, list[tuple[str, list[int], Any]]] = {
     "torchscript-tokens": [
         ("INT64", [-1, -1], np.array([[1, 2, 3], [4, 5, 6]])),
         ("FP32", [-1, -1], np.array([[1, 1, 0], [1, 1, 1]])),
+    ],
+    "torchscript-options": [
+        ("FP32", [-1, -1], np.array([[1, -2, 3]])),
+        ("FP64", [1], np.array([3.0])),
+        ("BOOL", [1], np.array([True])),
     ],
 }
 """What the program should be found to take, and values for it."""
@@ -50,7 +59,7 @@ def test_its_tensors_are_found_and_its_answers_are_pytorchs(triton: Triton, scri
             triton.python,
             kind,
             path,
-            inputs=[values.tolist() for _, _, values in INPUTS[kind]],
+            inputs=[values.item() if shape == [1] else values.tolist() for _, shape, values in INPUTS[kind]],
             dtypes=[TORCH[datatype] for datatype, _, _ in INPUTS[kind]],
         )
         assert len(metadata["outputs"]) == len(expected)
@@ -58,6 +67,17 @@ def test_its_tensors_are_found_and_its_answers_are_pytorchs(triton: Triton, scri
             got = answer.as_numpy(f"OUTPUT__{index}")
             assert metadata["outputs"][index]["shape"] == [-1] * got.ndim
             np.testing.assert_allclose(got.astype(np.float32), np.array(values, np.float32), rtol=1e-5, atol=1e-6)
+
+
+def test_what_may_be_left_out_has_its_default(triton: Triton, tmp_path: Path) -> None:
+    path = models.make(triton.python, "torchscript-options", tmp_path / "options.pt")
+    with triton.serving("options", path) as name:
+        x = {"name": "INPUT__0", "datatype": "FP32", "shape": [1, 2], "data": [1, -2]}
+        negate = {"name": "INPUT__2", "datatype": "BOOL", "shape": [1], "data": [True]}
+        for inputs, expected in (([x], [2, -4]), ([x, negate], [-2, 4])):
+            status, body = triton.post(f"{name}/infer", {"inputs": inputs})
+            assert status == 200
+            assert [output["data"] for output in body["outputs"]] == [expected, [True, False]]
 
 
 def test_what_the_program_refuses_is_told(triton: Triton, tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 import models
 import numpy as np
 import pytest
-import tritonclient.http as http
-from servings_lab import Triton
+from real_triton import Triton
+from tritonclient import http
 from tritonclient.utils import InferenceServerException
 
 TEXTS = ["hello", "a longer text, with more in it", "ü"]

@@ -1,9 +1,9 @@
 """Existing Triton model directories, adopted as they are: read as Triton reads them, and never changed.
 
-`Analysis.facts` of format `triton` holds: `backend` (empty for an ensemble), `ensemble`, `versions` (all that are there),
-`served` (those that the version policy loads), `max_batch_size`, `decoupled`, `sequence`, `dynamic_batching`,
-`instances` (a list of `{"kind", "count", "gpus"}`, empty where Triton decides), and `imports` (top-level modules that a
-Python model names).
+`Analysis.facts` of format `triton` holds: `backend` (empty for an ensemble), `ensemble`, `versions` (all that are
+there), `served` (those that the version policy loads), `max_batch_size`, `decoupled`, `sequence`, `dynamic_batching`,
+`instances` (a list of `{"kind", "count", "gpus"}`, empty where Triton decides), and `imports` (top-level modules that
+a Python model names).
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ NUMBERED = 0.95
 """Numbered folders with a file that Triton knows by its name: more than the analyzers of those files are sure of."""
 
 MAX_CODE_BYTES = 4 << 20
-_ENSEMBLE = "ensemble"
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +176,7 @@ def _analyze(folder: Folder) -> Analysis:
     if not backend and not folder.ensemble:
         raise ModelError(
             f"{folder.path.name}: expected `backend` in config.pbtxt, or a file that tells it "
-            f"({', '.join(DEFAULT_FILES)}) in its version folders, and found neither: add `backend: \"...\"`"
+            f'({", ".join(DEFAULT_FILES)}) in its version folders, and found neither: add `backend: "..."`'
         )
     served = folder.served
     weights = sum(_bytes_in(folder.versions[version]) for version in served)
@@ -249,12 +248,10 @@ def _summary(folder: Folder, backend: str, weights: int) -> str:
     config = folder.config
     if config is not None and folder.ensemble:
         return f"Triton ensemble of {', '.join(_parts(config))}"
-    served = folder.served
-    versions = f"version{'s' if len(served) > 1 else ''} {', '.join(map(str, served))}"
-    others = len(folder.versions) - len(served)
-    return f"Triton model, {backend} backend, {versions}" + (f" of {len(folder.versions)}" if others else "") + (
-        f", {weights / 2**20:.1f} MiB"
-    )
+    served = ", ".join(map(str, folder.served))
+    of_all = f" of {len(folder.versions)}" if len(folder.versions) > len(folder.served) else ""
+    word = "versions" if len(folder.served) > 1 else "version"
+    return f"Triton model, {backend} backend, {word} {served}{of_all}, {weights / 2**20:.1f} MiB"
 
 
 def _bytes_in(folder: Path) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from pydantic import BaseModel
 
@@ -12,9 +11,6 @@ from modelium.errors import ModelError
 from modelium_plugin_triton import servings
 from modelium_plugin_triton.servings import AS_IS, RUNTIME, SERVINGS
 from modelium_plugin_triton.settings import TritonSettings
-
-if TYPE_CHECKING:
-    from modelium_plugin_triton.driver import TritonDriver
 
 PACK_OF = {"onnxruntime": "onnx", "torch": "torch", "transformers": "torch"}
 """The pack that brings a module which a person's own Python model imports."""
@@ -32,8 +28,7 @@ class TritonBackend:
     def create(self, context: RuntimeContext) -> RuntimeDriver:
         from modelium_plugin_triton.driver import TritonDriver
 
-        driver: TritonDriver = TritonDriver(context)
-        return driver
+        return TritonDriver(context)
 
     def offers(self, analysis: Analysis, runtime: RuntimeInfo | None, devices: Sequence[Device]) -> Sequence[Offer]:
         """Native backends before templates. Raises `ModelError` with the reason when it is a kind of model that Triton

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import grpc
-from tritonclient.grpc import service_pb2 as pb  # type: ignore[import-untyped]
-from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub  # type: ignore[import-untyped]
+from tritonclient.grpc import service_pb2 as pb
+from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
 from modelium.errors import DriverError, RuntimeUnavailable
 
@@ -94,10 +94,11 @@ class TritonClient:
         answer = await self._call(self._stub.ModelReady(pb.ModelReadyRequest(name=name), timeout=10))
         return bool(answer.ready)
 
-    async def backend(self, name: str) -> str:
-        """The backend of a loaded model; empty for an ensemble."""
-        answer = await self._call(self._stub.ModelConfig(pb.ModelConfigRequest(name=name), timeout=10))
-        return str(answer.config.backend)
+    async def backend(self, name: str, version: str = "") -> tuple[str, int]:
+        """The backend of a loaded model, empty for an ensemble, and how many instances of it there are."""
+        request = pb.ModelConfigRequest(name=name, version=version)
+        config = (await self._call(self._stub.ModelConfig(request, timeout=10))).config
+        return str(config.backend), sum(group.count * max(1, len(group.gpus)) for group in config.instance_group)
 
     async def load(self, name: str, parameters: Mapping[str, Any]) -> None:
         """Returns when it is loaded. Triton goes on with it even when nobody waits any more, so there is no timeout."""
@@ -139,4 +140,6 @@ def set_parameter(target: Any, key: str, value: Any) -> None:
     elif isinstance(value, dict | list):
         target.string_param = json.dumps(value)
     else:
-        raise DriverError(f"load parameter {key!r}: expected text, a number, true or false, or an object; found {value!r}")
+        raise DriverError(
+            f"load parameter {key!r}: expected text, a number, true or false, or an object; found {value!r}"
+        )

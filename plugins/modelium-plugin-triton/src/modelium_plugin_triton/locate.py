@@ -98,7 +98,7 @@ async def find_interpreter(settings: TritonSettings) -> Interpreter:
                 f"triton.python is Python {found.version}; Triton's own environment needs one of {', '.join(PYTHONS)}"
             )
         return found
-    ours = "%d.%d" % sys.version_info[:2]
+    ours = f"{sys.version_info.major}.{sys.version_info.minor}"
     names = [shutil.which(f"python{version}") for version in PYTHONS]
     own = [getattr(sys, "_base_executable", sys.executable)] if ours in PYTHONS else []
     for name in [*own, *filter(None, names)]:
@@ -106,8 +106,8 @@ async def find_interpreter(settings: TritonSettings) -> Interpreter:
         if found is not None and found.version in PYTHONS:
             return found
     raise ConfigError(
-        f"Triton's own environment needs Python {' or '.join(PYTHONS)}, and neither is on PATH (Modelium runs on {ours}): "
-        "install one and name it in `triton: {python: /path/to/python3.12}`"
+        f"Triton's own environment needs Python {' or '.join(PYTHONS)}, and neither is on PATH (Modelium runs on "
+        f"{ours}): install one and name it in `triton: {{python: /path/to/python3.12}}`"
     )
 
 

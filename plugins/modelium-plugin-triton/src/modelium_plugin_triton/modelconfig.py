@@ -85,8 +85,9 @@ def _explain(exc: Any, text: str, name: str) -> ModelError:
         message = _unknown_field(*unknown.groups())
     lines = text.rstrip().splitlines()
     shown = lines[line - 1].strip() if 0 < line <= len(lines) else ""
-    fields = {"line": line, "column": column}
-    if not unknown and (line >= len(lines) and not shown.endswith(("}", "]")) or line > len(lines) or not lines):
+    fields: dict[str, Any] = {"line": line, "column": column}
+    at_the_end = line > len(lines) or (line == len(lines) and not shown.endswith(("}", "]")))
+    if at_the_end and not unknown:
         return Unfinished(f"{name} ends in the middle, at line {line}: {message}", **fields)
     return ModelError(
         f"{name} line {line} ({shown[:80]!r}): {message}. Expected Triton's ModelConfig in protobuf text format",
@@ -136,7 +137,7 @@ def backend_of(config: ModelConfig | None, files: set[str]) -> str:
 
 
 def is_ensemble(config: ModelConfig) -> bool:
-    return config.platform == "ensemble" or config.HasField("ensemble_scheduling")
+    return bool(config.platform == "ensemble" or config.HasField("ensemble_scheduling"))
 
 
 def main_file(config: ModelConfig | None, backend: str) -> str | None:
@@ -186,4 +187,4 @@ def placed(config_text: str, gpus: Sequence[int]) -> str:
     for group in config.instance_group:
         if group.kind == ModelInstanceGroup.KIND_GPU:
             group.gpus[:] = gpus
-    return json_format.MessageToJson(config, preserving_proto_field_name=True, indent=None)
+    return str(json_format.MessageToJson(config, preserving_proto_field_name=True, indent=None))

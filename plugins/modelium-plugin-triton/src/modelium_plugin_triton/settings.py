@@ -23,8 +23,8 @@ class TritonSettings(BaseModel):
     """HTTP base URL of a running Triton to attach to, as `http://127.0.0.1:8000`. It is never stopped or restarted; it
     must be in explicit mode and see the same repository folder."""
     grpc_endpoint: str | None = None
-    """Its gRPC address, as `127.0.0.1:8001`, or `grpcs://host:port` with TLS; by default the endpoint's host at its port
-    plus one, as Triton itself numbers them."""
+    """Its gRPC address, as `127.0.0.1:8001`, or `grpcs://host:port` with TLS; by default the endpoint's host at its
+    port plus one, as Triton itself numbers them."""
     backends: tuple[str, ...] = ()
     """Backends that it has, where they can't be found out from here (a server in another container)."""
 

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import tritonclient.http
+from modelium_plugin_triton import analyzer
+from modelium_plugin_triton.backend import TritonBackend
 
 from modelium.api import Analysis, Plan, RuntimeInfo
 from modelium.builtin import huggingface, onnx, torchscript
-from modelium_plugin_triton import analyzer
-from modelium_plugin_triton.backend import TritonBackend
 
 LAB = Path("/tmp/lab/servings")
 PYTHON = Path("/tmp/lab/tenv/bin/python")
@@ -44,16 +44,38 @@ class Triton:
         self.repository.mkdir()
         self.log = root / "triton.log"
         self.port = free_port()
-        libdir = subprocess.run([PYTHON, "-c", "import sysconfig;print(sysconfig.get_config_var('LIBDIR'))"], capture_output=True, text=True).stdout.strip()
-        env = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "PATH": f"{PYTHON.parent}:{os.environ['PATH']}", "LD_LIBRARY_PATH": f"{libdir}:{LAB}/wheel/nvidia_pytriton.libs"}
+        libdir = subprocess.run(
+            [PYTHON, "-c", "import sysconfig;print(sysconfig.get_config_var('LIBDIR'))"], capture_output=True, text=True
+        ).stdout.strip()
+        env = os.environ | {
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "PATH": f"{PYTHON.parent}:{os.environ['PATH']}",
+            "LD_LIBRARY_PATH": f"{libdir}:{LAB}/wheel/nvidia_pytriton.libs",
+        }
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [str(LAB / "wheel/pytriton/tritonserver/bin/tritonserver"), "--model-repository", str(self.repository), "--backend-directory", str(LAB / "backends"),
-                 "--model-control-mode=explicit", "--http-address=127.0.0.1", "--grpc-address=127.0.0.1", "--metrics-address=127.0.0.1",
-                 f"--http-port={self.port}", f"--grpc-port={free_port()}", f"--metrics-port={free_port()}"],
-                env=env, stdout=log, stderr=subprocess.STDOUT)
+                [
+                    str(LAB / "wheel/pytriton/tritonserver/bin/tritonserver"),
+                    "--model-repository",
+                    str(self.repository),
+                    "--backend-directory",
+                    str(LAB / "backends"),
+                    "--model-control-mode=explicit",
+                    "--http-address=127.0.0.1",
+                    "--grpc-address=127.0.0.1",
+                    "--metrics-address=127.0.0.1",
+                    f"--http-port={self.port}",
+                    f"--grpc-port={free_port()}",
+                    f"--metrics-port={free_port()}",
+                ],
+                env=env,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
         self.url = f"127.0.0.1:{self.port}"
-        self.client = tritonclient.http.InferenceServerClient(self.url, concurrency=8, network_timeout=120, connection_timeout=120)
+        self.client = tritonclient.http.InferenceServerClient(
+            self.url, concurrency=8, network_timeout=120, connection_timeout=120
+        )
         self.info = RuntimeInfo(name="triton", version="2.51.0", instance="1", adopted=False, backends=("python",))
         end = time.monotonic() + 30
         while True:
@@ -75,14 +97,24 @@ class Triton:
         analysis = analyse(drop)
         backend = TritonBackend()
         offer = backend.offers(analysis, self.info, ())[0]
-        plan = Plan(brain="test", runtime="triton", serving=offer.serving, device_kind="cpu",
-                    settings={**offer.settings, **settings}, memory_bytes=offer.memory_bytes, load_s=offer.load_s,
-                    reason="a test wants it", confidence=1)
+        plan = Plan(
+            brain="test",
+            runtime="triton",
+            serving=offer.serving,
+            device_kind="cpu",
+            settings={**offer.settings, **settings},
+            memory_bytes=offer.memory_bytes,
+            load_s=offer.load_s,
+            reason="a test wants it",
+            confidence=1,
+        )
         layout = backend.layout(name, analysis, plan)
         for to, source in layout.files.items():
             place = self.repository / name / to
             place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copytree(drop / source, place) if (drop / source).is_dir() else shutil.copy(drop if source == "." else drop / source, place)
+            shutil.copytree(drop / source, place) if (drop / source).is_dir() else shutil.copy(
+                drop if source == "." else drop / source, place
+            )
         for to, text in layout.texts.items():
             place = self.repository / name / to
             place.parent.mkdir(parents=True, exist_ok=True)

@@ -100,11 +100,13 @@ def explain(what: str, output: Sequence[str]) -> InstallError:
     reason = "; ".join(said[:2]) or next((line for line in reversed(output) if line.strip()), "pip said nothing")
     if "No space left on device" in text:
         return InstallError(f"{what} failed: the disk is full. Make room, or point the cache elsewhere. pip: {reason}")
-    network = r"NewConnectionError|NameResolutionError|Max retries exceeded|ConnectTimeout|ReadTimeout|Connection refused"
+    network = (
+        r"NewConnectionError|NameResolutionError|Max retries exceeded|ConnectTimeout|ReadTimeout|Connection refused"
+    )
     if re.search(network, text):
         return InstallError(
-            f"{what} failed: the package index can't be reached. Connect this machine to it, or set pip's index-url to a "
-            f"mirror (`pip config set global.index-url URL`). pip: {reason}",
+            f"{what} failed: the package index can't be reached. Connect this machine to it, or set pip's index-url "
+            f"to a mirror (`pip config set global.index-url URL`). pip: {reason}",
             retry_after_s=60,
         )
     if "Permission denied" in text:
@@ -119,7 +121,7 @@ def explain(what: str, output: Sequence[str]) -> InstallError:
 
 async def cpu_index_args() -> list[str]:
     """pip's arguments for PyTorch's CPU builds when its index answers at once, and nothing else names an index."""
-    if await asyncio.to_thread(_own_index):
+    if await _names_an_index():
         return []
 
     def answers() -> bool:
@@ -135,18 +137,17 @@ async def cpu_index_args() -> list[str]:
         return []
 
 
-def _own_index() -> bool:
+async def _names_an_index() -> bool:
     """Whether the user's pip configuration names an index: then packages come from there alone."""
-    if any(os.environ.get(name) for name in ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_NO_INDEX")):
-        return True
-    try:
-        from pip._internal.configuration import Configuration  # type: ignore[import-untyped,unused-ignore]
-
-        configuration = Configuration(isolated=False)
-        configuration.load()
-        return any(key.rpartition(".")[2] in ("index-url", "extra-index-url", "no-index") for key, _ in configuration.items())
-    except Exception:  # pip's own insides: whatever they do, they say nothing of an index
-        return False
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "pip", "config", "list",
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.DEVNULL,
+    )  # fmt: skip
+    output, _ = await process.communicate()
+    keys = {line.partition("=")[0].rpartition(".")[2] for line in output.decode(errors="replace").splitlines()}
+    return bool(keys & {"index-url", "extra-index-url", "no-index"})
 
 
 def _version() -> tuple[int, ...]:

@@ -1,0 +1,313 @@
+"""Everything that can happen to a `Sim`, as plain functions of small numbers, for drivers that draw them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from modelium.core import events as e
+from modelium.core import instructions as i
+from modelium.core.states import RuntimeState, State
+from modelium.core.world import Failure, Policy
+from tests.core.sim import Sim
+
+LEAVES = ("a", "b", "c", "d", "kept", "big")
+WHOLES = {"ab": ("a", "b"), "bc": ("b", "c"), "deep": ("ab", "d"), "lost": ("a", "nothing")}
+NAMES = (*LEAVES, *WHOLES)
+SIZES = (0, 10, 30, 40, 60, 90, 120)
+WAITS = (0.0, 0.01, 0.5, 1.0, 4.0, 11.0, 16.0, 31.0, 70.0, 301.0)
+DEADLINES = (1.0, 10.0, 40.0, 300.0, 2000.0)
+
+Pick = Callable[[int], int]
+"""A number from 0 up to, not including, the given one."""
+
+
+def policy(pick: Pick) -> Policy:
+    return Policy(
+        always_loaded=("kept",) if pick(2) else (),
+        budgets={"cpu:0": 100, "cpu:1": 60},
+        idle_s=(300.0, 20.0)[pick(2)],
+        min_resident_s=(30.0, 0.0)[pick(2)],
+        drain_timeout_s=30.0,
+        load_timeout_s=(900.0, 40.0)[pick(2)],
+        unload_timeout_s=60.0,
+        max_concurrent_loads=1 + pick(2),
+        max_queue_per_model=4,
+        max_queue=12,
+        crash_budget=4,
+    )
+
+
+def a_sim(pick: Pick) -> Sim:
+    two = pick(3) == 0
+    return Sim(policy(pick), devices=1 + pick(2), runtimes=("r", "s") if two else ("r",))
+
+
+def _name(sim: Sim, pick: Pick) -> str:
+    return NAMES[pick(len(NAMES))]
+
+
+def _known(sim: Sim, pick: Pick) -> str | None:
+    names = sorted(sim.files)
+    return names[pick(len(names))] if names else None
+
+
+def _model(sim: Sim, pick: Pick, *states: State) -> str | None:
+    names = sorted(n for n, m in sim.world.models.items() if m.state in states)
+    return names[pick(len(names))] if names else None
+
+
+def _runtime(sim: Sim, pick: Pick) -> str:
+    names = sorted(sim.real)
+    return names[pick(len(names))]
+
+
+def accept(sim: Sim, pick: Pick) -> None:
+    name = _name(sim, pick)
+    if name in sim.files:
+        return
+    memory = SIZES[pick(len(SIZES))]
+    drift = (0, 0, 0, 5, -5, 20)[pick(6)]
+    sim.accept(
+        name,
+        memory=memory,
+        real=max(0, memory + drift),
+        parts=WHOLES.get(name, ()),
+        runtime=_runtime(sim, pick) if name in LEAVES else "r",
+        dropped=pick(2) == 0,
+        pinned=pick(12) == 0,
+        bad=pick(8) == 0,
+    )
+
+
+def accept_again_after_restart(sim: Sim, pick: Pick) -> None:
+    """A model that a record says was loaded: as if the service had just begun with this one."""
+    name = LEAVES[pick(len(LEAVES))]
+    if name in sim.files or name in sim.world.models:
+        return
+    real = sim.real["r"]
+    size = SIZES[pick(len(SIZES))]
+    if pick(2) and real.alive:
+        real.models[name] = (("cpu:0", size),)
+    sim.accept(name, memory=size, was_loaded=True, loaded_revision=("1", "0", None)[pick(3)])
+
+
+def change(sim: Sim, pick: Pick) -> None:
+    name = _known(sim, pick)
+    if name is not None:
+        sim.change(name, memory=SIZES[pick(len(SIZES))] if pick(2) else None, bad=pick(4) == 0)
+        sim.files[name].real = max(0, sim.files[name].memory + (0, 0, 5)[pick(3)])
+
+
+def change_plan(sim: Sim, pick: Pick) -> None:
+    """Another runtime, or other parts."""
+    name = _known(sim, pick)
+    if name is None:
+        return
+    file = sim.files[name]
+    parts = file.spec.depends_on
+    if name in WHOLES:
+        parts = WHOLES[name] if parts != WHOLES[name] else WHOLES[name][:1]
+    sim.accept(
+        name,
+        memory=file.memory,
+        real=file.real,
+        parts=parts,
+        runtime=_runtime(sim, pick),
+        revision=str(int(file.spec.revision) + pick(2)),
+    )
+
+
+def rescan(sim: Sim, pick: Pick) -> None:
+    name = _known(sim, pick)
+    if name is not None:
+        sim.rescan(name)
+
+
+def redrop(sim: Sim, pick: Pick) -> None:
+    name = _known(sim, pick)
+    if name is not None:
+        file = sim.files[name]
+        sim.accept(
+            name,
+            memory=file.memory,
+            real=file.real,
+            parts=file.spec.depends_on,
+            runtime=file.spec.runtime,
+            revision=file.spec.revision,
+            dropped=True,
+        )
+
+
+def invalid(sim: Sim, pick: Pick) -> None:
+    name = _name(sim, pick)
+    sim.files.pop(name, None)
+    sim.happen(e.ModelInvalid(sim.now, name, Failure("model_invalid", "half of it is missing")))
+
+
+def remove(sim: Sim, pick: Pick) -> None:
+    sim.remove(_name(sim, pick))
+
+
+def drop(sim: Sim, pick: Pick) -> None:
+    place = f"incoming/{NAMES[pick(3)]}"
+    kept_as = (place, place.replace("incoming", "quarantine"))[pick(2)]
+    match pick(4):
+        case 0 | 1:
+            sim.happen(e.DropSeen(sim.now, place, ("seen", "half of it is here")[pick(2)]))
+        case 2:
+            sim.happen(e.DropRefused(sim.now, place, Failure("model_invalid", "no model"), kept_as))
+        case _:
+            sim.happen(e.DropGone(sim.now, kept_as))
+
+
+def ask(sim: Sim, pick: Pick) -> None:
+    sim.ask(_name(sim, pick), deadline_s=DEADLINES[pick(len(DEADLINES))], priority=(0, 0, 5, -5)[pick(4)])
+
+
+def ask_known(sim: Sim, pick: Pick) -> None:
+    name = _known(sim, pick)
+    if name is not None:
+        sim.ask(name, deadline_s=DEADLINES[pick(len(DEADLINES))], priority=(0, 0, 0, 10)[pick(4)])
+
+
+def load(sim: Sim, pick: Pick) -> None:
+    parameters = (None, {}, {"config": "x"}, {"config": "y"})[pick(4)]
+    sim.ask(_name(sim, pick), deadline_s=DEADLINES[pick(len(DEADLINES))], person=True, parameters=parameters)
+
+
+def unload(sim: Sim, pick: Pick) -> None:
+    sim.unload(_name(sim, pick), deadline_s=DEADLINES[pick(len(DEADLINES))])
+
+
+def pin(sim: Sim, pick: Pick) -> None:
+    sim.pin(_name(sim, pick), pick(3) == 0)
+
+
+def withdraw(sim: Sim, pick: Pick) -> None:
+    tickets = sorted(sim.world.tickets)
+    if tickets:
+        sim.withdraw(tickets[pick(len(tickets))])
+
+
+def use(sim: Sim, pick: Pick) -> None:
+    names = sorted(sim.open)
+    if names:
+        name = names[pick(len(names))]
+        for _ in range((1, 1, 40)[pick(3)]):
+            sim.use(name)
+
+
+def end_use(sim: Sim, pick: Pick) -> None:
+    names = sorted(n for n, count in sim.in_flight.items() if count)
+    if names:
+        name = names[pick(len(names))]
+        for _ in range((1, 1000)[pick(2)]):
+            sim.end(name)
+
+
+def complete(sim: Sim, pick: Pick) -> None:
+    ready = sim.ready_to_end()
+    if ready:
+        sim.complete(ready[pick(len(ready))])
+
+
+def fail(sim: Sim, pick: Pick) -> None:
+    ready = sim.ready_to_end()
+    if ready:
+        sim.fail(ready[pick(len(ready))], runtime_lost=pick(2) == 0, config=pick(8) == 0)
+
+
+def lose(sim: Sim, pick: Pick) -> None:
+    if sim.pending:
+        sim.lose(sim.pending[pick(len(sim.pending))], done=pick(2) == 0)
+
+
+def wait(sim: Sim, pick: Pick) -> None:
+    sim.wait(WAITS[pick(len(WAITS))])
+
+
+def jump(sim: Sim, pick: Pick) -> None:
+    sim.jump((3600.0, 50.0, -20.0)[pick(3)])
+
+
+def look(sim: Sim, pick: Pick) -> None:
+    sim.look(_runtime(sim, pick))
+
+
+def see(sim: Sim, pick: Pick) -> None:
+    sim.see()
+
+
+def see_now(sim: Sim, pick: Pick) -> None:
+    sim.see_runtime(_runtime(sim, pick))
+
+
+def see_devices(sim: Sim, pick: Pick) -> None:
+    sim.see_devices()
+
+
+def foreign_memory(sim: Sim, pick: Pick) -> None:
+    sim.foreign[pick(len(sim.foreign))] = (0, 0, 20, 60, 100)[pick(5)]
+    sim.see_devices()
+
+
+def memory_grows(sim: Sim, pick: Pick) -> None:
+    real = sim.real[_runtime(sim, pick)]
+    names = sorted(real.models)
+    if names:
+        name = names[pick(len(names))]
+        real.models[name] = tuple((d, n + (1, 15)[pick(2)]) for d, n in real.models[name])
+
+
+def crash(sim: Sim, pick: Pick) -> None:
+    sim.crash(_runtime(sim, pick), told=pick(3) > 0)
+
+
+def lose_contact(sim: Sim, pick: Pick) -> None:
+    sim.tell_down(_runtime(sim, pick))
+
+
+def restart_silently(sim: Sim, pick: Pick) -> None:
+    sim.restart_silently(_runtime(sim, pick))
+
+
+def load_behind_its_back(sim: Sim, pick: Pick) -> None:
+    """Somebody loads a model in the runtime without asking: not while it is being worked on there."""
+    name = _model(sim, pick, State.COLD, State.QUEUED, State.FAILED)
+    if name is not None and name in LEAVES and name in sim.files and not _worked_on(sim, name):
+        real = sim.real[sim.world.models[name].home]
+        if real.alive:
+            real.models[name] = (("cpu:0", sim.files[name].real),)
+
+
+def unload_behind_its_back(sim: Sim, pick: Pick) -> None:
+    name = _model(sim, pick, State.READY, State.DRAINING)
+    if name is not None and not _worked_on(sim, name):
+        sim.real[sim.world.models[name].home].models.pop(name, None)
+
+
+def _worked_on(sim: Sim, name: str) -> bool:
+    return any(not isinstance(p.order, i.StartRuntime) and p.order.name == name for p in sim.pending)
+
+
+def load_foreign(sim: Sim, pick: Pick) -> None:
+    real = sim.real[_runtime(sim, pick)]
+    if real.alive:
+        real.models["stranger"] = (("cpu:0", 10),)
+
+
+def another_chance(sim: Sim, pick: Pick) -> None:
+    """A person loads a model of a runtime that was given up."""
+    for name in sorted(sim.files):
+        runtime = sim.world.runtimes.get(sim.world.models[name].home) if name in sim.world.models else None
+        if runtime is not None and runtime.state is RuntimeState.CRASHED:
+            sim.ask(name, person=True)
+            return
+
+
+OFTEN = (accept, ask, ask_known, ask_known, complete, complete, complete, complete, wait, wait, use, end_use, end_use)
+SELDOM = (
+    accept_again_after_restart, change, change_plan, rescan, redrop, invalid, remove, drop, load, load, unload, pin,
+    withdraw, fail, lose, jump, look, see, see_now, see_devices, foreign_memory, memory_grows, crash, lose_contact,
+    restart_silently, load_behind_its_back, unload_behind_its_back, load_foreign, another_chance,
+)  # fmt: skip

@@ -1,0 +1,424 @@
+"""Clients written for Triton, unchanged, and what else speaks plain HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import tritonclient.http
+import tritonclient.http.aio
+import tritonclient.utils.shared_memory as shm
+from prometheus_client.parser import text_string_to_metric_families
+from tritonclient.utils import InferenceServerException
+
+from tests import models
+from tests.e2e.kit import Straight, Toy, eventually, infer, refused, talker, toy, triton_address, web, x_body
+from tests.service import Answer, Served, served
+
+Array = npt.NDArray[Any]
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("clients")
+    with served(folder / "root", {"orchestration": {"settle_s": 0.5}}) as service:
+        service.drop(models.onnx_linear(folder / "linear.onnx"))
+        service.drop(models.onnx_odd(folder / "odd.onnx"))
+        service.drop(talker(folder / "talker"))
+        service.drop(toy(folder / "versions", versions=(1, 3)).path)
+        for name in ("linear", "odd", "talker", "versions"):
+            service.until_state(name, "READY")
+        yield service
+
+
+@pytest.fixture(scope="module")
+def client(service: Served) -> Iterator[tritonclient.http.InferenceServerClient]:
+    with tritonclient.http.InferenceServerClient(service.address, concurrency=4) as client:
+        yield client
+
+
+X = np.array([[1, 2, 3, 4], [0, -1, 0.5, 2]], np.float32)
+Y = X @ np.arange(1, 13, dtype=np.float32).reshape(4, 3) + np.array([0.5, 1, 1.5], np.float32)
+
+
+def given(x: Array = X, *, binary: bool = True) -> list[Any]:
+    one = tritonclient.http.InferInput("x", list(x.shape), "FP32")
+    one.set_data_from_numpy(x, binary_data=binary)
+    return [one]
+
+
+def wanted(*, binary: bool) -> list[Any]:
+    return [tritonclient.http.InferRequestedOutput("y", binary_data=binary)]
+
+
+# --------------------------------------------------------------------------- the server, and what it holds
+
+
+def test_server(client: tritonclient.http.InferenceServerClient) -> None:
+    assert client.is_server_live()
+    assert client.is_server_ready()
+    metadata = client.get_server_metadata()
+    assert metadata["name"] == "modelium"
+    assert {"model_repository", "statistics", "binary_tensor_data"} <= set(metadata["extensions"])
+
+
+def test_model_metadata_config_ready(client: tritonclient.http.InferenceServerClient) -> None:
+    assert client.is_model_ready("linear")
+    assert client.is_model_ready("linear", "1")
+    assert not client.is_model_ready("linear", "7")
+    assert not client.is_model_ready("nobody")
+    metadata = client.get_model_metadata("linear")
+    assert metadata["inputs"] == [{"name": "x", "datatype": "FP32", "shape": [-1, 4]}]
+    assert metadata["outputs"] == [{"name": "y", "datatype": "FP32", "shape": [-1, 3]}]
+    assert client.get_model_metadata("versions", "3")["versions"] == ["1", "3"]
+    config = client.get_model_config("linear")
+    assert config["name"] == "linear" and config["max_batch_size"] > 0
+
+
+def test_statistics(client: tritonclient.http.InferenceServerClient) -> None:
+    client.infer("linear", given())
+    (one,) = client.get_inference_statistics("linear")["model_stats"]
+    assert one["name"] == "linear" and one["inference_stats"]["success"]["count"] >= 1
+    every = client.get_inference_statistics()["model_stats"]
+    assert {"linear", "odd", "talker", "versions"} <= {m["name"] for m in every}
+
+
+def test_repository(client: tritonclient.http.InferenceServerClient, service: Served) -> None:
+    def index() -> dict[str, list[dict[str, str]]]:
+        found: dict[str, list[dict[str, str]]] = {}
+        for entry in client.get_model_repository_index():
+            found.setdefault(entry["name"], []).append(entry)
+        return found
+
+    assert [e["state"] for e in index()["linear"]] == ["READY"]
+    assert {e["version"] for e in index()["versions"]} == {"1", "3"}
+    client.unload_model("odd")
+    assert service.state("odd") == "COLD"
+    assert [(e["state"], "reason" in e) for e in index()["odd"]] == [("UNAVAILABLE", True)]
+    client.unload_model("odd")  # what is not loaded is unloaded already
+    assert client.is_model_ready("odd")  # a request would load it
+    client.load_model("odd")
+    assert service.state("odd") == "READY"
+    assert [e["state"] for e in index()["odd"]] == ["READY"]
+
+
+def test_a_config_override_holds_until_the_model_is_unloaded(client: tritonclient.http.InferenceServerClient) -> None:
+    before = client.get_model_config("linear")
+    try:
+        client.load_model("linear", config=json.dumps({**before, "max_batch_size": 5}))
+        assert client.get_model_config("linear")["max_batch_size"] == 5
+    finally:
+        client.unload_model("linear")
+        client.load_model("linear")
+    assert client.get_model_config("linear")["max_batch_size"] == before["max_batch_size"]
+
+
+# --------------------------------------------------------------------------- inference
+
+
+@pytest.mark.parametrize("binary_in", [True, False])
+@pytest.mark.parametrize("binary_out", [True, False])
+@pytest.mark.parametrize("compression", [None, "gzip", "deflate"])
+def test_infer(
+    client: tritonclient.http.InferenceServerClient, binary_in: bool, binary_out: bool, compression: str | None
+) -> None:
+    found = client.infer(
+        "linear",
+        given(binary=binary_in),
+        outputs=wanted(binary=binary_out),
+        request_id="the-client's-own",
+        request_compression_algorithm=compression,
+        response_compression_algorithm=compression,
+    )
+    np.testing.assert_allclose(found.as_numpy("y"), Y, rtol=1e-5)
+    assert found.get_response()["id"] == "the-client's-own"
+
+
+def test_odd_tensors(client: tritonclient.http.InferenceServerClient) -> None:
+    words = tritonclient.http.InferInput("words", [2], "BYTES")
+    words.set_data_from_numpy(np.array([b"one", "zw\u00f6lf".encode()], dtype=object))
+    times = tritonclient.http.InferInput("times", [1], "INT64")
+    times.set_data_from_numpy(np.array([21], np.int64))
+    found = client.infer("odd", [words, times])
+    assert [w.decode() for w in found.as_numpy("same").reshape(-1)] == ["one", "zw\u00f6lf"]
+    assert found.as_numpy("twice").reshape(-1).tolist() == [42]
+    assert found.as_numpy("half").tolist() == [0.5, 2.0]
+    assert found.as_numpy("large").reshape(-1).tolist() == [True]
+
+
+def test_a_large_body_passes_whole(client: tritonclient.http.InferenceServerClient) -> None:
+    x = np.arange(200_000 * 4, dtype=np.float32).reshape(-1, 4) % 17
+    pieces = [client.infer("linear", given(part)).as_numpy("y") for part in np.split(x[:64], 2)]
+    assert sum(map(len, pieces)) == 64
+    body = np.arange(2_000_000, dtype=np.float32)
+    one = tritonclient.http.InferInput("x", [len(body)], "FP32")
+    one.set_data_from_numpy(body)
+    found = client.infer("versions", [one], model_version="3")
+    np.testing.assert_array_equal(found.as_numpy("y"), body * 6)
+
+
+def test_versions(client: tritonclient.http.InferenceServerClient) -> None:
+    x = np.array([1, 2], np.float32)
+    for version, factor in (("1", 2), ("3", 6), ("", 6)):
+        found = client.infer("versions", given(x), model_version=version)
+        assert found.as_numpy("y").tolist() == [factor, 2 * factor]
+    with pytest.raises(InferenceServerException, match="2"):
+        client.infer("versions", given(x), model_version="2")
+
+
+def test_async_infer(client: tritonclient.http.InferenceServerClient) -> None:
+    waiting = [client.async_infer("linear", given(X + n)) for n in range(8)]
+    for n, one in enumerate(waiting):
+        np.testing.assert_allclose(one.get_result().as_numpy("y")[0], Y[0] + n * np.array([22, 26, 30]), rtol=1e-5)
+
+
+def test_shared_memory(client: tritonclient.http.InferenceServerClient) -> None:
+    handle = shm.create_shared_memory_region("modelium-test-x", "/modelium-test-x", X.nbytes)
+    try:
+        shm.set_shared_memory_region(handle, [X])
+        client.register_system_shared_memory("modelium-test-x", "/modelium-test-x", X.nbytes)
+        assert [r["name"] for r in client.get_system_shared_memory_status()] == ["modelium-test-x"]
+        one = tritonclient.http.InferInput("x", list(X.shape), "FP32")
+        one.set_shared_memory("modelium-test-x", X.nbytes)
+        np.testing.assert_allclose(client.infer("linear", [one]).as_numpy("y"), Y, rtol=1e-5)
+        client.unregister_system_shared_memory("modelium-test-x")
+        assert client.get_system_shared_memory_status() == []
+    finally:
+        shm.destroy_shared_memory_region(handle)
+
+
+def test_settings_of_the_runtime(client: tritonclient.http.InferenceServerClient) -> None:
+    assert "log_verbose_level" in client.get_log_settings()
+    assert client.update_log_settings({"log_verbose_level": 1})["log_verbose_level"] == 1
+    assert client.update_log_settings({"log_verbose_level": 0})["log_verbose_level"] == 0
+    assert "trace_level" in client.get_trace_settings()
+
+
+async def test_the_asyncio_client(service: Served) -> None:
+    async with tritonclient.http.aio.InferenceServerClient(service.address) as client:
+        assert await client.is_server_live() and await client.is_server_ready()
+        assert (await client.get_server_metadata())["name"] == "modelium"
+        assert await client.is_model_ready("linear") and not await client.is_model_ready("nobody")
+        assert (await client.get_model_metadata("linear"))["name"] == "linear"
+        assert (await client.get_model_config("linear"))["name"] == "linear"
+        for binary in (True, False):
+            inputs = [given(X + n, binary=binary) for n in range(4)]
+            asked = [client.infer("linear", one, outputs=wanted(binary=binary)) for one in inputs]
+            for n, found in enumerate(await asyncio.gather(*asked)):
+                np.testing.assert_allclose(found.as_numpy("y")[0], Y[0] + n * np.array([22, 26, 30]), rtol=1e-5)
+        assert (await client.get_inference_statistics("linear"))["model_stats"][0]["name"] == "linear"
+        await client.unload_model("odd")
+        states = {e["name"]: e["state"] for e in await client.get_model_repository_index()}
+        assert states["linear"] == "READY" and states["odd"] == "UNAVAILABLE"
+        await client.load_model("odd")
+        with pytest.raises(InferenceServerException):
+            await client.infer("nobody", given())
+
+
+# --------------------------------------------------------------------------- text, by plain HTTP
+
+
+def test_generate(service: Served) -> None:
+    assert service.post("/v2/models/talker/generate", {"text_input": "hello"})["text_output"] == "hello"
+    body = {"text_input": "one two three"}
+    raw = service.request("POST", "/v2/models/talker/generate_stream", body).decode()
+    events = [json.loads(line.removeprefix("data:")) for line in raw.splitlines() if line.startswith("data:")]
+    assert [event["text_output"] for event in events] == ["one", " two", " three"]
+
+
+def test_a_model_of_many_answers_by_infer(service: Served, client: tritonclient.http.InferenceServerClient) -> None:
+    text = tritonclient.http.InferInput("text_input", [1], "BYTES")
+    text.set_data_from_numpy(np.array([b"one two three"], dtype=object))
+    assert client.infer("talker", [text]).as_numpy("text_output")[0] == b"one two three"
+    assert service.post("/predict/talker", {"text": "one two"})["text"] == "one two"
+
+
+def test_predict(service: Served) -> None:
+    answer = service.post("/predict/linear", {"inputs": X[0].tolist()})
+    np.testing.assert_allclose(answer["outputs"]["y"], Y[0], rtol=1e-5)
+    answer = service.post("/predict/linear", {"inputs": {"x": X.tolist()}})
+    np.testing.assert_allclose(answer["outputs"]["y"], Y, rtol=1e-5)
+    answer = service.post("/predict/odd", {"inputs": {"words": ["a", "b"], "times": 3}})
+    assert answer["outputs"]["same"] == ["a", "b"]
+    assert np.array(answer["outputs"]["twice"]).reshape(-1).tolist() == [6]
+    wrong = refused(service, "POST", "/predict/linear", {"inputs": [1, 2]})
+    assert wrong.status == 400 and "'x'" in wrong.json["error"]["message"]
+
+
+# --------------------------------------------------------------------------- errors
+
+
+WRONG: dict[str, Any] = {
+    "another name": {"inputs": [{"name": "z", "shape": [1, 4], "datatype": "FP32", "data": [1, 2, 3, 4]}]},
+    "another shape": {"inputs": [{"name": "x", "shape": [1, 5], "datatype": "FP32", "data": [1, 2, 3, 4, 5]}]},
+    "another datatype": {"inputs": [{"name": "x", "shape": [1, 4], "datatype": "INT32", "data": [1, 2, 3, 4]}]},
+    "too little data": {"inputs": [{"name": "x", "shape": [1, 4], "datatype": "FP32", "data": [1, 2]}]},
+    "no inputs": {"inputs": []},
+    "an output that is not": {
+        "inputs": [{"name": "x", "shape": [1, 4], "datatype": "FP32", "data": [1, 2, 3, 4]}],
+        "outputs": [{"name": "z"}],
+    },
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_the_model_refuses_is_passed_on_as_triton_says_it(service: Served, what: str) -> None:
+    here = refused(service, "POST", "/v2/models/linear/infer", WRONG[what])
+    there = refused(Straight(triton_address(service)), "POST", "/v2/models/linear/infer", WRONG[what])
+    assert (here.status, here.body) == (there.status, there.body)
+    assert here.status < 500
+
+
+def test_errors_have_tritons_shape(service: Served, client: tritonclient.http.InferenceServerClient) -> None:
+    for path in ("/v2/models/nobody/infer", "/v2/models/nobody/generate"):
+        unknown = refused(service, "POST", path, x_body())
+        assert unknown.status == 404 and "nobody" in unknown.json["error"]
+    with pytest.raises(InferenceServerException, match="nobody") as caught:
+        client.infer("nobody", given())
+    assert caught.value.status() == "404"
+    with pytest.raises(InferenceServerException, match="nobody"):
+        client.load_model("nobody")
+    no_json = refused(service, "POST", "/v2/models/linear/infer", b"{", **{"content-type": "application/json"})
+    assert no_json.status == 400 and isinstance(no_json.json["error"], str)
+    assert refused(service, "GET", "/v2/none-such").status == 404
+    assert refused(service, "GET", "/v2/models/linear/infer").status == 405
+
+
+def test_a_load_that_triton_refuses_is_told_with_its_reason(service: Served, tmp_path: Path) -> None:
+    bad = toy(tmp_path / "bad")
+    (bad.path / "1" / "model.py").write_text("raise RuntimeError('not today')\n")
+    service.drop(bad.path)
+    service.until(lambda: service.state("bad") == "FAILED", what="its load to fail")
+    assert "not today" in service.model("bad")["reason"]
+    answer = refused(service, "POST", "/v2/models/bad/infer", x_body())
+    assert answer.status == 503 and "not today" in answer.json["error"]
+    loading = refused(service, "POST", "/v2/repository/models/bad/load")
+    assert loading.status == 400 and "not today" in loading.json["error"]
+    assert "not today" in "\n".join(str(service.get("/models/bad/logs?lines=200")).splitlines())
+    service.request("DELETE", "/models/bad")
+    assert service.state("bad") == "-"
+
+
+def test_who_asks_in_a_browser_on_another_page_is_refused(service: Served) -> None:
+    answer = refused(service, "POST", "/models/linear/unload", {}, origin="https://elsewhere.example")
+    assert answer.status == 403
+    assert service.state("linear") == "READY"
+    assert refused(service, "GET", "/models", host="elsewhere.example").status == 403
+
+
+# --------------------------------------------------------------------------- metrics
+
+
+def metrics(service: Served) -> dict[str, dict[frozenset[tuple[str, str]], float]]:
+    """Value by sample name and labels; raises when the text is not what Prometheus reads."""
+    found: dict[str, dict[frozenset[tuple[str, str]], float]] = {}
+    for family in text_string_to_metric_families(service.request("GET", "/metrics").decode()):
+        for sample in family.samples:
+            found.setdefault(sample.name, {})[frozenset(sample.labels.items())] = sample.value
+    return found
+
+
+def value(found: Any, name: str, **labels: str) -> float | None:
+    """The one sample of this name with at least these labels; None when there is none."""
+    fitting = [v for k, v in found.get(name, {}).items() if set(labels.items()) <= k]
+    assert len(fitting) <= 1, (name, labels, fitting)
+    return fitting[0] if fitting else None
+
+
+async def test_metrics_while_loading_in_use_and_after_removal(service: Served, tmp_path: Path) -> None:
+    model: Toy = toy(tmp_path / "counted")
+    async with web(service) as ask:
+        with model.holding("hold-load") as go_on:
+            await asyncio.to_thread(service.drop, model.path)
+            await eventually(lambda: service.state("counted") == "LOADING", "the load")
+            team = {"x-modelium-organisation": "team a"}
+            waiting = [asyncio.ensure_future(ask("/v2/models/counted/infer", x_body(), team)) for _ in range(3)]
+            await eventually(lambda: service.model("counted")["waiting"] == 3, "three to wait")
+            found = metrics(service)
+            assert value(found, "modelium_model_state", model="counted", state="LOADING") == 1
+            assert value(found, "modelium_model_waiting", model="counted") == 3
+            assert value(found, "modelium_waiting") == 3
+            assert value(found, "modelium_model_idle_seconds", model="counted") is None
+            go_on()
+            assert [got.status for got in await asyncio.gather(*waiting)] == [200] * 3
+        with model.holding("hold-infer"):
+            held = asyncio.ensure_future(ask("/v2/models/counted/infer", x_body()))
+            await eventually(lambda: model.count("requests") == 4, "the request to arrive")
+            assert value(metrics(service), "modelium_model_in_flight", model="counted") == 1
+        assert (await held).status == 200
+        refusal = await ask("/v2/models/counted/infer", {"inputs": []})
+        assert refusal.status == 400
+    found = metrics(service)
+    assert value(found, "modelium_requests_total", model="counted", organisation="team a", result="ok") == 3
+    assert value(found, "modelium_requests_total", model="counted", organisation="", result="ok") == 2
+    assert value(found, "modelium_request_seconds_count", model="counted") == 5
+    assert value(found, "modelium_request_seconds_bucket", model="counted", le="+Inf") == 5
+    assert (value(found, "modelium_model_qps", model="counted") or 0) > 0
+    assert value(found, "modelium_model_idle_seconds", model="counted") is not None
+    assert value(found, "modelium_model_loads_total", model="counted", reason="request") == 1
+    assert value(found, "modelium_model_state", model="counted", state="READY") == 1
+    assert (value(found, "modelium_model_memory_bytes", model="counted", source="measured") or 0) > 2**20
+    assert value(found, "modelium_runtime_up", runtime="triton") == 1
+    assert value(found, "modelium_queue_length") == 0
+    for kind in ("total", "used", "budget", "booked"):
+        assert (value(found, "modelium_device_memory_bytes", device="cpu:0", kind=kind) or 0) > 0
+    states = {dict(k)["state"]: v for k, v in found["modelium_models"].items()}
+    assert states["READY"] >= 4
+
+    await asyncio.to_thread(service.post, "/models/counted/unload")
+    assert value(metrics(service), "modelium_model_unloads_total", model="counted", reason="asked") == 1
+    await asyncio.to_thread(service.request, "DELETE", "/models/counted")
+    for name, samples in metrics(service).items():
+        assert not any(("model", "counted") in labels for labels in samples), name
+
+
+# --------------------------------------------------------------------------- the command line
+
+
+def test_the_command_line(service: Served, tmp_path: Path) -> None:
+    listed = json.loads(service.cli("ps", "--json").stdout)
+    assert {"linear", "odd", "talker", "versions"} <= {m["name"] for m in listed}
+    table = service.cli("ps").stdout
+    assert "linear" in table and "READY" in table
+    shown = json.loads(service.cli("show", "linear", "--json").stdout)
+    assert shown["format"] == "onnx" and shown["plan"]["reason"]
+    assert "because" in service.cli("plan", str(models.onnx_linear(tmp_path / "planned.onnx"))).stdout
+    assert service.state("planned") == "-"
+    assert json.loads(service.cli("unload", "odd", "--json").stdout)["state"] == "COLD"
+    assert json.loads(service.cli("load", "odd", "--json").stdout)["state"] == "READY"
+    service.cli("pin", "odd")
+    assert service.model("odd")["pinned"]
+    stuck = service.cli("unload", "odd", check=False)
+    assert stuck.returncode == 1 and "pinned" in stuck.stderr
+    service.cli("unpin", "odd")
+    told = json.loads(service.cli("explain", "odd", "--json").stdout)
+    assert told["measured"]["loads"] >= 1 and told["transitions"] and told["next"]
+    assert service.cli("explain", "odd").stdout
+    assert service.cli("logs", "triton", "-n", "5").stdout
+    assert json.loads(service.cli("plugins", "--json").stdout)
+    checked = json.loads(service.cli("check", "--json").stdout)
+    assert checked["ok"], [c for c in checked["checks"] if not c["ok"]]
+    nobody = service.cli("show", "nobody", check=False)
+    assert nobody.returncode == 1 and "nobody" in nobody.stderr
+    gone = service.cli("ps", "--url", "http://127.0.0.1:9", check=False)
+    assert gone.returncode == 3 and "Traceback" not in gone.stderr
+    status = service.cli("ps", "--devices", check=False)
+    assert status.returncode == 0 and "cpu:0" in status.stdout
+
+
+def test_an_answer_for_each_route_that_the_index_lists(service: Served) -> None:
+    for path in ("/", "/livez", "/readyz", "/health", "/status", "/check", "/plugins", "/decisions", "/models"):
+        assert service.request("GET", path)
+    assert service.get("/health")["ready"] is True
+    assert {m["name"] for m in service.get("/models?state=READY")} >= {"linear"}
+    assert infer(service, "versions", [1]) == [6]
+    try:
+        service.get("/models/versions/none-such")
+    except Answer as exc:
+        assert exc.status == 404

@@ -117,6 +117,7 @@ class Offer(Frozen):
     requires: tuple[str, ...] = ()
     """What the runtime has to install before the first load of this kind, for a person to know."""
     settings: Mapping[str, Any] = Field(default_factory=dict)
+    """What the plan is to carry on; `decoupled: true` says that one request may have many responses."""
     note: str = ""
 
 

@@ -40,7 +40,7 @@ def drop_refused(turn: Turn, event: e.DropRefused) -> None:
 def drop_gone(turn: Turn, event: e.DropGone) -> None:
     model = turn.models.get(event.name)
     if model is not None and model.spec is None:
-        turn.forget(model, "no longer there")
+        turn.forget(model, event.reason)
 
 
 def model_accepted(turn: Turn, event: e.ModelAccepted) -> None:

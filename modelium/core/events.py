@@ -40,6 +40,7 @@ class DropGone(Event):
     """It was taken away, or accepted under its model's name."""
 
     name: str
+    reason: str = "no longer there"
 
 
 @dataclass(frozen=True, slots=True)

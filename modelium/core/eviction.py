@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from enum import IntEnum
 
 from modelium.api.types import Candidate
@@ -81,15 +81,17 @@ class Victims:
         """The time at which one more model may go."""
         return min(self._staying)[0] if self._staying else None
 
-    def choose(self, device: str, shortage: int, worst: Tier, place: Place | None) -> tuple[Model, ...]:
+    def choose(
+        self, device: str, shortage: int, worst: Tier, place: Place | None, movable: Collection[str] = ()
+    ) -> tuple[Model, ...]:
         """The smallest set, from the lowest tiers in the policy's order, that frees `shortage` bytes of the device.
 
-        `place` is the place in the queue of the one who needs the room, None for nobody who waits. Empty where
-        nothing does.
+        `place` is the place in the queue of the one who needs the room, None for nobody who waits; `movable` are
+        names of awaited parts that may go nevertheless. Empty where nothing frees enough.
         """
         if self._total(device, worst) < shortage:
             return ()
-        spared = {n for n, first in self._awaited.items() if place is None or first <= place}
+        spared = {n for n, first in self._awaited.items() if place is None or first <= place}.difference(movable)
         roots: list[str] = []
         gone: list[str] = []
         for tier in Tier:

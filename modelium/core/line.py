@@ -48,11 +48,39 @@ class Line:
                 self._inherit(part)
 
     def order(self) -> list[str]:
-        """Names, the first in the queue at the front."""
-        return sorted(self._places, key=lambda name: (self._places[name], name))
+        """Names, the first in the queue at the front.
+
+        Of those in one place, what waits for its parts is looked at before them, since they are nothing without it;
+        then the largest part, since it is the hardest to place.
+        """
+        models, places = self._turn.models, self._places
+
+        def key(name: str) -> tuple[Place, bool, bool, int, str]:
+            model, place = models[name], places[name]
+            return (place, name != place[3], not model.parts, -model.estimate.memory_bytes, name)
+
+        return sorted(places, key=key)
 
     def place(self, model: Model) -> Place:
         return self._places[model.name]
+
+    def in_the_way(self, model: Model) -> set[str]:
+        """Smaller parts of what it is a part of itself, which have room on another device: they may move for it."""
+        place, size = self._places[model.name], model.estimate.memory_bytes
+        found: set[str] = set()
+        for name, first in self.awaited.items():
+            part = self._turn.models.get(name)
+            if first != place or part is None or name in model.parts or part.estimate.memory_bytes >= size:
+                continue
+            if any(
+                account.kind == part.spec.device_kind
+                and account.budget_bytes >= part.estimate.memory_bytes
+                and account.id not in (d for d, _ in part.booking)
+                for account in self._turn.devices.values()
+                if part.spec is not None
+            ):
+                found.add(name)
+        return found
 
     def urgent(self, model: Model) -> bool:
         """Whether models that are not idle make room for it."""

@@ -60,10 +60,12 @@ def _reconcile(turn: Turn, runtime: str, observed: tuple[ObservedModel, ...], ta
             _remeasure(turn, model, shown)
         elif model.state is State.RECOVERING or (model.state in _ADOPTABLE and model.since < taken_at):
             _adopt(turn, model, shown)
+    lost: list[Model] = []
     for name in sorted(turn.live):
         model = turn.models[name]
         if model.home != runtime or name in seen:
             continue
+        lost.append(model)
         if model.state is State.RECOVERING:
             _gone(turn, model, "no longer loaded in its runtime")
         elif model.since >= taken_at:
@@ -72,6 +74,8 @@ def _reconcile(turn: Turn, runtime: str, observed: tuple[ObservedModel, ...], ta
             _lose(turn, model, Failure("runtime_unavailable", f"{runtime} no longer has it loaded"))
         elif model.state is State.FAILED:
             _gone(turn, model, "no longer loaded in its runtime")
+    for model in lost:
+        unload_parts(turn, model)
     known = turn.runtimes[runtime]
     if known.foreign != tuple(sorted(foreign)):
         turn.runtimes = turn.runtimes.set(runtime, replace(known, foreign=tuple(sorted(foreign))))
@@ -175,15 +179,15 @@ def runtime_down(turn: Turn, event: e.RuntimeDown) -> None:
 
 def _lose_models(turn: Turn, runtime: str, failure: Failure) -> None:
     given_up = turn.runtimes[runtime].given_up
-    for name in sorted(turn.live):
-        model = turn.models.get(name)
-        if model is None or model.home != runtime:
-            continue
+    lost = [m for n in sorted(turn.live) if (m := turn.models[n]).home == runtime]
+    for model in lost:
         if model.state is not State.RECOVERING:
             _lose(turn, model, failure)
         elif given_up:
-            model = fail(turn, turn.grant_all(model, gone=True), failure)
-            onward(turn, model, Want.NONE, "")
+            failed = fail(turn, turn.grant_all(model, gone=True), failure)
+            onward(turn, failed, Want.NONE, failure.message)
+    for model in lost:
+        unload_parts(turn, model)
 
 
 def _lose(turn: Turn, model: Model, failure: Failure) -> None:
@@ -191,7 +195,7 @@ def _lose(turn: Turn, model: Model, failure: Failure) -> None:
     if model.state is State.FAILED:
         _gone(turn, model, failure.message)
         return
-    again, whole = model.again, model
+    again = model.again
     if model.state is State.READY:
         turn.out.append(CloseRoute(model.name, 0))
         recent = model.use.requests > 0 and turn.now - model.busy_since < turn.policy.idle_s
@@ -202,16 +206,14 @@ def _lose(turn: Turn, model: Model, failure: Failure) -> None:
     model = turn.grant_all(model, gone=True)
     model = fail(turn, model, failure, runtime_lost=True)
     onward(turn, model, again, failure.message)
-    unload_parts(turn, whole)
 
 
 def _gone(turn: Turn, model: Model, reason: str) -> None:
     """What was not known, or could not be unloaded, is not there."""
-    wanted, whole = model.want, model
+    wanted = model.want
     model = turn.move(
         model, State.COLD, reason, want=Want.NONE, booking=(), extra=(), measured=(), held=None, coming=None,
         failure=None, failures=0, retry_at=0.0,
     )  # fmt: skip
     model = turn.grant_all(model, gone=True)
     onward(turn, model, wanted if wanted in (Want.DROPPED, Want.RESTORE) else Want.NONE, reason)
-    unload_parts(turn, whole)

@@ -42,6 +42,8 @@ def schedule(turn: Turn) -> None:
                 model = turn.models.get(name)
                 if model is not None and model.state is State.QUEUED:
                     _serve(turn, line, model)
+                    if model.parts and turn.models[name].state is not State.QUEUED:
+                        break  # its parts wait for it no longer: look anew
         replace_stale(turn)
         _rescue(turn)
 
@@ -227,13 +229,16 @@ def _make_room(turn: Turn, line: Line, model: Model, found: list[Spot]) -> None:
     old, urgent, place = line.aged(model), line.urgent(model), line.place(model)
     worst = (Tier.BUSY if old else Tier.QUIET) if urgent else Tier.IDLE
     best: tuple[tuple[int, int, str], Spot, tuple[Model, ...]] | None = None
-    for spot in found:
-        chosen = line.victims.choose(spot.account.id, spot.shortage, worst, place)
-        if chosen:
-            size = sum(n for m in chosen for d, n in m.booking if d == spot.account.id)
-            key = (max(line.victims.tier(m.name) for m in chosen), size, spot.account.id)
-            if best is None or key < best[0]:
-                best = (key, spot, chosen)
+    for movable in (set(), line.in_the_way(model)):
+        for spot in found:
+            chosen = line.victims.choose(spot.account.id, spot.shortage, worst, place, movable)
+            if chosen:
+                size = sum(n for m in chosen for d, n in m.booking if d == spot.account.id)
+                key = (max(line.victims.tier(m.name) for m in chosen), size, spot.account.id)
+                if best is None or key < best[0]:
+                    best = (key, spot, chosen)
+        if best is not None:
+            break
     if best is not None:
         _, spot, chosen = best
         for victim in chosen:

@@ -237,7 +237,7 @@ class Ingest:
         finally:
             self._taken.discard(name)
         loop = self._loop()
-        loop.post(e.DropGone(loop.clock(), drop.place))
+        loop.post(e.DropGone(loop.clock(), drop.place, f"accepted as {name}"))
         reason = f"accepted: {analysis.summary}" + (f"; {note}" if note else "")
         self._catalog.add(entry, manifest, dropped=True, reason=reason)
 

@@ -23,7 +23,7 @@ from modelium.http.settings import HttpSettings
 if TYPE_CHECKING:
     from modelium.engine.service import Service
 
-AT_ONCE = 250
+AT_ONCE = 50
 """Models that are looked at before the event loop gets its turn again."""
 
 MAX_LINES = 10_000

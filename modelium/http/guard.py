@@ -35,7 +35,7 @@ def is_loopback(host: str) -> bool:
 def make_guard(settings: HttpSettings):  # type: ignore[no-untyped-def]  # aiohttp names no type for a middleware
     """The middleware that holds the two rules."""
     names: frozenset[str] | None = None
-    if is_loopback(settings.host) or settings.allowed_hosts:
+    if is_loopback(settings.host):
         names = LOOPBACK_NAMES | {settings.host.lower()} | {name.lower() for name in settings.allowed_hosts}
     origins = frozenset(origin.lower().rstrip("/") for origin in settings.allowed_origins)
 

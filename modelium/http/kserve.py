@@ -56,8 +56,12 @@ INDEX_STATES: Mapping[str, str] = {
 NOT_SERVABLE = frozenset({State.DISCOVERED, State.INVALID, State.FAILED})
 """States in which a request would not be answered, now or after waiting."""
 
-_UNPARSABLE = b'{"error":"failed to parse the request JSON'
-"""How Triton's answer begins, under status 500, when a body is no JSON (seen on 2.51)."""
+_UNPARSABLE = (
+    b'{"error":"failed to parse the request JSON',
+    b'{"error":"Unable to parse ',
+    b'{"error":"attempt to get members for non-object',
+)
+"""How Triton's answers begin, under status 500, to bodies that are no JSON, or not of its shape (seen on 2.51)."""
 
 _LOAD_REFUSED = frozenset({"load_rejected", "model_failed", "model_invalid"})
 

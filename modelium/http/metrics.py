@@ -7,7 +7,7 @@ that exist, no others. Format: https://prometheus.io/docs/instrumenting/expositi
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from functools import cache
 from typing import TYPE_CHECKING
 
 from aiohttp import web
@@ -90,7 +90,7 @@ class Metrics:
             number += 1
             if number % PIECE == 0:
                 text.pack()
-        return text.whole() + generate_latest(self._process)
+        return b"".join([*text.pieces(), generate_latest(self._process)])
 
 
 class _Text:
@@ -109,14 +109,14 @@ class _Text:
                 self._packed[name].append("".join(lines).encode())
                 lines.clear()
 
-    def whole(self) -> bytes:
+    def pieces(self) -> list[bytes]:
         self.pack()
         parts: list[bytes] = []
         for name, (kind, help_text) in FAMILIES.items():
             if self._packed[name]:
                 parts.append(f"# HELP {name} {help_text}\n# TYPE {name} {kind}\n".encode())
                 parts += self._packed[name]
-        return b"".join(parts)
+        return parts
 
 
 def _service(text: _Text, status: StatusView) -> None:
@@ -178,15 +178,16 @@ def _histogram(text: _Text, family: str, labels: str, histogram: Histogram) -> N
         return
     lines, sofar = text.lines[family], 0
     start = f"{family}_bucket{{{labels}," if labels else f"{family}_bucket{{"
-    for bound, count in zip((*_bounds(histogram), "+Inf"), histogram.counts, strict=True):
+    for bound, count in zip(_bounds(histogram.bounds), histogram.counts, strict=True):
         sofar += count
         lines.append(f'{start}le="{bound}"}} {sofar}\n')
     label_set = f"{{{labels}}}" if labels else ""
     lines.append(f"{family}_sum{label_set} {histogram.sum}\n{family}_count{label_set} {sofar}\n")
 
 
-def _bounds(histogram: Histogram) -> Iterable[str]:
-    return map(str, histogram.bounds)
+@cache
+def _bounds(bounds: tuple[float, ...]) -> tuple[str, ...]:
+    return (*map(str, bounds), "+Inf")
 
 
 def _escaped(label: str) -> str:

@@ -11,13 +11,11 @@ from modelium.http.answers import BadRequest, UpstreamFailed
 from modelium.http.tensors import InferRequest, InferResponse, Parameters, TensorValue, join_bytes, split_bytes, to_raw
 
 if TYPE_CHECKING:
-    import grpc.aio  # type: ignore[import-untyped]
+    import grpc.aio
 
 FINAL = "triton_final_response"
 """Parameter of a stream's last response."""
 WANT_FINAL = "triton_enable_empty_final_response"
-WANT_STATUS = ("triton_grpc_error", "true")
-"""Metadata that makes errors end the stream with a status instead of coming in band."""
 
 _CONTENTS = {
     "BOOL": "bool_contents", "INT8": "int_contents", "INT16": "int_contents", "INT32": "int_contents",
@@ -53,24 +51,24 @@ class Streams:
         """All responses to `request`, in their order. Cancelling it cancels the inference."""
         import grpc
 
-        call = (await self._stub(address)).ModelStreamInfer(
-            _one(to_proto(model, version, request)), metadata=(WANT_STATUS,)
-        )
-        responses = []
+        # Errors come in band. The metadata `triton_grpc_error` would make them statuses, but Triton 2.51 then crashes,
+        # now and then, on an inference that fails.
+        call = (await self._stub(address)).ModelStreamInfer(_one(to_proto(model, version, request)))
+        responses: list[InferResponse] = []
+        failure = ""
         try:
-            async for message in call:
-                if message.error_message:
-                    raise InferenceFailed(message.error_message, 400)
+            async for message in call:  # to the end, which comes by itself after the one request's last response
+                failure = failure or message.error_message
                 response = from_proto(message.infer_response)
                 final = response.parameters.pop(FINAL, False)
                 if response.outputs or not final:
                     responses.append(response)
-                if final:
-                    break
         except grpc.aio.AioRpcError as exc:
             raise _error(exc, address, model, bool(responses)) from exc
         finally:
-            call.cancel()
+            call.cancel()  # when the client left; else it is over
+        if failure:
+            raise InferenceFailed(failure, _status(failure))
         return responses
 
     async def _stub(self, address: str) -> Any:
@@ -95,6 +93,13 @@ async def _one(message: Any) -> AsyncIterator[Any]:
     yield message
 
 
+def _status(message: str) -> int:
+    """For an error in band, which has no code: as Triton's generate answers, but for what is plainly no 400."""
+    if message.startswith("Request for unknown model"):
+        return 404 if message.endswith("is not found") else 503
+    return 500 if message.startswith("Failed to process the request(s)") else 400
+
+
 def _error(exc: grpc.aio.AioRpcError, address: str, model: str, begun: bool) -> ModeliumError:
     import grpc
 
@@ -106,14 +111,7 @@ def _error(exc: grpc.aio.AioRpcError, address: str, model: str, begun: bool) -> 
         )
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
         return UpstreamFailed(f"the runtime of {model} at {address} took the request and did not answer ({details})")
-    status = {
-        grpc.StatusCode.INVALID_ARGUMENT: 400,
-        grpc.StatusCode.NOT_FOUND: 404,
-        grpc.StatusCode.ALREADY_EXISTS: 409,
-        grpc.StatusCode.UNIMPLEMENTED: 501,
-        grpc.StatusCode.DEADLINE_EXCEEDED: 504,
-    }.get(code, 500)
-    return InferenceFailed(details, status)
+    return InferenceFailed(details, 400 if code is grpc.StatusCode.INVALID_ARGUMENT else 500)
 
 
 # --------------------------------------------------------------------------- messages

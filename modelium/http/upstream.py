@@ -139,7 +139,8 @@ class Upstream:
         declared = headers.get(hdrs.CONTENT_LENGTH)
         length = int(declared) if declared is not None else None  # the parser saw to it that it is a number
         if (head_length := headers.get(HEADER_LENGTH)) is not None:
-            _check_header_length(head_length, length)
+            packed = headers.get(hdrs.CONTENT_ENCODING, "identity").lower() != "identity"
+            _check_header_length(head_length, None if packed else length)  # it counts unpacked bytes
         if length is None:
             return _Streamed(content, self._max_body_bytes) if request.body_exists else None
         if self._max_body_bytes is not None and length > self._max_body_bytes:

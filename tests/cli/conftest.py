@@ -12,6 +12,7 @@ import sys
 import termios
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,9 +63,10 @@ async def start(*args: str, cwd: Path, **environ: str) -> asyncio.subprocess.Pro
     )
 
 
+@asynccontextmanager
 async def on_a_terminal(
     *args: str, cwd: Path, **environ: str
-) -> tuple[asyncio.subprocess.Process, Callable[[bytes], None]]:
+) -> AsyncIterator[tuple[asyncio.subprocess.Process, Callable[[bytes], None]]]:
     """`modelium ARGS` with a terminal; and a function that reads from it until a text is there."""
     ours, theirs = os.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 160, 0, 0))
@@ -89,7 +91,13 @@ async def on_a_terminal(
             assert readable, f"never shown: {text!r} in {bytes(seen)!r}"
             seen.extend(os.read(ours, 4096))
 
-    return process, read
+    try:
+        yield process, read
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+        os.close(ours)
 
 
 async def finish(process: asyncio.subprocess.Process) -> Ran:

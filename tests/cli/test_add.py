@@ -103,13 +103,14 @@ class TestAdding:
     async def test_progress_is_shown_on_a_terminal(self, served: Served) -> None:
         held = served.rig.runtime.hold("load", "a.toy")
         path = served.toy("a.toy")
-        process, read = await on_a_terminal("add", str(path), cwd=served.folder, MODELIUM_URL=served.url)
-        await asyncio.wait_for(held.arrived.wait(), 30)
-        held.report(Progress(stage="warming up", done=3, total=4, unit="layers"))
-        await asyncio.to_thread(read, b"warming up 3 of 4 layers")
-        held.release()
-        await asyncio.to_thread(read, b"a.toy is READY")
-        assert await process.wait() == 0
+        adding = on_a_terminal("add", str(path), cwd=served.folder, MODELIUM_URL=served.url)
+        async with adding as (process, read):
+            await asyncio.wait_for(held.arrived.wait(), 30)
+            held.report(Progress(stage="warming up", done=3, total=4, unit="layers"))
+            await asyncio.to_thread(read, b"warming up 3 of 4 layers")
+            held.release()
+            await asyncio.to_thread(read, b"a.toy is READY")
+            assert await process.wait() == 0
 
     async def test_a_path_that_is_not_there(self, served: Served) -> None:
         assert (await served.modelium("add", "nowhere.onnx")).code == 2

@@ -62,12 +62,13 @@ class TestListing:
 
     async def test_watching_on_a_terminal(self, served: Served) -> None:
         await served.rig.add("a.toy")
-        process, read = await on_a_terminal("ps", "--watch", cwd=served.folder, MODELIUM_URL=served.url)
-        await asyncio.to_thread(read, b"a.toy")
-        await served.rig.add("b.toy")
-        await asyncio.to_thread(read, b"b.toy")
-        process.send_signal(signal.SIGINT)
-        assert await process.wait() == 130
+        watching = on_a_terminal("ps", "--watch", cwd=served.folder, MODELIUM_URL=served.url)
+        async with watching as (process, read):
+            await asyncio.to_thread(read, b"a.toy")
+            await served.rig.add("b.toy")
+            await asyncio.to_thread(read, b"b.toy")
+            process.send_signal(signal.SIGINT)
+            assert await process.wait() == 130
 
     async def test_one_model(self, served: Served) -> None:
         await served.rig.add("a.toy", 2 * MB)

@@ -655,9 +655,32 @@ class Sim:
         return usable and model.spec != model.rejected and model.invalid is None and not model.forget
 
     def _crowded_out(self, model: Model) -> bool:
-        """What should always be loaded may be too much: then the last of it waits for ever, and says why."""
-        wanted = [model, *(self.world.models[n] for n in self.world.dependents.get(model.name, ()))]
-        return any(m.kept for m in wanted) and ("is pinned" in model.reason or "waits for its parts" in model.reason)
+        """What should always be loaded may be too much: then the last of it waits for ever."""
+        wholes = [model]
+        for whole in wholes:
+            wholes.extend(
+                m for n in self.world.dependents.get(whole.name, ()) if (m := self.world.models[n]) not in wholes
+            )
+        return any(m.kept for m in wholes) and (bool(model.parts) or not self._kept_fit())
+
+    def _kept_fit(self) -> bool:
+        """Whether all that should always be loaded has room at once, with the largest placed first."""
+        names = {n for n, m in self.world.models.items() if m.kept}
+        for name in list(names):
+            todo = [name]
+            while todo:
+                for part in self.world.models[todo.pop()].parts:
+                    if part in self.world.models and part not in names:
+                        names.add(part)
+                        todo.append(part)
+        free = {a.id: a.budget_bytes for a in self.world.devices.values()}
+        sizes = {n: max(m.estimate.memory_bytes, *(b for _, b in m.booking), 0) for n in names if (m := self.world.models[n])}
+        for name, size in sorted(sizes.items(), key=lambda item: -item[1]):
+            where = next((d for d in sorted(free) if free[d] >= size), None)
+            if where is None:
+                return False
+            free[where] -= size
+        return True
 
     def _doomed(self, model: Model) -> bool:
         """It fails again whenever it is tried: too big, or made of what is not there."""

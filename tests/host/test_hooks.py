@@ -197,7 +197,7 @@ def test_modelium_converters() -> None:
         c=plugin(modelium_converters=lambda: [Named("no-methods")]),
     )
     assert [c.name for c in host.converters()] == ["a", "b"]
-    assert [f.error for f in host.failures()][0] == "TypeError: returned the class Instead where Converter was expected"
+    assert host.failures()[0].error == "TypeError: returned the class Instead where Converter was expected"
     assert len(host.failures()) == 2
 
 

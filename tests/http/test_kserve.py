@@ -43,6 +43,7 @@ BOUND = [  # all that needs the model loaded
 
 
 async def ask(surface: Surface, method: str, path: str, **how: Any) -> tuple[int, Any, Any]:
+    how.setdefault("skip_auto_headers", ["Accept-Encoding"])
     async with surface.client.request(method, surface.url + path, **how) as response:
         body = await response.read()
         return response.status, json.loads(body) if body else None, response.headers

@@ -188,11 +188,13 @@ async def test_infer_answers_for_decoupled_models(surface: Surface, real: Triton
     status, answer, _ = await ask(surface, "POST", path, data=asked("hi", -1))
     assert (status, "count is negative" in answer["error"]) == (400, True)
     status, answer, _ = await ask(surface, "POST", path, data=b'{"inputs": []}')
-    assert status == 400
+    assert (status, "inputs" in answer["error"]) == (400, True)
+    status, answer, _ = await ask(surface, "POST", path, data=asked("raise"))
+    assert (status, "it broke" in answer["error"]) == (500, True)
     status, answer, _ = await ask(surface, "POST", path, data=b"x")
     assert (status, "expected JSON" in answer["error"]) == (400, True)
     usage = surface.service.usage.model("pieces")
-    assert (usage.in_flight, usage.failures) == (0, 0)
+    assert (usage.in_flight, usage.failures) == (0, 1)
 
 
 async def test_a_version_that_is_not_there(surface: Surface, real: Triton) -> None:
@@ -222,23 +224,18 @@ async def test_a_grpc_address_where_nobody_is(surface: Surface, real: Triton) ->
 async def test_predict_on_a_real_model(surface: Surface, real: Triton) -> None:
     status, answer, _ = await ask(surface, "POST", "/predict/identity", data=b'{"inputs": [1, 2, 3]}')
     assert (status, answer) == (200, {"model": "identity", "version": "1", "outputs": {"OUTPUT0": [1.0, 2.0, 3.0]}})
-    status, answer, _ = await ask(
-        surface, "POST", "/predict/identity", data=b'{"inputs": {"INPUT0": [[1, 2], [3, 4]]}}'
-    )
+    named = b'{"inputs": {"INPUT0": [[1, 2], [3, 4]]}}'
+    status, answer, _ = await ask(surface, "POST", "/predict/identity", data=named)
     assert (status, answer["outputs"]) == (200, {"OUTPUT0": [[1.0, 2.0], [3.0, 4.0]]})
+    status, answer, _ = await ask(surface, "POST", "/predict/identity", data=b'{"inputs": {"x": 1}}')
+    assert (status, answer["error"]["code"]) == (400, "bad_request")
+    assert answer["error"]["message"] == "there is no input 'x'; expected inputs: INPUT0 (FP32 [-1, -1])"
     status, answer, _ = await ask(surface, "POST", "/predict/echo", data='{"text": ["a", "é"]}'.encode())
     assert (status, answer["text"]) == (200, ["a", "é"])
-    status, answer, _ = await ask(
-        surface, "POST", "/predict/pieces", data=b'{"text": "hi", "parameters": {"count": 2}}'
-    )
+    two, negative = (b'{"text": "hi", "parameters": {"count": %d}}' % count for count in (2, -1))
+    status, answer, _ = await ask(surface, "POST", "/predict/pieces", data=two)
     assert (status, answer["text"], answer["outputs"]) == (200, "hi 0.hi 1.", {"text_output": "hi 0.hi 1."})
-    status, answer, _ = await ask(surface, "POST", "/predict/identity", data=b'{"inputs": {"x": 1}}')
-    assert (status, answer["error"]["message"]) == (
-        400, "there is no input 'x'; expected inputs: INPUT0 (FP32 [-1, -1])"
-    )  # fmt: skip
-    status, answer, _ = await ask(
-        surface, "POST", "/predict/pieces", data=b'{"text": "hi", "parameters": {"count": -1}}'
-    )
+    status, answer, _ = await ask(surface, "POST", "/predict/pieces", data=negative)
     assert (status, "count is negative" in answer["error"]["message"]) == (400, True)
 
 

@@ -39,6 +39,8 @@ class TritonPythonModel:
         for request in requests:
             sender = request.get_response_sender()
             text = pb.get_input_tensor_by_name(request, "text_input").as_numpy().reshape(-1)[0]
+            if text == b"raise":
+                raise ValueError("it broke")
             count = pb.get_input_tensor_by_name(request, "count")
             count = 3 if count is None else int(count.as_numpy().reshape(-1)[0])
             if count < 0:
@@ -76,7 +78,10 @@ input [
   { name: "text_input" data_type: TYPE_STRING dims: [ 1 ] },
   { name: "count" data_type: TYPE_INT32 dims: [ 1 ] optional: true }
 ]
-output [ { name: "text_output" data_type: TYPE_STRING dims: [ 1 ] }, { name: "number" data_type: TYPE_INT32 dims: [ 1 ] } ]
+output [
+  { name: "text_output" data_type: TYPE_STRING dims: [ 1 ] },
+  { name: "number" data_type: TYPE_INT32 dims: [ 1 ] }
+]
 """,
     ),
 }

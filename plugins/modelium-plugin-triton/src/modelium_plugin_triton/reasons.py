@@ -96,6 +96,14 @@ def about(name: str, lines: Sequence[str]) -> list[str]:
     return kept
 
 
+def since_load(name: str, lines: Sequence[str]) -> list[str]:
+    """What was written since the last load of a model began."""
+    for index in range(len(lines) - 1, -1, -1):
+        if f'"loading: {name}:' in lines[index]:
+            return list(lines[index + 1 :])
+    return list(lines)
+
+
 def unfold(line: str) -> list[str]:
     r"""Triton quotes messages and writes their line ends as \n."""
     return [part for part in line.replace("\\n", "\n").splitlines() if part.strip(' "')] or [line]

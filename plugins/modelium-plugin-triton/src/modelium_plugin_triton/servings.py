@@ -42,6 +42,8 @@ class Serving:
     """Of a load without weights."""
     settings: Mapping[str, Any]
     """What can be set, with its defaults."""
+    decoupled: bool = False
+    """Answers one request with many responses."""
 
     @property
     def native(self) -> bool:
@@ -70,7 +72,7 @@ SERVINGS: Mapping[str, Serving] = {
         Serving("torchscript-python", "python", ("torch",), _TORCH, 5, _COMMON),
         Serving(
             "transformers-text-generation", "python", ("torch",), _TORCH_AND_TRANSFORMERS, 6,
-            {**_TRANSFORMERS, "max_tokens": 256, "concurrent": 8},
+            {**_TRANSFORMERS, "max_tokens": 256, "concurrent": 8}, decoupled=True,
         ),
         Serving("transformers-text-classification", "python", ("torch",), _TORCH_AND_TRANSFORMERS, 6, _LABELS),
         Serving(
@@ -160,7 +162,7 @@ def offer(serving: Serving, analysis: Analysis, device_kinds: Sequence[str]) -> 
         memory_bytes=memory_bytes(serving, analysis, device_kinds[0]),
         load_s=serving.load_s + analysis.weights_bytes / READ_BYTES_PER_S,
         requires=serving.packs,
-        settings={**serving.settings, **_batching(serving, analysis), "packs": list(serving.packs)},
+        settings={**serving.settings, **_batching(serving, analysis), "packs": list(serving.packs), "decoupled": serving.decoupled},
         note=f"Triton's {serving.backend} backend",
     )
 

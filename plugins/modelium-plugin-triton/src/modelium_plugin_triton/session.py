@@ -257,7 +257,7 @@ class Session:
             stop.cancel()
 
     def _wedged(self, name: str) -> LoadRejected:
-        said = [line for line in reasons.about(name, self.tail(200)) if "Failed to" in line][-1:]
+        said = [line for line in reasons.since_load(name, self.tail(400)) if "Failed to" in line][-1:]
         self.stuck[name] = (
             f"{name}: Triton waits without end for a process of it that has died; it can be loaded again after a "
             "restart of Triton (`modelium down`, then `modelium serve`)"
@@ -337,7 +337,7 @@ class Session:
         return float(request.plan.settings.get("load_timeout_s") or self.settings.load_timeout_s)
 
     def _failure(self, name: str, said: str) -> DriverError:
-        error = reasons.failure(name, said, backends=self.backends, log=self.tail(200))
+        error = reasons.failure(name, said, backends=self.backends, log=reasons.since_load(name, self.tail(400)))
         if error.code == "backend_missing":
             self.missing_backends.add(error.fields["backend"])
         return error

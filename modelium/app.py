@@ -42,7 +42,12 @@ async def running(config: Config, *, stop_runtimes: bool = False) -> AsyncIterat
         inspector = Inspector(disabled=config.plugins.disable, note=host.note)
         engine = Orchestrator(config, paths, host, sections, inspector)
         service = Service(engine)
-        settings = HttpSettings(host=config.server.host, metrics=config.metrics.enabled)
+        settings = HttpSettings(
+            host=config.server.host,
+            allowed_hosts=config.server.allowed_hosts,
+            allowed_origins=config.server.allowed_origins,
+            metrics=config.metrics.enabled,
+        )
         async with serving(build_app(service, settings), config.server.host, config.server.port) as (_, port):
             url = config.server.model_copy(update={"port": port}).url
             try:
@@ -129,4 +134,3 @@ def _holder(file: Path) -> str:
         return f" by process {int(file.read_text())}"
     except (OSError, ValueError):
         return ""
-

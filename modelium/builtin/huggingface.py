@@ -17,7 +17,7 @@ from typing import Any
 
 from modelium.api import Analysis, Completeness, Finding, Severity, hookimpl
 from modelium.builtin import hf_tasks
-from modelium.builtin.files import Entry, Truncated, files, human
+from modelium.builtin.files import MAX_JSON_BYTES, Entry, Truncated, files, human, read_json
 from modelium.builtin.hf_folder import (
     Folder,
     Weights,
@@ -35,8 +35,8 @@ CONFIDENCE = 0.9
 NESTED = 0.8
 """A model in a folder of the drop: what lies beside it may be what was meant."""
 
-MAX_CONFIG_BYTES = 1 << 20
-"""Beyond it a JSON file is a vocabulary or an index, not a configuration."""
+MAX_OTHER_BYTES = 1 << 20
+"""Beyond it a JSON file that is not called a configuration is a vocabulary or an index."""
 
 PACKED = frozenset({"U8", "I8", "I32", "U32", "I64", "F4"})
 """Dtypes in which quantised weights hold several numbers in one."""
@@ -171,6 +171,8 @@ def _quantization(folder: Folder) -> str | None:
     found = folder.config.get("quantization_config")
     if isinstance(found, dict):
         return str(found.get("quant_method") or "unnamed")[:40]
+    if isinstance(folder.config.get("quantization"), dict):
+        return "mlx"
     return "gptq" if "quantize_config.json" in folder.entries else None
 
 
@@ -178,7 +180,7 @@ def _has_chat_template(folder: Folder) -> bool:
     if folder.names("chat_template.jinja") or folder.names("chat_template.json"):
         return True
     entry = folder.entries.get("tokenizer_config.json")
-    return entry is not None and entry.size <= 8 * MAX_CONFIG_BYTES and b'"chat_template"' in entry.path.read_bytes()
+    return entry is not None and entry.size <= MAX_JSON_BYTES and b'"chat_template"' in entry.path.read_bytes()
 
 
 _SIZES: Mapping[str, tuple[str, ...]] = {
@@ -225,11 +227,14 @@ def modelium_scan(path: Path) -> Iterable[Finding]:
 
 def _scan(found: Iterable[Entry], severity: Severity) -> Iterator[Finding]:
     for entry in found:
-        if not entry.base.endswith(".json") or entry.base.endswith(".index.json") or entry.size > MAX_CONFIG_BYTES:
+        named = entry.base.endswith("config.json")
+        if not entry.base.endswith(".json") or (entry.size > MAX_OTHER_BYTES and not named):
             continue
         try:
-            value = json.loads(entry.path.read_bytes())
-        except (ValueError, RecursionError, OSError):
+            value = read_json(entry.path, entry.name)
+        except ModelError as exc:
+            if named and entry.size > MAX_JSON_BYTES:
+                yield Finding(severity=severity, code="too_large", path=entry.name, message=exc.message)
             continue  # whoever needs it says what is wrong with it
         for key, code in _custom_code(value):
             yield Finding(

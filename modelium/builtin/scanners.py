@@ -64,7 +64,7 @@ class _Surroundings:
 def modelium_completeness(path: Path) -> Completeness | None:
     """Not complete while a download tool still has a file under another name."""
     for entry in walk(path):
-        if entry.base.lower().endswith(UNFINISHED) or entry.base.endswith("~"):
+        if entry.base.lower().endswith(UNFINISHED):
             reason = f"{entry.name} is still being written, by its name"
             return Completeness(complete=False, reason=reason, have_bytes=entry.size)
     return None
@@ -73,19 +73,12 @@ def modelium_completeness(path: Path) -> Completeness | None:
 @hookimpl
 def modelium_scan(path: Path) -> Iterable[Finding]:
     """Everything that must not be loaded, and what a person should know."""
-    found = list(_take(_scan(path)))
-    if len(found) > MAX_FINDINGS:
-        worst = sorted(found, key=lambda f: list(Severity).index(f.severity))
-        rest = f"and {len(found) - MAX_FINDINGS} more findings like these, or more"
-        found = [*worst[:MAX_FINDINGS], Finding(severity=worst[0].severity, code="more", message=rest)]
-    return found
-
-
-def _take(findings: Iterator[Finding]) -> Iterator[Finding]:
-    for number, finding in enumerate(findings):
-        yield finding
-        if number > 10 * MAX_FINDINGS:
-            return
+    found = list(_scan(path))
+    if len(found) <= MAX_FINDINGS:
+        return found
+    worst_first = sorted(found, key=lambda f: list(Severity).index(f.severity))
+    rest = f"and {len(found) - MAX_FINDINGS} more findings, none worse than these"
+    return [*worst_first[:MAX_FINDINGS], Finding(severity=Severity.WARN, code="more", message=rest)]
 
 
 def _scan(path: Path) -> Iterator[Finding]:
@@ -127,7 +120,8 @@ def _file(entry: Entry, around: _Surroundings) -> Iterator[Finding]:
     if program and start.startswith(b"MZ") and not entry.base.lower().endswith(WINDOWS):
         program = None
     if program or entry.base.endswith(".py"):
-        yield _program(entry, program or "Python code", around)
+        if not (around.triton and (entry.base.endswith(".py") or ".so" in entry.base)):  # Triton's own scanner tells
+            yield _program(entry, program or "Python code", around)
         return
     try:
         if start[:4] in ZIP_MAGIC:

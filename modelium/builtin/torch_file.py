@@ -10,6 +10,8 @@ caffe2/serialize/ in PyTorch.
 from __future__ import annotations
 
 import io
+import lzma
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -69,6 +71,9 @@ def open_zip(path: Path, name: str | None = None) -> Iterator[zipfile.ZipFile]:
     name = name or path.name
     try:
         with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            if len(set(names)) != len(names):  # of two, one reader takes the first and another the last
+                raise ModelError(f"{name} is an archive that holds two entries of one name: it was tampered with")
             yield archive
     except zipfile.BadZipFile as exc:
         if "File is not a zip file" in str(exc):
@@ -78,7 +83,7 @@ def open_zip(path: Path, name: str | None = None) -> Iterator[zipfile.ZipFile]:
                 size,
             ) from exc
         raise ModelError(f"{name} is a damaged zip archive: {exc}") from exc
-    except (RuntimeError, NotImplementedError, zlib.error, EOFError, ValueError) as exc:
+    except (RuntimeError, NotImplementedError, zlib.error, lzma.LZMAError, struct.error, EOFError, ValueError) as exc:
         raise ModelError(f"{name} is a zip archive that can't be read: {exc}") from exc
     except OSError as exc:
         raise ModelError(f"{name} can't be read: {exc}", code="unreadable") from exc
@@ -93,6 +98,13 @@ def zip_entry(archive: zipfile.ZipFile, name: str, limit: int = MAX_PICKLE_BYTES
     return data
 
 
+def survey_archive(archive: zipfile.ZipFile, result: Survey) -> None:
+    """What the pickles in an archive ask for, by their suffix."""
+    for info in archive.infolist():
+        if info.filename.endswith((".pkl", ".pickle")):
+            survey(io.BytesIO(zip_entry(archive, info.filename)), result)
+
+
 def survey_file(path: Path, kind: Kind) -> Survey:
     """What all pickles in a file ask for, none of them run."""
     result = Survey()
@@ -100,9 +112,7 @@ def survey_file(path: Path, kind: Kind) -> Survey:
         return result
     if kind in (Kind.CHECKPOINT, Kind.ZIP, Kind.EXPORTED):
         with open_zip(path) as archive:
-            for info in archive.infolist():
-                if info.filename.endswith((".pkl", ".pickle")):
-                    survey(io.BytesIO(zip_entry(archive, info.filename)), result)
+            survey_archive(archive, result)
         return result
     with path.open("rb") as file:
         for _ in range(5 if kind is Kind.LEGACY else 100):

@@ -21,8 +21,8 @@ from typing import Any
 
 from modelium.api import Analysis, Completeness, Finding, Severity, hookimpl
 from modelium.builtin.files import Entry, Truncated, files, head, human
-from modelium.builtin.pickles import Survey, survey
-from modelium.builtin.torch_file import ZIP_MAGIC, Kind, kind_of, open_zip, zip_entry
+from modelium.builtin.pickles import Survey
+from modelium.builtin.torch_file import ZIP_MAGIC, Kind, kind_of, open_zip, survey_archive, zip_entry
 from modelium.errors import ModelError
 
 SUFFIXES = (".pt", ".pth", ".ts", ".jit", ".torchscript", ".ptl", ".zip", ".bin")
@@ -84,7 +84,9 @@ def _scan(path: Path) -> Iterator[Finding]:
         with open_zip(entry.path, entry.name) as archive:
             texts = _code(archive, entry.name).values()
             used = sorted({m.group(1) or m.group(2) for text in texts for m in FILE_OPERATORS.finditer(text)})
-            foreign = sorted(name for name in _pickled_names(archive) if not name.startswith(NAMES))
+            asked = Survey()
+            survey_archive(archive, asked)
+            foreign = sorted(name for name in asked.names if not name.startswith(NAMES))
         if foreign:
             yield Finding(
                 severity=Severity.REFUSE,
@@ -109,14 +111,6 @@ def _scan(path: Path) -> Iterator[Finding]:
                 message=f"{entry.name} is a TorchScript program, which PyTorch runs with the runtime's rights: serve "
                 "it only if you trust where it comes from; ONNX and safetensors carry no program",
             )
-
-
-def _pickled_names(archive: zipfile.ZipFile) -> set[str]:
-    found = Survey()
-    for info in archive.infolist():
-        if info.filename.endswith((".pkl", ".pickle")):
-            survey(io.BytesIO(zip_entry(archive, info.filename)), found)
-    return found.names
 
 
 def _code(archive: zipfile.ZipFile, name: str) -> dict[str, str]:

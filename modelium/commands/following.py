@@ -23,7 +23,7 @@ def bar(quiet: bool) -> Iterator[Show]:
     """One line on stderr with a bar; nothing where nobody looks."""
     shown = Progress(
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=30),
         TimeElapsedColumn(),
         console=console(stderr=True),

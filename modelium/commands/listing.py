@@ -13,7 +13,7 @@ from rich.text import Text
 
 from modelium.commands.base import emit, json_option, with_client
 from modelium.commands.client import Client, model_path
-from modelium.commands.text import clock, console, duration, pairs, size, state, table
+from modelium.commands.text import clock, console, duration, pairs, plain, say, size, state, table
 
 HOLDING = frozenset({"LOADING", "READY", "DRAINING", "UNLOADING"})
 
@@ -54,7 +54,7 @@ async def ps(
     if as_json:
         emit(value)
     else:
-        console().print(render(value))
+        say(render(value))
     missing = set(names) - {m["name"] for m in value} if names and not devices else set()
     if missing:
         raise click.ClickException(f"there is no {' or '.join(sorted(missing))}; `modelium ps` lists all")
@@ -70,7 +70,7 @@ async def _watch(found: Any, render: Any) -> None:
 
 def _models(models: list[dict[str, Any]]) -> RenderableType:
     if not models:
-        return "no models yet: `modelium add PATH` brings one in"
+        return plain("no models yet: `modelium add PATH` brings one in")
     columns = ["NAME", "STATE", "RUNTIME", "DEVICE", "MEMORY", "QPS", "IDLE", "REASON"]
     return table(columns, [_row(model) for model in models], right=("MEMORY", "QPS", "IDLE"))
 
@@ -171,7 +171,7 @@ async def show(client: Client, name: str, as_json: bool) -> None:
     if as_json:
         emit(model)
     else:
-        console().print(details(model))
+        say(details(model))
 
 
 def details(model: dict[str, Any]) -> Table:

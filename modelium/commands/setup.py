@@ -20,7 +20,7 @@ from modelium.commands.base import (
     service_url,
     url_option,
 )
-from modelium.commands.text import console, pairs, table
+from modelium.commands.text import pairs, say, table
 
 FILE = "modelium.yaml"
 
@@ -53,10 +53,9 @@ def check(
     if as_json:
         emit({"ok": ok, "service": running is not None, "checks": rows})
         return 0 if ok else FAILED
-    shown = console()
-    shown.print("the service:" if running else "no service runs; this machine, for one that would:")
+    say("the service:" if running else "no service runs; this machine, for one that would:")
     marks = {True: Text("ok", style="green"), False: Text("!!", style="red")}
-    shown.print(table(["", "WHAT", "FOUND"], [[marks[r["ok"]], r["name"], _found(r)] for r in rows]))
+    say(table(["", "WHAT", "FOUND"], [[marks[r["ok"]], r["name"], _found(r)] for r in rows]))
     return 0 if ok else FAILED
 
 
@@ -119,12 +118,11 @@ def plugins(url: str | None, tracebacks: bool, as_json: bool) -> None:
     if as_json:
         emit(found)
         return
-    shown = console()
     rows = [[p["name"], f"{p['distribution']} {p['version']}", _use(p)] for p in found]
-    shown.print(table(["PLUGIN", "FROM", "USE"], rows))
+    say(table(["PLUGIN", "FROM", "USE"], rows))
     for plugin in found:
         if tracebacks and plugin["traceback"]:
-            shown.print(f"\n{plugin['name']} ({plugin['distribution']}):\n{plugin['traceback']}", markup=False)
+            say(f"\n{plugin['name']} ({plugin['distribution']}):\n{plugin['traceback']}")
 
 
 def _use(plugin: dict[str, Any]) -> Text:
@@ -156,4 +154,4 @@ def hookspecs(name: str | None, as_json: bool) -> None:
         click.echo(hookdocs.render(), nl=False)
     else:
         parts = described[name]
-        console().print(pairs([("hook", parts["signature"]), ("does", parts["text"]), ("example", parts["example"])]))
+        say(pairs([("hook", parts["signature"]), ("does", parts["text"]), ("example", parts["example"])]))

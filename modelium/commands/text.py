@@ -6,7 +6,8 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 
-from rich.console import Console
+import click
+from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -36,6 +37,23 @@ def console(*, stderr: bool = False) -> Console:
     return Console(stderr=stderr, width=None if stream.isatty() else PIPE_WIDTH, highlight=False)
 
 
+def plain(text: str | Text) -> Text:
+    """As it is: brackets in names and reasons are no markup."""
+    return text if isinstance(text, Text) else Text(text)
+
+
+def say(shown: RenderableType) -> None:
+    """Print to stdout; into a pipe without the blanks that fill up columns."""
+    shown = plain(shown) if isinstance(shown, str) else shown
+    out = console()
+    if out.is_terminal:
+        out.print(shown)
+        return
+    with out.capture() as captured:
+        out.print(shown)
+    click.echo("\n".join(line.rstrip() for line in captured.get().splitlines()))
+
+
 def table(columns: Sequence[str], rows: Iterable[Sequence[str | Text]], *, right: Sequence[str] = ()) -> Table:
     """Columns without lines; the last one takes what room is left."""
     made = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
@@ -43,7 +61,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str | Text]], *, right
         last = column == columns[-1]
         made.add_column(column, justify="right" if column in right else "left", no_wrap=not last, overflow="fold")
     for row in rows:
-        made.add_row(*row)
+        made.add_row(*map(plain, row))
     return made
 
 
@@ -54,7 +72,7 @@ def pairs(rows: Iterable[tuple[str, str | Text]]) -> Table:
     made.add_column(overflow="fold")
     for name, value in rows:
         if str(value):
-            made.add_row(name, value)
+            made.add_row(name, plain(value))
     return made
 
 

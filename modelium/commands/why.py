@@ -13,7 +13,7 @@ from rich.text import Text
 from modelium.commands.base import FAILED, emit, json_option, with_client
 from modelium.commands.client import Client, model_path
 from modelium.commands.listing import details
-from modelium.commands.text import clock, console, pairs, size, table
+from modelium.commands.text import clock, pairs, say, size, table
 
 
 @click.command()
@@ -29,7 +29,7 @@ async def plan(client: Client, path: Path, as_json: bool) -> int:
     if as_json:
         emit(preview)
     else:
-        console().print(_preview(preview))
+        say(_preview(preview))
     return FAILED if preview["refused"] else 0
 
 
@@ -70,7 +70,7 @@ async def explain(client: Client, name: str, as_json: bool) -> None:
     if as_json:
         emit(found)
     else:
-        console().print(_explanation(found))
+        say(_explanation(found))
 
 
 def _explanation(found: dict[str, Any]) -> RenderableType:

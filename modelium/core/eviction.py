@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 from enum import IntEnum
 
 from modelium.api.types import Candidate
-from modelium.core.states import State
+from modelium.core.states import State, Want
 from modelium.core.turn import Turn, bytes_on
 from modelium.core.world import Model
 
@@ -38,10 +38,13 @@ def tier_of(turn: Turn, model: Model) -> Tier:
 
 
 def stays_until(turn: Turn, model: Model) -> float:
-    """The end of its minimum stay; what was never used has none."""
-    if not model.use.requests and not model.use.in_flight:
+    """The end of its minimum stay; what nobody asked for and nobody used has none."""
+    if not model.use.requests and not model.use.in_flight and model.loaded_for in _UNASKED:
         return model.loaded_at
     return model.loaded_at + turn.policy.min_resident_s
+
+
+_UNASKED = frozenset({Want.NONE, Want.DROPPED, Want.PART})
 
 
 class Victims:

@@ -26,6 +26,7 @@ def loaded(turn: Turn, event: e.Loaded) -> None:
             measured=event.memory,
             estimate=_learnt(model, model.held, model.booking, event),
             loaded_at=turn.now,
+            loaded_for=model.want,
             want=Want.NONE,
             failure=None,
             failures=0,

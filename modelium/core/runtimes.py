@@ -130,6 +130,7 @@ def _adopt(turn: Turn, model: Model, shown: ObservedModel) -> None:
         coming=None,
         again=Want.NONE,
         loaded_at=turn.now,
+        loaded_for=Want.NONE,
         want=Want.NONE,
         failure=None,
         failures=0,

@@ -229,7 +229,9 @@ def _make_room(turn: Turn, line: Line, model: Model, found: list[Spot]) -> None:
     old, urgent, place = line.aged(model), line.urgent(model), line.place(model)
     worst = (Tier.BUSY if old else Tier.QUIET) if urgent else Tier.IDLE
     best: tuple[tuple[int, int, str], Spot, tuple[Model, ...]] | None = None
-    for movable in (set(), line.in_the_way(model)):
+    for movable in (frozenset[str](), line.in_the_way(model) if model.want is Want.PART else None):
+        if best is not None or movable is None:
+            break
         for spot in found:
             chosen = line.victims.choose(spot.account.id, spot.shortage, worst, place, movable)
             if chosen:
@@ -237,8 +239,6 @@ def _make_room(turn: Turn, line: Line, model: Model, found: list[Spot]) -> None:
                 key = (max(line.victims.tier(m.name) for m in chosen), size, spot.account.id)
                 if best is None or key < best[0]:
                     best = (key, spot, chosen)
-        if best is not None:
-            break
     if best is not None:
         _, spot, chosen = best
         for victim in chosen:

@@ -98,6 +98,8 @@ class Model:
     rejected: Spec | None = None
     """What failed to replace it."""
     loaded_at: float = 0.0
+    loaded_for: Want = Want.NONE
+    """Why it was loaded; NONE when it was found loaded."""
     use: Use = Use()
     promised_to: str | None = None
     """While it drains or unloads: who gets the room."""

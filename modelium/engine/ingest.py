@@ -17,7 +17,6 @@ from modelium.api.types import Analysis, Completeness, Inspection, Manifest, Pro
 from modelium.core import events as e
 from modelium.core.world import Failure
 from modelium.engine.catalog import Catalog
-
 from modelium.engine.loop import Loop
 from modelium.engine.planner import Planner
 from modelium.engine.repository import Repository, revision_of

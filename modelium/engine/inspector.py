@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import shutil
 import signal
@@ -23,7 +24,11 @@ from modelium.host import Failure
 
 M = TypeVar("M", bound=BaseModel)
 
+log = logging.getLogger(__name__)
+
 MAX_ANSWER_BYTES = 64 << 20
+_DIED, _TIMEOUT = "inspection_died", "inspection_timeout"
+
 START_S = 60.0
 """A first start may have to compile every module."""
 
@@ -147,6 +152,7 @@ class Inspector:
         self._inspect_s = inspect_s
         self._convert_s = convert_s
         self._process: _Process | None = None
+        self._closed = False
         self._turn = asyncio.Lock()
         self._conversions: set[_Process] = set()
 
@@ -192,7 +198,8 @@ class Inspector:
             await process.end()
 
     async def close(self) -> None:
-        """End all processes; a call that is under way fails."""
+        """End all processes; a call that is under way fails with `PluginError`, which blames no drop."""
+        self._closed = True
         processes = [*self._conversions, *([self._process] if self._process else [])]
         self._process = None
         for process in processes:
@@ -203,19 +210,30 @@ class Inspector:
     async def _ask(self, path: Path, operation: str, within_s: float) -> Any:
         request = _request(path, operation)
         async with self._turn:
-            if self._process is None or not self._process.alive:
-                self._process = await self._start(self._memory_bytes, preload=True)
-            process = self._process
             try:
-                return await self._answered(process, request, path, within_s)
-            except ModeliumError as exc:
-                if exc.code in ("inspection_died", "inspection_timeout"):
-                    self._process = None
-                raise
-            except BaseException:  # cancelled: its answer would be taken for the next one's
+                return await self._attempt(request, path, within_s)
+            except ModelError as exc:
+                if exc.code != _DIED:
+                    raise
+                log.warning("%s; it is looked at once more", exc.message)  # something else may have killed the process
+            return await self._attempt(request, path, within_s)
+
+    async def _attempt(self, request: Mapping[str, Any], path: Path, within_s: float) -> Any:
+        if self._closed:
+            raise _stopping()
+        if self._process is None or not self._process.alive:
+            self._process = await self._start(self._memory_bytes, preload=True)
+        process = self._process
+        try:
+            return await self._answered(process, request, path, within_s)
+        except ModeliumError as exc:
+            if exc.code in (_DIED, _TIMEOUT):
                 self._process = None
-                await process.end()
-                raise
+            raise
+        except BaseException:  # cancelled: its answer would be taken for the next one's
+            self._process = None
+            await process.end()
+            raise
 
     async def _answered(self, process: _Process, request: Mapping[str, Any], path: Path, within_s: float) -> Any:
         """The result of one request; a process that dies or hangs is ended. Raises what the answer says."""
@@ -226,14 +244,16 @@ class Inspector:
             raise ModelError(
                 f"looking at {path.name} took more than {within_s:g} s and was given up: it is damaged, or made to "
                 "hold up whoever reads it",
-                code="inspection_timeout",
+                code=_TIMEOUT,
             ) from None
         except _Died:
             how = await process.ended_by_itself()
+            if self._closed:
+                raise _stopping() from None
             raise ModelError(
                 f"looking at {path.name} ended the process that did ({how}): it is damaged, or made to harm whoever "
                 "reads it",
-                code="inspection_died",
+                code=_DIED,
             ) from None
         return self._result(answer)
 
@@ -272,6 +292,10 @@ class Inspector:
             raise ModelError(
                 f"looking at {path.name} gave no sensible answer ({exc.error_count()} errors)", code="inspection_failed"
             ) from exc
+
+
+def _stopping() -> PluginError:
+    return PluginError("the service is stopping: the drop is looked at again when it is back", code="inspector")
 
 
 def _request(path: Path, operation: str, **more: Any) -> dict[str, Any]:

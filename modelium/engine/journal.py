@@ -45,9 +45,8 @@ class Journal:
     def add(self, transition: Transition) -> None:
         self._keep(transition)
         self._unwritten.append(transition)
-        born = not transition.before and transition.after == "COLD"
         log.log(
-            logging.DEBUG if born else logging.INFO,
+            _level(transition),
             "%s: %s -> %s: %s",
             transition.subject,
             transition.before or "new",
@@ -129,3 +128,10 @@ class Journal:
                 out.writelines(json.dumps(t.model_dump()) + "\n" for t in lines)
         except OSError as exc:
             logging.getLogger(__name__).error("could not write %s: %s", self._file, exc)
+
+
+def _level(transition: Transition) -> int:
+    """Trouble is a warning; that ten thousand models lie in a repository is no news."""
+    if transition.after in ("FAILED", "INVALID", "CRASHED"):
+        return logging.WARNING
+    return logging.DEBUG if not transition.before and transition.after == "COLD" else logging.INFO

@@ -22,7 +22,6 @@ from modelium.core.world import Failure, Model, Policy, World
 from modelium.engine.admission import Admission, Route
 from modelium.engine.catalog import Catalog
 from modelium.engine.ingest import Ingest
-
 from modelium.engine.journal import Journal
 from modelium.engine.loop import Clock, Loop
 from modelium.engine.planner import Planner, budgets

@@ -6,7 +6,6 @@ a request id that the client is given.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import math
@@ -45,7 +44,7 @@ STATUS: Mapping[str, int] = {
     "too_large": 413,
     "upstream_failed": 502,
 }
-"""By `ModeliumError.code`; a code that is not here is 500."""
+"""By `ModeliumError.code`; a code that is not here (drivers and plugins have their own) counts as its class's."""
 
 RETRY_AFTER_S: Mapping[str, float] = {"queue_full": 1.0, "deadline_passed": 5.0, "runtime_unavailable": 1.0}
 """For codes after which asking again helps, where the error itself says no time."""
@@ -76,6 +75,11 @@ def json_answer(
     return web.Response(body=body, status=status, headers=headers, content_type="application/json")
 
 
+def status_of(error: ModeliumError) -> int:
+    codes = [error.code, *(vars(kind)["code"] for kind in type(error).__mro__ if "code" in vars(kind))]
+    return next(STATUS[code] for code in codes if code in STATUS)
+
+
 def kserve_shape(error: ModeliumError) -> Any:
     """As Triton answers: `{"error": "..."}`."""
     return {"error": error.message}
@@ -96,7 +100,7 @@ def error_answer(request: web.Request, error: ModeliumError, status: int | None 
     retry_after_s = error.retry_after_s if error.retry_after_s is not None else RETRY_AFTER_S.get(error.code)
     if retry_after_s is not None:
         headers["Retry-After"] = str(max(1, math.ceil(retry_after_s)))
-    return json_answer(shape(error), status or STATUS.get(error.code, 500), headers)
+    return json_answer(shape(error), status or status_of(error), headers)
 
 
 @web.middleware
@@ -110,9 +114,9 @@ async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
         if exc.status < 400:
             raise
         failure, status = _http_error(request, exc), exc.status
-    except (ConnectionError, asyncio.CancelledError):
-        raise  # the client is gone
-    except Exception:
+    except Exception as exc:
+        if isinstance(exc, ConnectionError) and (request.transport is None or request.transport.is_closing()):
+            return web.Response(status=499)  # the client is gone, or was broken off: nobody reads this
         request_id = secrets.token_hex(8)
         log.exception("request %s (%s %s) failed unexpectedly", request_id, request.method, request.path)
         failure = ModeliumError(
@@ -123,7 +127,7 @@ async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     if request.writer.output_size:  # the answer was under way: only breaking it off is honest
         if request.transport is not None:
             request.transport.abort()
-        raise ConnectionResetError(failure.message)
+        return web.Response(status=499)
     answer = error_answer(request, failure, status)
     if status == 405 and isinstance(failure.fields.get("allowed"), list):
         answer.headers["Allow"] = ", ".join(failure.fields["allowed"])

@@ -10,8 +10,8 @@ from modelium.api import Tensor
 from modelium.engine.admission import Lease
 from modelium.http.admission import GRPC, HTTP, endpoint
 from modelium.http.answers import UpstreamFailed
+from modelium.http.messages import InferRequest, InferResponse, decode_response, encode_request
 from modelium.http.streams import InferenceFailed, Streams, join
-from modelium.http.tensors import InferRequest, InferResponse, decode_response, encode_request
 from modelium.http.upstream import HEADER_LENGTH, Upstream
 
 

@@ -24,14 +24,14 @@ import modelium
 from modelium.api import RuntimeInfo
 from modelium.core.states import RuntimeState, State
 from modelium.engine.admission import Lease
-from modelium.errors import ModeliumError, ModelNotFound, RuntimeUnavailable
+from modelium.errors import LoadRejected, ModelFailed, ModeliumError, ModelNotFound, RuntimeUnavailable
 from modelium.http.admin import views
 from modelium.http.admission import GRPC, HTTP, acquire, deadline_of, endpoint
 from modelium.http.answers import BadRequest, NotSupported, UpstreamFailed, error_answer, json_answer
 from modelium.http.bodies import header_length, read_body, read_object
+from modelium.http.messages import decode_request, encode_response
 from modelium.http.settings import HttpSettings
 from modelium.http.streams import InferenceFailed, Streams, join
-from modelium.http.tensors import decode_request, encode_response
 from modelium.http.upstream import HEADER_LENGTH, StreamBroken, Upstream
 
 if TYPE_CHECKING:
@@ -62,8 +62,6 @@ _UNPARSABLE = (
     b'{"error":"attempt to get members for non-object',
 )
 """How Triton's answers begin, under status 500, to bodies that are no JSON, or not of its shape (seen on 2.51)."""
-
-_LOAD_REFUSED = frozenset({"load_rejected", "model_failed", "model_invalid"})
 
 
 class KServe:
@@ -249,7 +247,8 @@ class KServe:
         try:
             await self._service.load(name, deadline_s=deadline_s, parameters=parameters)
         except ModeliumError as exc:
-            return error_answer(request, exc, 400 if exc.code in _LOAD_REFUSED else None)  # 400 as Triton has it
+            refused = isinstance(exc, ModelFailed | LoadRejected) or exc.code == "model_invalid"
+            return error_answer(request, exc, 400 if refused else None)  # 400 as Triton has it
         return web.Response(content_type="application/json")
 
     async def unload(self, request: web.Request) -> web.Response:

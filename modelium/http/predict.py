@@ -32,9 +32,10 @@ from modelium.http.admission import acquire
 from modelium.http.answers import BadRequest, UpstreamFailed, error_answer
 from modelium.http.bodies import read_json
 from modelium.http.inference import Inference
+from modelium.http.messages import InferRequest, InferResponse
 from modelium.http.settings import HttpSettings
 from modelium.http.streams import InferenceFailed
-from modelium.http.tensors import InferRequest, InferResponse, TensorValue, as_array, from_array, join_bytes, to_array
+from modelium.http.tensors import TensorValue, as_array, from_array, join_bytes, to_array
 
 if TYPE_CHECKING:
     from modelium.engine.service import Service

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from modelium.errors import ModeliumError, RuntimeUnavailable
 from modelium.http.answers import BadRequest, UpstreamFailed
-from modelium.http.tensors import InferRequest, InferResponse, Parameters, TensorValue, join_bytes, split_bytes, to_raw
+from modelium.http.messages import InferRequest, InferResponse
+from modelium.http.tensors import Parameters, TensorValue, join_bytes, split_bytes, to_raw
 
 if TYPE_CHECKING:
     import grpc.aio

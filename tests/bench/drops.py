@@ -7,6 +7,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -54,7 +55,7 @@ def rows(folder: Path) -> Iterator[tuple[str, str, str]]:
             hidden.write_bytes(sample.read_bytes())
             start = time.time()
             hidden.rename(service.root / "incoming" / f"{name}.onnx")
-            service.until(lambda name=name: feed.at(name, "READY"), 60, f"{name} to be READY")
+            service.until(partial(feed.at, name, "READY"), 60, f"{name} to be READY")
             seen = feed.at(f"incoming/{name}.onnx", "DISCOVERED")
             ready = feed.at(name, "READY")
             assert seen is not None and ready is not None

@@ -1,7 +1,7 @@
 """Writes the files that only PyTorch can write, for the tests that read them without it.
 
-Run by an interpreter that has torch, transformers and safetensors: `python tests/builtin/make_data.py FOLDER`. The
-files under `tests/builtin/data` were made so; set MODELIUM_TEST_PYTHON to that interpreter and the tests make them anew.
+Run by an interpreter that has torch, transformers and safetensors: `python tests/builtin/make_data.py FOLDER`. Those
+under `tests/builtin/data` were made so; set MODELIUM_TEST_PYTHON to that interpreter and the tests make them anew.
 """
 
 from __future__ import annotations

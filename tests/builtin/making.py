@@ -80,7 +80,9 @@ QWEN = {
 }
 
 
-def hugging_face(folder: Path, config: Mapping[str, Any] | None = None, *, shards: int = 1, files: str = "text") -> Path:
+def hugging_face(
+    folder: Path, config: Mapping[str, Any] | None = None, *, shards: int = 1, files: str = "text"
+) -> Path:
     """A folder with safetensors weights; `files` is `text` (a tokenizer), `image` (a processor) or nothing."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(QWEN if config is None else dict(config)))

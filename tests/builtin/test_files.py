@@ -101,7 +101,9 @@ def test_json_cut_short_may_still_be_arriving(tmp_path: Path, text: str) -> None
         read_json(tmp_path / "x.json")
 
 
-@pytest.mark.parametrize("data", [b'{"a": nonsense, "b": 1, "c": 2}', b"\xff\xfe", b"[" * 100_000 + b" " * 20 + b"x" * 50])
+@pytest.mark.parametrize(
+    "data", [b'{"a": nonsense, "b": 1, "c": 2}', b"\xff\xfe", b"[" * 100_000 + b" " * 20 + b"x" * 50]
+)
 def test_json_that_is_wrong_is_wrong_for_good(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "x.json").write_bytes(data)
     with pytest.raises(ModelError) as caught:

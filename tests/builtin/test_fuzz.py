@@ -1,4 +1,4 @@
-"""Whatever bytes a drop is made of, each hook answers, or says why not, in bounded time; nothing else ever comes out."""
+"""Whatever bytes a drop is made of, each hook answers, or says why not; nothing else ever comes out."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -35,23 +36,27 @@ def look(path: Path) -> None:
     """Ask all hooks, as the host does."""
     for plugin in (onnx, huggingface, torchscript, recognised, scanners):
         if hook := getattr(plugin, "modelium_completeness", None):
-            answer = quietly(lambda hook=hook: hook(path))
+            answer = quietly(hook, path)
             assert answer is None or isinstance(answer, Completeness)
         if hook := getattr(plugin, "modelium_scan", None):
-            for finding in quietly(lambda hook=hook: list(hook(path))) or ():
+            for finding in quietly(listed, hook, path) or ():
                 assert isinstance(finding, Finding)
                 json.dumps(finding.model_dump(mode="json")).encode()
         if hook := getattr(plugin, "modelium_analyze", None):
-            analysis = quietly(lambda hook=hook: hook(path))
+            analysis = quietly(hook, path)
             assert analysis is None or isinstance(analysis, Analysis)
             if analysis is not None:
                 json.dumps(analysis.model_dump(mode="json")).encode()
     assert not MARKER.exists()
 
 
-def quietly(call: Callable[[], object]) -> object:
+def listed(hook: Callable[..., Any], path: Path) -> list[Any]:
+    return list(hook(path))
+
+
+def quietly(call: Callable[..., Any], *arguments: object) -> Any:
     try:
-        return call()
+        return call(*arguments)
     except ModeliumError as exc:
         assert exc.message
         return None
@@ -122,7 +127,9 @@ json_values = st.recursive(
 
 
 @given(
-    st.dictionaries(st.sampled_from([*QWEN, "auto_map", "id2label", "quantization_config", "text_config"]), json_values),
+    st.dictionaries(
+        st.sampled_from([*QWEN, "auto_map", "id2label", "quantization_config", "text_config"]), json_values
+    ),
     st.dictionaries(st.sampled_from(["weight_map", "metadata"]), json_values),
     st.booleans(),
 )
@@ -144,7 +151,7 @@ def test_converting_damaged_weights(data: st.DataObject, source: str) -> None:
         hugging_face(place / "m")
         (place / "m" / "model.safetensors").unlink()
         (place / "m" / "pytorch_model.bin").write_bytes(data.draw(broken(SAMPLES[source])))
-        done = quietly(lambda: PickleConverter().convert(place / "m", place / "out"))
+        done = quietly(PickleConverter().convert, place / "m", place / "out")
         assert (place / "out").exists() is (done is not None)
         if done is not None:
             assert huggingface.modelium_analyze(place / "out") is not None

@@ -63,8 +63,14 @@ def test_tasks(config: dict[str, Any], task: str) -> None:
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        ({"architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True}, "turns one sequence into another"),
-        ({"architectures": ["T5Model"], "vocab_size": 5, "is_encoder_decoder": True}, "turns one sequence into another"),
+        (
+            {"architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True},
+            "turns one sequence into another",
+        ),
+        (
+            {"architectures": ["T5Model"], "vocab_size": 5, "is_encoder_decoder": True},
+            "turns one sequence into another",
+        ),
         ({"architectures": ["Qwen2VLForConditionalGeneration"]}, "an image or sound"),
         ({"architectures": ["BertForTokenClassification"]}, "labels tokens"),
         ({"architectures": ["CLIPModel"], "text_config": {}, "vision_config": {}}, "images and text together"),
@@ -92,7 +98,7 @@ def test_an_image_model_needs_its_processor(tmp_path: Path) -> None:
     config = {"architectures": ["ViTForImageClassification"], "id2label": {"0": "cat", "1": "dog"}}
     folder = hugging_face(tmp_path / "vit", config, files="")
     assert "preprocessor_config.json" in completeness(folder).reason
-    with pytest.raises(ModelError, match="preprocessor_config.json"):
+    with pytest.raises(ModelError, match=r"preprocessor_config.json"):
         plugin.modelium_analyze(folder)
     found = analyze(hugging_face(folder, config, files="image"))
     assert (found.task, found.facts["labels"], found.facts["processor"]) == ("image-classification", 2, True)
@@ -149,6 +155,8 @@ def test_quantised_weights(tmp_path: Path) -> None:
     found = analyze(folder)
     assert (found.facts["quantization"], found.parameters) == ("gptq", None)
     assert "gptq" in found.summary
+    hugging_face(folder, {**QWEN, "quantization": {"group_size": 64, "bits": 4}})
+    assert analyze(folder).facts["quantization"] == "mlx"
 
 
 def test_what_belongs_to_others_is_left_to_them(tmp_path: Path) -> None:
@@ -232,21 +240,21 @@ def test_an_index_that_does_not_match(tmp_path: Path) -> None:
     folder = hugging_face(tmp_path / "m", shards=2)
     table = {"t1": "model-00001-of-00002.safetensors", "t9": "model-00002-of-00002.safetensors"}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": table}))
-    with pytest.raises(ModelError, match="places tensor 't9' in model-00002-of-00002.safetensors, which does not"):
+    with pytest.raises(ModelError, match=r"places tensor 't9' in model-00002-of-00002.safetensors, which does not"):
         plugin.modelium_analyze(folder)
 
 
 def test_weights_by_another_name(tmp_path: Path) -> None:
     folder = hugging_face(tmp_path / "m")
     (folder / "model.safetensors").rename(folder / "finetuned.safetensors")
-    with pytest.raises(ModelError, match="reads weights from model.safetensors, and the folder holds finetuned"):
+    with pytest.raises(ModelError, match=r"reads weights from model.safetensors, and the folder holds finetuned"):
         plugin.modelium_analyze(folder)
 
 
 def test_weights_for_another_framework(tmp_path: Path) -> None:
     folder = hugging_face(tmp_path / "m")
     (folder / "model.safetensors").rename(folder / "tf_model.h5")
-    with pytest.raises(ModelError, match="tf_model.h5 is for another framework"):
+    with pytest.raises(ModelError, match=r"tf_model.h5 is for another framework"):
         plugin.modelium_analyze(folder)
 
 
@@ -268,6 +276,17 @@ def test_code_of_its_own_is_refused(tmp_path: Path, file: str, value: dict[str, 
     assert (finding.severity, finding.code, finding.path) == (Severity.REFUSE, "custom_code", file)
     assert f"({key}: " in finding.message
     assert "trust_remote_code" in finding.message
+
+
+def test_padding_hides_nothing(tmp_path: Path) -> None:
+    folder = hugging_face(tmp_path / "m")
+    text = json.dumps({**QWEN, "auto_map": {"AutoModel": "x.Y"}})
+    (folder / "config.json").write_text(" " * (2 << 20) + text)
+    (folder / "tokenizer.json").write_text(" " * (2 << 20) + text)  # a vocabulary, where it means nothing
+    assert [f.path for f in plugin.modelium_scan(folder)] == ["config.json"]
+    with (folder / "config.json").open("r+b") as file:
+        file.truncate(100 << 20)
+    assert [f.code for f in plugin.modelium_scan(folder)] == ["too_large"]
 
 
 def test_no_code_no_finding(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,9 @@ def save(path: Path, graph: onnx.GraphProto, **more: object) -> Path:
     return path
 
 
-def value(name: str, kind: int = TensorProto.FLOAT, shape: object = ("n", 2)) -> onnx.ValueInfoProto:
+def value(
+    name: str, kind: int = TensorProto.FLOAT, shape: Sequence[str | int | None] | None = ("n", 2)
+) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(name, kind, shape)
 
 
@@ -70,7 +73,7 @@ def test_a_folder_in_a_folder(tmp_path: Path) -> None:
 def test_several_models_need_a_main_one(tmp_path: Path) -> None:
     onnx_model(tmp_path / "a.onnx")
     onnx_model(tmp_path / "b.onnx")
-    with pytest.raises(ModelError, match="holds 2 ONNX models \\(a.onnx, b.onnx\\)"):
+    with pytest.raises(ModelError, match=r"holds 2 ONNX models \(a.onnx, b.onnx\)"):
         plugin.modelium_analyze(tmp_path)
     onnx_model(tmp_path / "model.onnx")
     assert analyze(tmp_path).entry == "model.onnx"
@@ -132,9 +135,7 @@ def test_weights_are_counted_wherever_they_lie(tmp_path: Path) -> None:
         [numpy_helper.from_array(np.zeros((300, 2), np.float32), "k")],
     )
     other = helper.make_graph([helper.make_node("Identity", ["x"], ["out2"])], "else", [], [value("out2")])
-    constant = helper.make_node(
-        "Constant", [], ["c"], value=numpy_helper.from_array(np.zeros(1000, np.float64), "c")
-    )
+    constant = helper.make_node("Constant", [], ["c"], value=numpy_helper.from_array(np.zeros(1000, np.float64), "c"))
     graph = helper.make_graph(
         [constant, helper.make_node("If", ["cond"], ["y"], then_branch=inner, else_branch=other)],
         "g",
@@ -193,7 +194,7 @@ def test_cut_anywhere_it_is_not_complete(tmp_path: Path) -> None:
 
 def test_a_file_alone_names_the_data_that_it_lacks(tmp_path: Path) -> None:
     onnx_model(tmp_path / "net.onnx", external="net.weights")
-    with pytest.raises(ModelError, match="keeps weights in net.weights, which is not in the drop: drop a folder"):
+    with pytest.raises(ModelError, match=r"keeps weights in net.weights, which is not in the drop: drop a folder"):
         plugin.modelium_analyze(tmp_path / "net.onnx")
     assert completeness(tmp_path / "net.onnx").complete  # nothing more will come of one file
 
@@ -236,7 +237,7 @@ def test_external_data_through_a_link_is_not_there(tmp_path: Path) -> None:
     onnx_model(drop / "net.onnx", external="net.data")
     (drop / "net.data").rename(tmp_path / "net.data")
     (drop / "net.data").symlink_to("../net.data")
-    with pytest.raises(ModelError, match="net.data, which is not in the drop"):
+    with pytest.raises(ModelError, match=r"net.data, which is not in the drop"):
         plugin.modelium_analyze(drop)
 
 
@@ -250,7 +251,7 @@ def test_external_data_at_an_impossible_place(tmp_path: Path, key: str, number: 
 
 def test_operators_that_onnxruntime_lacks(tmp_path: Path) -> None:
     onnx_model(tmp_path / "x.onnx", domain="ai.onnx.contrib")
-    with pytest.raises(ModelError, match="operators of ai.onnx.contrib, which onnxruntime does not carry") as caught:
+    with pytest.raises(ModelError, match=r"operators of ai.onnx.contrib, which onnxruntime does not carry") as caught:
         plugin.modelium_analyze(tmp_path / "x.onnx")
     assert caught.value.code == "custom_operators"
 
@@ -294,7 +295,7 @@ def test_what_kserve_can_not_carry(tmp_path: Path) -> None:
 )
 def test_what_is_no_onnx_file(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "x.onnx").write_bytes(data)
-    with pytest.raises(ModelError, match="no ONNX|damaged"):
+    with pytest.raises(ModelError, match=r"no ONNX|damaged"):
         plugin.modelium_analyze(tmp_path / "x.onnx")
 
 

@@ -91,12 +91,12 @@ def test_weights_ask_for_nothing_foreign(torch_files: Path) -> None:
 def test_a_whole_module_asks_for_its_class(torch_files: Path) -> None:
     found = survey_file(torch_files / "whole_module.pt", Kind.CHECKPOINT)
     assert "torch.nn.modules.linear.Linear" in found.foreign
-    with pytest.raises(Refused, match="asks for torch.nn.modules.linear.Linear"):
+    with pytest.raises(Refused, match=r"asks for torch.nn.modules.linear.Linear"):
         read_checkpoint(torch_files / "whole_module.pt")
 
 
 def test_more_than_a_state_dict(torch_files: Path) -> None:
-    with pytest.raises(ModelError, match="holds more than weights \\(dict under 'state_dict'\\)"):
+    with pytest.raises(ModelError, match=r"holds more than weights \(dict under 'state_dict'\)"):
         read_checkpoint(torch_files / "training.pt")
     with pytest.raises(Refused, match="_rebuild_sparse_tensor"):
         read_checkpoint(torch_files / "sparse.pt")
@@ -231,8 +231,9 @@ def test_a_zip_without_its_numbers(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="lacks its storage '0'"), checkpoint.storage(checkpoint.tensors["a"].storage):
         pass
     checkpoint = read_checkpoint(zip_checkpoint(tmp_path / "y.pt", data, {"data/0": bytes(20)}))
-    with pytest.raises(ModelError, match="has 20 bytes, and its tensors need 24"), checkpoint.storage(
-        checkpoint.tensors["a"].storage
+    with (
+        pytest.raises(ModelError, match="has 20 bytes, and its tensors need 24"),
+        checkpoint.storage(checkpoint.tensors["a"].storage),
     ):
         pass
 

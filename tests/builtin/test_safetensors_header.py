@@ -19,7 +19,11 @@ def entry(dtype: str = "F32", shape: Any = (2,), place: Any = (0, 8)) -> dict[st
 
 def test_what_the_library_writes(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
-    arrays = {"a": np.zeros((2, 3), np.float32), "b": np.zeros((5,), np.int8), "c": np.zeros((), np.float16)}
+    arrays: dict[str, Any] = {
+        "a": np.zeros((2, 3), np.float32),
+        "b": np.zeros((5,), np.int8),
+        "c": np.zeros((), np.float16),
+    }
     save_file(arrays, path, metadata={"k": "v"})
     header = read_header(path)
     assert header.shapes == {"a": ("F32", (2, 3)), "b": ("I8", (5,)), "c": ("F16", ())}

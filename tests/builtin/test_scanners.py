@@ -97,11 +97,11 @@ def test_a_triton_directory_may_hold_code(drop: Path, marker: Path) -> None:
     (drop / "config.pbtxt").write_text('backend: "python"')
     (drop / "1").mkdir()
     (drop / "1" / "model.py").write_text("#!/usr/bin/env python\n")
+    (drop / "1" / "start.sh").write_text("#!/bin/sh\n")
     (drop / "1" / "op.so").write_bytes(b"\x7fELF" + bytes(60))
     (drop / "1" / "vocabulary.pkl").write_bytes(pickle.dumps(np.dtype("f4")))
     assert codes(drop) == {
-        ("warn", "program", "1/model.py"),
-        ("warn", "program", "1/op.so"),
+        ("warn", "program", "1/start.sh"),
         ("warn", "pickle_unused", "1/vocabulary.pkl"),
     }
     (drop / "1" / "evil.pkl").write_bytes(evil_pickle(marker))
@@ -129,12 +129,24 @@ def test_an_archive_that_is_cut_short(drop: Path, torch_files: Path) -> None:
     assert codes(drop) == {("refuse", "truncated", "x.pt")}
 
 
-def test_there_is_an_end_to_findings(drop: Path) -> None:
-    for i in range(80):
-        (drop / f"{i}.sh").write_text("#!/bin/sh\n")
+def test_there_is_an_end_to_findings_and_none_hides_behind_others(drop: Path, marker: Path) -> None:
+    for i in range(1000):
+        (drop / f"{i}.py").write_text("x = 1")
+    (drop / "zzz.pkl").write_bytes(evil_pickle(marker))
     found = scan(drop)
     assert len(found) == plugin.MAX_FINDINGS + 1
-    assert "30 more" in found[-1].message
+    assert (found[0].severity, found[0].path) == (Severity.REFUSE, "zzz.pkl")
+    assert (found[-1].severity, found[-1].message[:12]) == (Severity.WARN, "and 951 more")
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_an_archive_that_different_readers_read_differently(drop: Path, marker: Path) -> None:
+    with zipfile.ZipFile(drop / "x.pt", "w") as archive:
+        archive.writestr("archive/data.pkl", evil_pickle(marker))
+        archive.writestr("archive/data.pkl", pickle.dumps({}, 2))
+    (finding,) = scan(drop)
+    assert finding.severity is Severity.REFUSE
+    assert "two entries of one name" in finding.message
 
 
 # --------------------------------------------------------------------------- pickles
@@ -238,7 +250,7 @@ def test_what_to_do_instead(tmp_path: Path, value: bytes, advice: str) -> None:
 # --------------------------------------------------------------------------- completeness
 
 
-@pytest.mark.parametrize("name", ["x.part", "x.safetensors.crdownload", "model.bin.incomplete", "a.filepart", "x~"])
+@pytest.mark.parametrize("name", ["x.part", "x.safetensors.crdownload", "model.bin.incomplete", "a.filepart"])
 def test_what_a_download_tool_still_writes(drop: Path, name: str) -> None:
     assert plugin.modelium_completeness(drop) is None
     (drop / name).write_text("x")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from modelium.api import Progress
+from modelium.commands.add import _drop
 from modelium.commands.base import Failed
 from modelium.commands.staging import Staged, move, share_or_copy, walk
 from modelium.errors import LoadRejected
@@ -189,6 +190,16 @@ class TestStaging:
             Staged(incoming, "m").fill(model, stop)
         assert list(incoming.iterdir()) == []
         assert (model / "sub/config").exists()
+
+    @pytest.mark.parametrize("moved", [False, True])
+    def test_from_another_file_system_the_original_goes_only_when_it_is_to_be_moved(
+        self, incoming: Path, model: Path, monkeypatch: pytest.MonkeyPatch, moved: bool
+    ) -> None:
+        monkeypatch.setattr("modelium.commands.add.move", lambda *args: False)
+        _drop(model, incoming, "m", moved, lambda done, total: None)
+        assert (incoming / "m/weights").read_bytes() == b"w" * 100
+        assert model.exists() is not moved
+        assert (model.parent / "blobs/abc").exists()
 
     def test_nothing_is_replaced(self, incoming: Path, model: Path) -> None:
         (incoming / "m").mkdir()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from modelium.api import Progress
 from modelium.cli import run
 from modelium.commands.base import UNREACHABLE
 from tests.cli.conftest import Modelium, Served, on_a_terminal
@@ -69,6 +70,19 @@ class TestListing:
             await asyncio.to_thread(read, b"b.toy")
             process.send_signal(signal.SIGINT)
             assert await process.wait() == 130
+
+    async def test_reasons_and_progress_are_shown_as_they_are(self, served: Served) -> None:
+        served.rig.drop("bad.toy", bad="expected [bold]one[/bold], found [two]")
+        held = served.rig.runtime.hold("load", "a.toy")
+        served.rig.drop("a.toy")
+        await served.rig.is_("quarantine/bad.toy", "INVALID")
+        await asyncio.wait_for(held.arrived.wait(), 30)
+        held.report(Progress(stage="reading", done=2 * MB, total=4 * MB, unit="bytes"))
+        ran = await served.modelium("ps")
+        held.release()
+        assert "expected [bold]one[/bold], found [two]" in ran.out
+        assert "[reading 2.0 MB of 4.0 MB]" in ran.out
+        assert all(line == line.rstrip() for line in ran.out.splitlines())
 
     async def test_one_model(self, served: Served) -> None:
         await served.rig.add("a.toy", 2 * MB)

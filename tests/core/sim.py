@@ -73,6 +73,8 @@ class Sim:
         self.policy = policy or Policy()
         self.world = World()
         self.now = 1000.0
+        self.latest = 0.0
+        """The clock's highest so far: it may be set back."""
         self.wake: float | None = None
         self.files: dict[str, File] = {}
         self.real: dict[str, RealRuntime] = {}
@@ -109,7 +111,8 @@ class Sim:
         self.steps += 1
         self.history.append((event, out))
         del self.history[:-40]
-        wrong = violations(self.world, self.policy, event.at)
+        self.latest = max(self.latest, event.at)
+        wrong = violations(self.world, self.policy, self.latest)
         if wrong:
             raise Foul(self.story("; ".join(wrong)))
         if isinstance(event, e.Ticked):
@@ -199,11 +202,10 @@ class Sim:
             raise self._foul(f"{name} went from {was} to {now}")
         states[name] = state
         model = before.models.get(name)
-        if state is not State.DRAINING or model is None:
+        if state is not State.DRAINING or model is None or name not in self.world.models:
             return
-        if model.kept and "evicted" in reason:
-            raise self._foul(f"{name} is kept, and was {reason}")
-        if model.kept and not any(w in reason for w in ("its files changed", "removed", "unload asked")):
+        kept = model.kept and self.world.models[name].kept
+        if kept and not reason.startswith(("its files changed", "its plan changed", "its parameters changed")):
             raise self._foul(f"{name} is kept, and was drained: {reason}")
         if reason.startswith("evicted for "):
             self._check_victim(name, reason.removeprefix("evicted for "))
@@ -652,6 +654,8 @@ class Sim:
     def _can_be_replaced(self, model: Model) -> bool:
         parts = [self.world.models.get(n) for n in (model.spec.depends_on if model.spec else ())]
         usable = all(p is not None and p.state not in (State.INVALID, State.FAILED) and not p.forget for p in parts)
+        runtime = self.world.runtimes.get(model.runtime)
+        usable = usable and runtime is not None and runtime.state is RuntimeState.UP
         return usable and model.spec != model.rejected and model.invalid is None and not model.forget
 
     def _crowded_out(self, model: Model) -> bool:
@@ -661,7 +665,8 @@ class Sim:
             wholes.extend(
                 m for n in self.world.dependents.get(whole.name, ()) if (m := self.world.models[n]) not in wholes
             )
-        return any(m.kept for m in wholes) and (bool(model.parts) or not self._kept_fit())
+        scattered = len(self.world.devices) > 1 or bool(model.parts)  # what is kept is not moved to make it fit
+        return any(m.kept for m in wholes) and (scattered or not self._kept_fit())
 
     def _kept_fit(self) -> bool:
         """Whether all that should always be loaded has room at once, with the largest placed first."""

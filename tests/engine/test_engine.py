@@ -7,10 +7,10 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.engine.harness import MB, rig
 
 from modelium.api.fakes import FakeRuntime
 from modelium.errors import DeadlinePassed, DriverError, LoadRejected, ModelFailed, ModelNotFound, NeverFits, QueueFull
+from tests.engine.harness import MB, rig
 
 
 async def test_a_drop_becomes_ready_and_answers(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
@@ -66,7 +67,13 @@ def modelium_analyze(path):
         case "spin":
             while True:
                 pass
+        case "once":
+            marker = path.with_suffix(".marker")
+            if not marker.exists():
+                marker.touch()
+                time.sleep(3600)
         case "stubborn":
+            path.with_suffix(".marker").touch()
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             time.sleep(3600)
         case "eat":
@@ -212,6 +219,29 @@ async def test_a_death_costs_one_drop(rude: Callable[[str], Path], name: str, ho
         assert await pid_of(inspector, rude) != before
 
 
+async def test_what_else_kills_the_process_costs_no_drop(rude: Callable[[str], Path]) -> None:
+    async with running() as inspector:
+        before = await pid_of(inspector, rude)
+        call = asyncio.create_task(inspector.inspect(rude("once")))
+        while not (rude("once").parent / "once.marker").exists():
+            await asyncio.sleep(0.02)
+        os.kill(before, signal.SIGKILL)
+        assert (await call).analysis is not None
+
+
+async def test_closing_blames_no_drop(rude: Callable[[str], Path]) -> None:
+    async with running() as inspector:
+        await inspector.start()
+        call = asyncio.create_task(inspector.inspect(rude("stubborn")))
+        while not (rude("stubborn").parent / "stubborn.marker").exists():
+            await asyncio.sleep(0.02)
+        await inspector.close()
+        with pytest.raises(PluginError, match="the service is stopping"):
+            await call
+        with pytest.raises(PluginError, match="the service is stopping"):
+            await inspector.inspect(rude("plain"))
+
+
 async def test_completeness_has_a_limit_too(rude: Callable[[str], Path]) -> None:
     async with running(completeness_s=1) as inspector:
         with pytest.raises(ModelError, match="took more than 1 s"):
@@ -324,7 +354,7 @@ async def test_what_no_converter_takes(tmp_path: Path) -> None:
             await inspector.convert(path, tmp_path / "out", found.findings)
         assert caught.value.code == "not_convertible"
         refused = Finding(severity=Severity.REFUSE, code="pickle_code", message="it asks for posix.system")
-        with pytest.raises(ModelError, match="posix.system"):
+        with pytest.raises(ModelError, match=r"posix.system"):
             await inspector.convert(path, tmp_path / "out", [*found.findings, refused])
 
 

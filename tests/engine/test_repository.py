@@ -68,7 +68,7 @@ def test_a_drop_moves_in_or_stays_whole(
     drop = drop_for(layout, tmp_path)
     before = files(tmp_path / "incoming")
     if across:
-        monkeypatch.setattr(module.os, "rename", refuse_across(tmp_path / "incoming"))
+        monkeypatch.setattr("modelium.engine.repository.os.rename", refuse_across(tmp_path / "incoming"))
     told: list[tuple[int, int]] = []
 
     # first a disk that fails at the last moment, then one that does not
@@ -134,7 +134,7 @@ def test_an_installation_that_was_killed_is_undone_at_the_next_start(
         real(source, target)  # type: ignore[arg-type]
 
     with monkeypatch.context() as dying:
-        dying.setattr(module.os, "rename", rename)
+        dying.setattr("modelium.engine.repository.os.rename", rename)
         dying.setattr(module, "_undo", lambda staging: None)
         try:
             place.install(drop, layout, manifest("m"))

@@ -14,6 +14,7 @@ from aiohttp import web
 
 import modelium
 from modelium.errors import (
+    DriverError,
     LoadRejected,
     ModelFailed,
     ModeliumError,
@@ -23,8 +24,9 @@ from modelium.errors import (
     RuntimeUnavailable,
 )
 from modelium.http.answers import BadRequest
+from modelium.http.messages import InferResponse
 from modelium.http.streams import join
-from modelium.http.tensors import InferResponse, TensorValue, join_bytes
+from modelium.http.tensors import TensorValue, join_bytes
 from tests.http.conftest import Surface
 from tests.http.upstreams import Recorder, recording
 
@@ -109,6 +111,8 @@ async def test_what_headers_ask_for_is_bounded(
         (ModelFailed("it broke", code="load_rejected"), 503, None),
         (RuntimeUnavailable("triton is down"), 503, "1"),
         (ModelNotFound("no model m"), 404, None),
+        (ModelFailed("its process died", code="process_died"), 503, None),
+        (DriverError("could not install", code="install_failed"), 502, None),
         (ModeliumError("unknown kind", code="of_a_plugin"), 500, None),
     ],
 )

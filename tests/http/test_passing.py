@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import gzip
 import hashlib
+import logging
 import random
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 
 import aiohttp
 import pytest
+import uvloop
 from aiohttp import web
 from aiohttp.client_proto import ResponseHandler
 
@@ -19,6 +21,20 @@ from modelium.http.upstream import WHOLE_BYTES
 from tests.http.conftest import Surface
 from tests.http.fakes import FakeService
 from tests.http.upstreams import Recorder, exchange, read_request, scripted
+
+
+@pytest.fixture(params=[asyncio.DefaultEventLoopPolicy, uvloop.EventLoopPolicy], ids=["asyncio", "uvloop"])
+def event_loop_policy(request: pytest.FixtureRequest) -> asyncio.AbstractEventLoopPolicy:
+    """The service runs on uvloop, which ends connections in ways of its own."""
+    policy: asyncio.AbstractEventLoopPolicy = request.param()
+    return policy
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_logged_as_an_error(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    yield
+    assert not [record for record in caplog.get_records("call") if record.levelno >= logging.ERROR]
+
 
 SIZES = [0, 1, 100, 65_535, 65_537, WHOLE_BYTES, WHOLE_BYTES + 1, 3_000_000]
 INFER = "/v2/models/m/infer"

@@ -14,8 +14,9 @@ from hypothesis.extra import numpy as hnp
 
 from modelium.api import Tensor
 from modelium.http.answers import BadRequest
+from modelium.http.messages import InferRequest, InferResponse, decode_request, encode_response
 from modelium.http.predict import PIECE, build, fit, parse, render
-from modelium.http.tensors import InferRequest, InferResponse, TensorValue, decode_request, encode_response, to_array
+from modelium.http.tensors import TensorValue, to_array
 from tests.http.conftest import Surface
 from tests.http.test_kserve import ask
 from tests.http.upstreams import Recorder

@@ -16,22 +16,17 @@ from hypothesis.extra import numpy as hnp
 from tritonclient.utils import np_to_triton_dtype
 
 from modelium.http.answers import BadRequest
-from modelium.http.streams import from_proto, to_proto
-from modelium.http.tensors import (
-    DTYPES,
+from modelium.http.messages import (
     InferRequest,
     InferResponse,
-    TensorValue,
     WantedOutput,
     decode_request,
     decode_response,
     encode_request,
     encode_response,
-    from_array,
-    to_array,
-    to_json,
-    to_raw,
 )
+from modelium.http.streams import from_proto, to_proto
+from modelium.http.tensors import DTYPES, TensorValue, from_array, to_array, to_json, to_raw
 
 Array = npt.NDArray[Any]
 

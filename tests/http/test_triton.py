@@ -211,6 +211,24 @@ async def test_tritonclient_asks_a_decoupled_model_in_binary(surface: Surface, r
             assert result.as_numpy("text_output").tolist() == [b"\xff 0.\xff 1.\xff 2."]
 
 
+async def test_a_client_that_leaves_a_stream_ends_it(surface: Surface, real: Triton) -> None:
+    usage = surface.service.usage.model("pieces")
+    for path, body in (("infer", asked("slow", 10_000)), ("generate_stream", b'{"text_input":"slow","count":10000}')):
+        asking = asyncio.create_task(
+            surface.client.post(f"{surface.url}/v2/models/pieces/{path}", data=body).__aenter__()
+        )
+        while not usage.in_flight:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)  # until it is in the model, which nothing tells
+        if asking.done():
+            asking.result().close()
+        asking.cancel()
+        while usage.in_flight:
+            await asyncio.sleep(0.01)
+        assert usage.failures == 0
+    assert real.process.poll() is None
+
+
 async def test_a_grpc_address_where_nobody_is(surface: Surface, real: Triton) -> None:
     surface.service.routes["pieces"].endpoints = {"kserve-http": real.url, "kserve-grpc": "127.0.0.1:1"}
     status, answer, headers = await ask(surface, "POST", "/v2/models/pieces/infer", data=asked("hi"))

@@ -31,6 +31,8 @@ class TritonPythonModel:
 """
 
 PIECES = """
+import time
+
 import numpy as np
 import triton_python_backend_utils as pb
 
@@ -48,6 +50,8 @@ class TritonPythonModel:
                 sender.send(pb.InferenceResponse(error=error), flags=pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
                 continue
             for number in range(count):
+                if text == b"slow":
+                    time.sleep(0.05)
                 piece = np.array([text + b" %d." % number], dtype=object)
                 numbers = [pb.Tensor("number", np.array([number], dtype=np.int32))] if text == b"numbers" else []
                 sender.send(pb.InferenceResponse([pb.Tensor("text_output", piece), *numbers]))

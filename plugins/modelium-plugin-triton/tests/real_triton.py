@@ -1,127 +1,119 @@
-"""A real tritonserver for the tests of the templates, and model folders made from layouts as the engine makes them."""
+"""The wheel's tritonserver for tests that are not about the driver: models are dropped, loaded, and asked."""
 
 from __future__ import annotations
 
+import asyncio
 import json
-import os
 import shutil
-import socket
-import subprocess
-import time
+import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import tritonclient.http
+from driver_lab import Lab
 from modelium_plugin_triton import analyzer
 from modelium_plugin_triton.backend import TritonBackend
+from modelium_plugin_triton.install import Environment, install_pack
 
-from modelium.api import Analysis, Plan, RuntimeInfo
+from modelium.api import Analysis, LoadRequest, Plan
+from modelium.api.fakes import silent
 from modelium.builtin import huggingface, onnx, torchscript
 
-LAB = Path("/tmp/lab/servings")
-PYTHON = Path("/tmp/lab/tenv/bin/python")
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+T = TypeVar("T")
 
 
 def analyse(path: Path) -> Analysis:
+    """What the host would find: the surest claim of all analyzers."""
     found = [a for a in (m.modelium_analyze(path) for m in (analyzer, huggingface, onnx, torchscript)) if a]
     return max(found, key=lambda a: a.confidence)
 
 
 class Triton:
+    """A running server, the driver that runs it on a loop in a thread, and an HTTP client."""
+
     def __init__(self, root: Path):
-        self.python = PYTHON
-        self.repository = root / "repository"
-        self.repository.mkdir()
-        self.log = root / "triton.log"
-        self.port = free_port()
-        libdir = subprocess.run(
-            [PYTHON, "-c", "import sysconfig;print(sysconfig.get_config_var('LIBDIR'))"], capture_output=True, text=True
-        ).stdout.strip()
-        env = os.environ | {
-            "PYTHONDONTWRITEBYTECODE": "1",
-            "PATH": f"{PYTHON.parent}:{os.environ['PATH']}",
-            "LD_LIBRARY_PATH": f"{libdir}:{LAB}/wheel/nvidia_pytriton.libs",
-        }
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [
-                    str(LAB / "wheel/pytriton/tritonserver/bin/tritonserver"),
-                    "--model-repository",
-                    str(self.repository),
-                    "--backend-directory",
-                    str(LAB / "backends"),
-                    "--model-control-mode=explicit",
-                    "--http-address=127.0.0.1",
-                    "--grpc-address=127.0.0.1",
-                    "--metrics-address=127.0.0.1",
-                    f"--http-port={self.port}",
-                    f"--grpc-port={free_port()}",
-                    f"--metrics-port={free_port()}",
-                ],
-                env=env,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
-        self.url = f"127.0.0.1:{self.port}"
-        self.client = tritonclient.http.InferenceServerClient(
-            self.url, concurrency=8, network_timeout=120, connection_timeout=120
-        )
-        self.info = RuntimeInfo(name="triton", version="2.51.0", instance="1", adopted=False, backends=("python",))
-        end = time.monotonic() + 30
-        while True:
-            try:
-                if self.client.is_server_live():
-                    break
-            except Exception:
-                if time.monotonic() > end or self.process.poll() is not None:
-                    raise
-            time.sleep(0.1)
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, daemon=True).start()
+        self._lab = Lab(root)
+        self._driver = self._lab.driver()
+        self._requests: dict[str, LoadRequest] = {}
+        self.repository = self._lab.repository
+        self.info = self._run(self._driver.start())
+        environment = Environment(Path(self.info.facts["environment"]))
+        self._run(install_pack(environment, "torch", (), silent))
+        self.python = environment.python
+        """An interpreter with torch and transformers, the one that the models run in."""
+        self.address = (self.info.endpoint("kserve-http") or "").removeprefix("http://")
+        self.client = tritonclient.http.InferenceServerClient(self.address, network_timeout=120, connection_timeout=120)
 
     def close(self) -> None:
         self.client.close()
-        self.process.terminate()
-        self.process.wait(60)
+        self._run(self._driver.stop())
+        self._run(self._lab.end())
+        self._loop.call_soon_threadsafe(self._loop.stop)
 
-    def install(self, name: str, drop: Path, **settings: Any) -> None:
-        """Make the model's folder as the engine would, from a copy of the drop."""
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    def install(self, name: str, drop: Path, **settings: Any) -> Path:
+        """Make the model's folder of a copy of the drop, as the engine makes it of the drop itself."""
         analysis = analyse(drop)
-        backend = TritonBackend()
-        offer = backend.offers(analysis, self.info, ())[0]
-        plan = Plan(
+        folder = self.repository / name
+        plan = self._plan(analysis, settings)
+        layout = TritonBackend().layout(name, analysis, plan)
+        for to, source in layout.files.items():
+            origin = drop if source == "." else drop / source
+            (folder / to).parent.mkdir(parents=True, exist_ok=True)
+            if origin.is_dir():
+                shutil.copytree(origin, folder / to, dirs_exist_ok=True)
+            else:
+                shutil.copy(origin, folder / to)
+        for to, text in layout.texts.items():
+            (folder / to).parent.mkdir(parents=True, exist_ok=True)
+            (folder / to).write_text(text, encoding="utf-8")
+        self._requests[name] = self._request(name, plan, analysis)
+        return folder
+
+    def _plan(self, analysis: Analysis, settings: dict[str, Any]) -> Plan:
+        offer = TritonBackend().offers(analysis, self.info, ())[0]
+        return Plan(
             brain="test",
-            runtime="triton",
+            runtime=offer.runtime,
             serving=offer.serving,
-            device_kind="cpu",
+            device_kind=offer.device_kinds[0],
             settings={**offer.settings, **settings},
             memory_bytes=offer.memory_bytes,
             load_s=offer.load_s,
             reason="a test wants it",
             confidence=1,
         )
-        layout = backend.layout(name, analysis, plan)
-        for to, source in layout.files.items():
-            place = self.repository / name / to
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copytree(drop / source, place) if (drop / source).is_dir() else shutil.copy(
-                drop if source == "." else drop / source, place
-            )
-        for to, text in layout.texts.items():
-            place = self.repository / name / to
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.write_text(text, encoding="utf-8")
 
-    def load(self, name: str, config: dict[str, Any] | None = None) -> None:
-        self.client.load_model(name, config=json.dumps(config) if config else None)
+    def _request(self, name: str, plan: Plan, analysis: Analysis) -> LoadRequest:
+        return LoadRequest(
+            name=name,
+            path=self.repository / name,
+            plan=plan,
+            analysis=analysis,
+            devices=("cpu:0",),
+            memory_bytes=plan.memory_bytes,
+        )
+
+    def load(self, name: str, config: dict[str, Any] | None = None) -> int:
+        """Load what was installed, or what lies in the repository; `config` goes with the load. Returns its bytes."""
+        request = self._requests.get(name)
+        if request is None:
+            analysis = analyse(self.repository / name)
+            request = self._request(name, self._plan(analysis, {}), analysis)
+        parameters = {"config": json.dumps(config)} if config else {}
+        outcome = self._run(self._driver.load(request.model_copy(update={"parameters": parameters}), silent))
+        return sum(outcome.memory.values())
+
+    def unload(self, name: str) -> None:
+        self._run(self._driver.unload(name))
 
     @contextmanager
     def serving(self, name: str, drop: Path, **settings: Any) -> Iterator[str]:
@@ -130,10 +122,11 @@ class Triton:
         try:
             yield name
         finally:
-            self.client.unload_model(name)
+            self.unload(name)
 
     def post(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        request = urllib.request.Request(f"http://{self.url}/v2/models/{path}", data=json.dumps(body).encode())
+        """Status and answer of a request to `/v2/models/<path>`."""
+        request = urllib.request.Request(f"http://{self.address}/v2/models/{path}", data=json.dumps(body).encode())
         try:
             with urllib.request.urlopen(request, timeout=120) as answer:
                 return answer.status, json.load(answer)

@@ -15,7 +15,11 @@ from modelium_plugin_triton.analyzer import (
 from modelium.api import Analysis, Severity
 from modelium.errors import ModelError
 
-PYTHON = 'backend: "python"\ninput { name: "x" data_type: TYPE_FP32 dims: 4 }\noutput { name: "y" data_type: TYPE_STRING dims: -1 }\n'
+PYTHON = """
+backend: "python"
+input { name: "x" data_type: TYPE_FP32 dims: 4 }
+output { name: "y" data_type: TYPE_STRING dims: -1 }
+"""
 
 
 def folder(root: Path, config: str | None = None, files: dict[str, bytes] | None = None, name: str = "m") -> Path:
@@ -119,9 +123,9 @@ class TestEnsembles:
     input { name: "x" data_type: TYPE_FP32 dims: 4 }
     output { name: "z" data_type: TYPE_FP32 dims: 3 }
     ensemble_scheduling {
-      step { model_name: "first" model_version: -1 input_map { key: "x" value: "x" } output_map { key: "y" value: "t" } }
-      step { model_name: "second" model_version: -1 input_map { key: "x" value: "t" } output_map { key: "y" value: "u" } }
-      step { model_name: "first" model_version: -1 input_map { key: "x" value: "u" } output_map { key: "y" value: "z" } }
+      step { model_name: "first" input_map { key: "x" value: "x" } output_map { key: "y" value: "t" } }
+      step { model_name: "second" input_map { key: "x" value: "t" } output_map { key: "y" value: "u" } }
+      step { model_name: "first" input_map { key: "x" value: "u" } output_map { key: "y" value: "z" } }
     }
     """
 

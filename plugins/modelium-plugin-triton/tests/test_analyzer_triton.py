@@ -1,4 +1,4 @@
-"""Somebody's own repository on a real tritonserver: what is read of it is what Triton makes of it, and it stays as it is."""
+"""Somebody's own repository on a real tritonserver: what is read of it is what Triton makes of it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from tritonclient import http
 from tritonclient.utils import InferenceServerException
 
 from modelium.api import Analysis
+from modelium.errors import ModelError
 
 SCALE = """
 import triton_python_backend_utils as pb_utils
+
+pytestmark = pytest.mark.timeout(600)  # the first test of a new machine installs libraries
 
 class TritonPythonModel:
     def execute(self, requests):
@@ -70,7 +73,7 @@ def test_versions(triton: Triton) -> None:
             (t.name, t.datatype, t.shape) for t in found.inputs
         ]
     finally:
-        triton.client.unload_model("versions")
+        triton.unload("versions")
 
 
 def test_an_ensemble_and_its_parts(triton: Triton) -> None:
@@ -89,11 +92,16 @@ def test_an_ensemble_and_its_parts(triton: Triton) -> None:
         assert infer(triton, "whole") == [10, 20]
     finally:
         for name in ("whole", *found.depends_on):
-            triton.client.unload_model(name)
+            triton.unload(name)
 
 
-def test_what_is_called_broken_is_refused_by_triton_too(triton: Triton) -> None:
-    for name, config in (("misnamed", f'name: "other" backend: "python" {TENSORS}'), ("misspelt", 'backnd: "python"')):
-        write(triton.repository, name, config, {1: 1})
-        with pytest.raises(InferenceServerException):
-            triton.load(name)
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [("misnamed", f'name: "other" backend: "python" {TENSORS}'), ("misspelt", f'backnd: "python" {TENSORS}')],
+)
+def test_what_is_called_broken_triton_refuses_too(triton: Triton, name: str, config: str) -> None:
+    folder = write(triton.repository, name, config, {1: 1})
+    with pytest.raises(ModelError):
+        modelium_analyze(folder)
+    with pytest.raises(InferenceServerException):
+        triton.client.load_model(name)

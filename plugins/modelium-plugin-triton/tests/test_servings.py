@@ -80,6 +80,12 @@ class TestOffers:
     def test_before_triton_was_up_python_is_offered(self) -> None:
         assert [o.serving for o in offers(ONNX, None)] == ["onnx-python"]
 
+    def test_where_nobody_knows_the_backends_python_is_counted_on(self) -> None:
+        unseen = triton("dali", backends_known=False)
+        assert [o.serving for o in offers(ONNX, unseen)] == ["onnx-python"]
+        (offer,) = offers(model("triton", facts=AS_IS_FACTS | {"backend": "tensorrt"}), unseen)
+        assert offer.serving == "as-is"
+
     def test_neither_backend_is_a_reason(self) -> None:
         with pytest.raises(ModelError, match="onnxruntime or python backend, and this Triton has tensorrt"):
             offers(ONNX, triton("tensorrt"))

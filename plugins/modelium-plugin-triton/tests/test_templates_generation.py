@@ -9,9 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import models
 import pytest
 from real_triton import Triton
+
+from tests import models
+
+pytestmark = pytest.mark.timeout(600)  # the first test of a new machine installs libraries
 
 PROMPT = "hello"
 ROOM = 20_000
@@ -41,7 +44,7 @@ class Stream:
     """Server-sent events of `generate_stream`, one by one."""
 
     def __init__(self, triton: Triton, name: str = "writer", **body: Any):
-        self.connection = http.client.HTTPConnection(triton.url, timeout=120)
+        self.connection = http.client.HTTPConnection(triton.address, timeout=120)
         self.connection.request("POST", f"/v2/models/{name}/generate_stream", json.dumps({"stream": True, **body}))
         self.response = self.connection.getresponse()
 
@@ -175,7 +178,7 @@ def test_token_ids_where_there_is_no_tokenizer(
         streamed = list(Stream(triton, "wordless", input_ids=ids, max_tokens=6))
         assert [event["output_ids"] for event in streamed[:-1]] == with_tokenizer["output_ids"], "one at a time"
     finally:
-        triton.client.unload_model("wordless")
+        triton.unload("wordless")
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import ml_dtypes
-import models
 import numpy as np
 import pytest
 from real_triton import Triton
 from tritonclient import http
+
+from tests import models
+
+pytestmark = pytest.mark.timeout(600)  # the first test of a new machine installs libraries
 
 NUMPY: dict[str, Any] = {
     "FP32": np.float32, "FP64": np.float64, "INT64": np.int64, "BF16": ml_dtypes.bfloat16, "BOOL": np.bool_,

@@ -8,12 +8,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import models
 import numpy as np
 import pytest
 from real_triton import Triton
 from tritonclient import http
 from tritonclient.utils import InferenceServerException
+
+from modelium.errors import LoadRejected
+from tests import models
+
+pytestmark = pytest.mark.timeout(600)  # the first test of a new machine installs libraries
 
 TEXTS = ["hello", "a longer text, with more in it", "ü"]
 LABELS = ["cat", "dog", "bird", "fish"]
@@ -81,7 +85,7 @@ def test_weights_for_another_task_are_refused_at_the_load(
     config = json.loads((drop / "config.json").read_text())
     (drop / "config.json").write_text(json.dumps(config | {"architectures": ["BertForSequenceClassification"]}))
     triton.install("headless", drop)
-    with pytest.raises(InferenceServerException, match=r"the weights lack classifier\.bias"):
+    with pytest.raises(LoadRejected, match=r"the weights lack classifier\.bias"):
         triton.load("headless")
 
 

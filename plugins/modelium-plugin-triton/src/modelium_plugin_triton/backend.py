@@ -16,7 +16,7 @@ PACK_OF = {"onnxruntime": "onnx", "torch": "torch", "transformers": "torch"}
 """The pack that brings a module which a person's own Python model imports."""
 
 ALWAYS = ("python",)
-"""What every Triton that this plugin starts has; offered on while no Triton has been up."""
+"""What is counted on while nobody knows what a Triton has: the wheel has it, and NVIDIA's containers."""
 
 
 class TritonBackend:
@@ -38,7 +38,7 @@ class TritonBackend:
         possible = servings.servings_for(analysis)
         if not possible:
             return []
-        have = ALWAYS if runtime is None else runtime.backends
+        have = _backends(runtime) or ALWAYS
         usable = [serving for serving in possible if serving.backend in have]
         if not usable:
             wanted = " or ".join(serving.backend for serving in possible)
@@ -56,9 +56,10 @@ def as_is(analysis: Analysis, runtime: RuntimeInfo | None, devices: Sequence[Dev
     """A directory of somebody's own, served by the backend that it names."""
     facts = analysis.facts
     backend = str(facts["backend"])
-    if runtime is not None and not facts["ensemble"] and backend not in runtime.backends:
+    have = _backends(runtime)
+    if have is not None and not facts["ensemble"] and backend not in have:
         raise ModelError(
-            f"the model wants Triton's {backend} backend, and this Triton has {_listed(runtime.backends)}: point "
+            f"the model wants Triton's {backend} backend, and this Triton has {_listed(have)}: point "
             "`triton.executable` or `triton.endpoint` to a Triton that has it"
             + (f", or drop {_alone(backend)} alone, which Modelium serves on any" if _alone(backend) else "")
         )
@@ -79,6 +80,13 @@ def as_is(analysis: Analysis, runtime: RuntimeInfo | None, devices: Sequence[Dev
         settings={"packs": packs},
         note="a Triton ensemble" if facts["ensemble"] else f"Triton's {backend} backend, as its directory says",
     )
+
+
+def _backends(runtime: RuntimeInfo | None) -> Sequence[str] | None:
+    """Those that it has; None while nobody knows: it has never been up, or runs where its files can't be seen."""
+    if runtime is None or not runtime.facts.get("backends_known", True):
+        return None
+    return runtime.backends
 
 
 def _alone(backend: str) -> str:

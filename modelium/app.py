@@ -60,7 +60,7 @@ async def running(config: Config, *, stop_runtimes: bool = False) -> AsyncIterat
 def serve(config: Config, *, stop_runtimes: bool = False, ready: Callable[[str, Paths], None] | None = None) -> None:
     """Serve until SIGINT or SIGTERM; `ready` is told the URL and the folders once it answers."""
 
-    # Starting processes beside gRPC's threads is safe, as each becomes another program at once; gRPC warns all the same.
+    # gRPC warns of forks beside its threads; ours are safe, since each becomes another program at once.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
     async def main() -> None:

@@ -125,7 +125,7 @@ class Admission:
     # ------------------------------------------------------------------ tickets
 
     def wait(self, ticket: int, organisation: str | None) -> asyncio.Future[Lease | None]:
-        """A future for a ticket: a lease when it is granted, or None for one who needs no lease (`organisation` None)."""
+        """A ticket's future: a lease once it is granted, or None where `organisation` is (no lease is needed)."""
         future: asyncio.Future[Lease | None] = asyncio.get_running_loop().create_future()
         self._tickets[ticket] = (future, organisation)
         return future

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import shutil
@@ -192,10 +193,8 @@ class Ingest:
         return max(now - newest if newest else 0.0, time.monotonic() - drop.still_since)
 
     async def _poked(self, drop: Drop, within_s: float) -> None:
-        try:
+        with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(drop.poke.wait(), within_s)
-        except TimeoutError:
-            pass
 
     # ------------------------------------------------------------------ taking it in
 

@@ -64,6 +64,7 @@ class _Process:
             stderr=asyncio.subprocess.PIPE,
             limit=MAX_ANSWER_BYTES,
             env=_environment(),
+            cwd="/",
             start_new_session=True,
         )
         return cls(process)
@@ -117,7 +118,7 @@ def _environment() -> dict[str, str]:
     kept = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
     return {
         **kept,
-        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+        "PYTHONPATH": os.pathsep.join(os.path.abspath(p) for p in sys.path if p),
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONUTF8": "1",
         "OMP_NUM_THREADS": "1",  # libraries for numbers reserve memory for every thread
@@ -184,7 +185,7 @@ class Inspector:
         if refused:
             raise ModelError(f"{path.name} is not converted: {'; '.join(refused[:3])}", code="not_convertible")
         codes = sorted({f.code for f in findings if f.severity is Severity.CONVERT})
-        request = _request(path, "convert", target=str(target), codes=codes)
+        request = _request(path, "convert", target=str(target.absolute()), codes=codes)
         process = await self._start(self._convert_memory_bytes, cpu_s=int(self._convert_s))
         self._conversions.add(process)
         try:

@@ -74,7 +74,7 @@ _ERRORS: Mapping[str, type[ModeliumError]] = {
         NeverFits,
         QueueFull,
         RuntimeUnavailable,
-    )  # fmt: skip
+    )
 }
 
 

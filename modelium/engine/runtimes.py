@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
@@ -189,10 +190,8 @@ class Runtimes:
         """Look at a runtime again and again while it is UP."""
         running = self.running[name]
         while True:
-            try:
+            with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(running.poke.wait(), self._observe_every_s)
-            except TimeoutError:
-                pass
             running.poke.clear()
             state = self._loop().world.runtimes.get(name)
             if state is not None and state.state is RuntimeState.UP and state.epoch == running.epoch:

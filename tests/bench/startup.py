@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -30,6 +31,10 @@ def repository(path: Path, count: int) -> Path:
     return path
 
 
+def knows(service: Served, count: int) -> bool:
+    return sum(service.get("/status")["models"].values()) >= count
+
+
 def rows(folder: Path) -> Iterator[tuple[str, str, str]]:
     for count, seconds, megabytes in ((1_000, 3, 200), (10_000, 15, 400)):
         theirs = repository(folder / f"repository-{count}", count)
@@ -39,7 +44,7 @@ def rows(folder: Path) -> Iterator[tuple[str, str, str]]:
                 start = time.perf_counter()
                 service.start(ready=False)
                 answering = time.perf_counter() - start
-                service.until(lambda: sum(service.get("/status")["models"].values()) >= count, 600, "all models")
+                service.until(partial(knows, service, count), 600, "all models")
                 knowing = time.perf_counter() - start
                 assert service.process is not None
                 process = psutil.Process(service.process.pid)

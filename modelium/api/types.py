@@ -5,7 +5,7 @@ Sizes are bytes, durations seconds, times seconds since the epoch. Everything he
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Any

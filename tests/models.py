@@ -1,18 +1,19 @@
 """Tiny models of every kind that Modelium serves, made on the spot, and what the original library says they answer.
 
 Writing ONNX needs `onnx` alone. The others need torch and transformers, which the service's environment lacks: their
-functions take the path of a Python that has them, and run this file with it:
-
-    python tests/models.py make text-generation PATH '{"seed": 0}'
-    python tests/models.py run text-generation PATH '{"texts": ["hello"]}'
+functions take the path of a Python that has them, where this file runs as a program of its own and is asked line by
+line, so that the libraries are imported once.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
+import os
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -130,29 +131,40 @@ def make(python: Path | str, kind: str, path: Path, **options: Any) -> Path:
     """Write a tiny model of a kind of `HUGGINGFACE` (a folder) or `TORCHSCRIPT` (a file) to `path`.
 
     Options for Hugging Face: `seed`; `shards` (a number of bytes; more weights than that become several files);
-    `tokenizer` False to leave it out; `pooling` (`cls`, `mean`) to add sentence-transformers' files; `sizes`, changes
-    to the model's configuration.
+    `tokenizer` False to leave it out; `pooling` (`cls`, `mean`, `max`) to add sentence-transformers' files; `sizes`,
+    changes to the model's configuration.
     """
-    _other_python(python, "make", kind, path, options)
+    _other(str(python)).ask("make", kind, str(path), options)
     return path
 
 
 def original(python: Path | str, kind: str, path: Path, **inputs: Any) -> Any:
     """What the original library answers, as plain JSON; the inputs are those of the `run_` functions below."""
-    return json.loads(_other_python(python, "run", kind, path, inputs).splitlines()[-1])
+    return _other(str(python)).ask("run", kind, str(path), inputs)
 
 
-def _other_python(python: Path | str, verb: str, kind: str, path: Path, options: dict[str, Any]) -> str:
-    done = subprocess.run(
-        [str(python), str(Path(__file__).resolve()), verb, kind, str(path), json.dumps(options)],
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    if done.returncode:
-        raise RuntimeError(f"{verb} {kind} failed:\n{done.stderr[-4000:]}")
-    return done.stdout
+class _Other:
+    """This file, running in another Python; it ends when its input does."""
+
+    def __init__(self, python: str):
+        self._process = subprocess.Popen(
+            [python, str(Path(__file__).resolve())], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def ask(self, *question: Any) -> Any:
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.write(json.dumps(question) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the other Python ended with status {self._process.wait()}")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise RuntimeError(f"{' '.join(map(str, question))} failed:\n{answer['error']}")
+        return answer["value"]
+
+
+_other = functools.cache(_Other)
 
 
 # --------------------------------------------------------------------------- from here on in that Python
@@ -330,21 +342,29 @@ def run_torchscript(path: Path, *, inputs: list[Any], dtypes: list[str]) -> list
     return [one.tolist() for one in parts]
 
 
-def main(verb: str, kind: str, path: str, options: str) -> None:
-    given = json.loads(options)
-    if verb == "make" and kind in TORCHSCRIPT:
-        make_torchscript(kind, Path(path), **given)
-    elif verb == "make":
-        make_huggingface(kind, Path(path), **given)
-    else:
-        runners: dict[str, Callable[..., Any]] = {
-            "text-generation": run_text_generation,
-            "text-classification": run_text_classification,
-            "feature-extraction": run_feature_extraction,
-            "image-classification": run_image_classification,
-        }
-        print(json.dumps(runners.get(kind, run_torchscript)(Path(path), **given)))
+def answer(verb: str, kind: str, path: str, given: dict[str, Any]) -> Any:
+    if verb == "make":
+        return (make_torchscript if kind in TORCHSCRIPT else make_huggingface)(kind, Path(path), **given)
+    runners: dict[str, Callable[..., Any]] = {
+        "text-generation": run_text_generation,
+        "text-classification": run_text_classification,
+        "feature-extraction": run_feature_extraction,
+        "image-classification": run_image_classification,
+    }
+    return runners.get(kind, run_torchscript)(Path(path), **given)
+
+
+def main() -> None:
+    """Answer the questions that come, a line each, in JSON."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
+    for line in sys.stdin:
+        try:
+            said = {"value": answer(*json.loads(line))}
+        except Exception:
+            said = {"error": traceback.format_exc()}
+        print(json.dumps(said), file=answers, flush=True)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from modelium.api.names import SUFFIXES
+
 REPO = Path(__file__).resolve().parent.parent
 MODELIUM = [sys.executable, "-m", "modelium.cli"]
 
@@ -184,6 +186,10 @@ class Served:
             now = self.state(name)
             if now in ("FAILED", "INVALID") and now not in states:
                 raise AssertionError(f"{name} is {now}: {self.model(name)['reason']}")
+            if now == "-":
+                drops = {f"quarantine/{name}{suffix}" for suffix in ("", *SUFFIXES)}
+                refused = {drop: m["reason"] for drop, m in self.ps().items() if drop in drops}
+                assert not refused, refused
             return now in states
 
         self.until(there, within_s, f"{name} to be {' or '.join(states)}")

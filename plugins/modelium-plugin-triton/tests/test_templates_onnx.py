@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 from real_triton import Triton
 from tritonclient import http
 from tritonclient.utils import InferenceServerException
@@ -55,13 +58,7 @@ def test_a_fixed_batch(triton: Triton, tmp_path: Path) -> None:
 
 def test_requests_that_wait_are_one_batch(triton: Triton, tmp_path: Path) -> None:
     triton.install("batched", models.onnx_linear(tmp_path / "net.onnx"))
-    triton.load("batched")
-    config = triton.client.get_model_config("batched")
-    triton.unload("batched")
-    # Eight rows fill a batch, and until then Triton waits for more: how the requests meet is no matter of luck.
-    config["dynamic_batching"] = {"preferred_batch_size": [8], "max_queue_delay_microseconds": 5_000_000}
-    config["max_batch_size"] = 8
-    triton.load("batched", config)
+    load_batching(triton, "batched", 8)
     rows = [1, 2, 1, 3, 1]
     inputs = [np.full((count, 4), index, np.float32) for index, count in enumerate(rows)]
     with ThreadPoolExecutor(len(rows)) as pool:
@@ -72,6 +69,41 @@ def test_requests_that_wait_are_one_batch(triton: Triton, tmp_path: Path) -> Non
     triton.unload("batched")
     assert stats["inference_count"] == sum(rows)
     assert stats["execution_count"] == 1
+
+
+def test_one_that_fails_spoils_no_other_of_its_batch(triton: Triton, tmp_path: Path) -> None:
+    table = np.arange(12, dtype=np.float32).reshape(4, 3)
+    graph = helper.make_graph(
+        [helper.make_node("Gather", ["table", "rows"], ["found"])],
+        "lookup",
+        [helper.make_tensor_value_info("rows", TensorProto.INT64, ["n"])],
+        [helper.make_tensor_value_info("found", TensorProto.FLOAT, ["n", 3])],
+        [numpy_helper.from_array(table, "table")],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10), tmp_path / "l.onnx")
+    triton.install("lookup", tmp_path / "l.onnx")
+    load_batching(triton, "lookup", 3)
+
+    def ask(row: int) -> tuple[int, dict[str, Any]]:
+        rows = {"name": "rows", "datatype": "INT64", "shape": [1, 1], "data": [row]}
+        return triton.post("lookup/infer", {"inputs": [rows]})
+
+    with ThreadPoolExecutor(3) as pool:
+        first, bad, last = pool.map(ask, (0, 99, 2))
+    triton.unload("lookup")
+    assert (bad[0], first[0], last[0]) == (400, 200, 200)
+    assert "out of data bounds" in bad[1]["error"]
+    assert [answer[1]["outputs"][0]["data"] for answer in (first, last)] == [table[0].tolist(), table[2].tolist()]
+
+
+def load_batching(triton: Triton, name: str, rows: int) -> None:
+    """Load it so that a batch is run when it has `rows` rows, and not before: no matter of luck."""
+    triton.load(name)
+    config = triton.client.get_model_config(name)
+    triton.unload(name)
+    config["dynamic_batching"] = {"preferred_batch_size": [rows], "max_queue_delay_microseconds": 10_000_000}
+    config["max_batch_size"] = rows
+    triton.load(name, config)
 
 
 def linear_alone(url: str, name: str, x: np.ndarray) -> np.ndarray:

@@ -33,11 +33,6 @@ def version_folder(args: dict[str, str]) -> Path:
     return Path(args["model_repository"]) / args["model_version"]
 
 
-def datatypes(args: dict[str, str], direction: str) -> dict[str, str]:
-    """The datatypes (`TYPE_FP32`) of the model's `input`s or `output`s by name, in the order of the configuration."""
-    return {tensor["name"]: tensor["data_type"] for tensor in json.loads(args["model_config"])[direction]}
-
-
 def refusal(message: str) -> Any:
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, pb_utils.TritonError.INVALID_ARG))
 

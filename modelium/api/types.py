@@ -313,5 +313,3 @@ class Transition(Frozen):
     before: str
     after: str
     reason: str
-
-

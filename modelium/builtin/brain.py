@@ -22,7 +22,7 @@ from pydantic import BeforeValidator, Field
 
 from modelium.api import Analysis, Brain, Offer, Plan, Situation, hookimpl
 from modelium.api.types import Frozen
-from modelium.builtin.files import human
+from modelium.api.units import human
 from modelium.builtin.settings import check_settings
 from modelium.errors import ModelError
 

@@ -121,15 +121,6 @@ def head(path: Path, count: int = 16) -> bytes:
         return b""
 
 
-def human(count: float) -> str:
-    """Bytes for a sentence: `1.4 GiB`."""
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
-
-
 def _below(folder: Path, prefix: str, depth: int, drop: Path, seen: Iterator[int]) -> Iterator[Entry]:
     if depth > MAX_DEPTH:
         raise ModelError(f"{drop.name} has folders more than {MAX_DEPTH} deep, which no model has", code="too_deep")

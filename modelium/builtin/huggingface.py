@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from modelium.api import Analysis, Completeness, Finding, Severity, hookimpl
+from modelium.api.units import human
 from modelium.builtin import hf_tasks
-from modelium.builtin.files import MAX_JSON_BYTES, Entry, Truncated, files, human, read_json
+from modelium.builtin.files import MAX_JSON_BYTES, Entry, Truncated, files, read_json
 from modelium.builtin.hf_folder import (
     Folder,
     Weights,

@@ -16,8 +16,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from modelium.api import Analysis, Completeness, Tensor, hookimpl
+from modelium.api.units import human
 from modelium.builtin import hf_folder
-from modelium.builtin.files import Entry, Truncated, files, human
+from modelium.builtin.files import Entry, Truncated, files
 from modelium.builtin.onnx_wire import NotOnnx, check_whole, read_skeleton
 from modelium.errors import ModelError
 

@@ -11,8 +11,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from modelium.api import Converter, hookimpl
+from modelium.api.units import human
 from modelium.builtin import hf_folder
-from modelium.builtin.files import files, human
+from modelium.builtin.files import files
 from modelium.builtin.safetensors_writer import write_index, write_safetensors
 from modelium.builtin.torch_file import Checkpoint, read_checkpoint
 from modelium.errors import ModelError, ModeliumError

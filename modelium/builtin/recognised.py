@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modelium.api import Analysis, Completeness, hookimpl
+from modelium.api.units import human
 from modelium.builtin import hf_folder
-from modelium.builtin.files import Entry, Truncated, files, head, human
+from modelium.builtin.files import Entry, Truncated, files, head
 from modelium.builtin.safetensors_header import NAMES, read_header
 from modelium.builtin.torch_file import ZIP_MAGIC, Kind, kind_of
 from modelium.errors import ModelError

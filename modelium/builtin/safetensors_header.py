@@ -16,7 +16,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from modelium.builtin.files import Truncated, human
+from modelium.api.units import human
+from modelium.builtin.files import Truncated
 from modelium.errors import ModelError
 
 MAX_HEADER_BYTES = 100_000_000

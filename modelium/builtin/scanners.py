@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modelium.api import Completeness, Finding, Severity, hookimpl
+from modelium.api.units import human
 from modelium.builtin import hf_folder
-from modelium.builtin.files import UNFINISHED, Entry, head, human, walk
+from modelium.builtin.files import UNFINISHED, Entry, head, walk
 from modelium.builtin.pickles import Survey
 from modelium.builtin.torch_file import ZIP_MAGIC, Kind, kind_of, open_zip, survey_file
 from modelium.errors import ModelError

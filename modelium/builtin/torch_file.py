@@ -21,7 +21,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from modelium.builtin.files import Truncated, head, human
+from modelium.api.units import human
+from modelium.builtin.files import Truncated, head
 from modelium.builtin.pickles import Refused, Storage, Survey, TensorView, load, survey
 from modelium.errors import ModelError
 

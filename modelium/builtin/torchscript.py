@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from modelium.api import Analysis, Completeness, Finding, Severity, hookimpl
-from modelium.builtin.files import Entry, Truncated, files, head, human
+from modelium.api.units import human
+from modelium.builtin.files import Entry, Truncated, files, head
 from modelium.builtin.pickles import Survey
 from modelium.builtin.torch_file import ZIP_MAGIC, Kind, kind_of, open_zip, survey_archive, zip_entry
 from modelium.errors import ModelError
@@ -35,7 +36,9 @@ MAX_CODE_BYTES = 32 << 20
 
 FILE_OPERATORS = re.compile(r"\.\s*(save|from_file)\s*\(|\b(getattr)\s*\(")
 """Calls of the operators of TorchScript that name a file (aten::save, aten::from_file) under whatever name they go, and
-`getattr`, which could spell them and which PyTorch never writes into a program."""
+`getattr`, which could spell them."""
+ODD_ATTRIBUTE = re.compile(r'\bgetattr\(\s*[\w.]+\s*,\s*"(?!save"|from_file")[^"\\]*"\s*\)')
+"""How PyTorch writes a part whose name is no identifier (`getattr(self, "0")` in a Sequential): no such call."""
 
 NAMES = ("torch.", "__torch__.", "collections.")
 """How the names in the pickles of every TorchScript archive begin."""
@@ -53,6 +56,13 @@ def _find(drop: Path) -> Entry | None:
         names = ", ".join(e.name for e in scripts[:4])
         raise ModelError(f"{drop.name} holds {len(scripts)} TorchScript models ({names}): drop each on its own")
     return scripts[0] if scripts else None
+
+
+def _without_odd_attributes(text: str) -> str:
+    """The program's text with such parts, and parts of parts, under a plain name."""
+    while (shorter := ODD_ATTRIBUTE.sub("part", text)) != text:
+        text = shorter
+    return text
 
 
 @hookimpl
@@ -82,7 +92,7 @@ def _scan(path: Path) -> Iterator[Finding]:
         if kind_of(entry.path) is not Kind.TORCHSCRIPT:
             continue
         with open_zip(entry.path, entry.name) as archive:
-            texts = _code(archive, entry.name).values()
+            texts = [_without_odd_attributes(text) for text in _code(archive, entry.name).values()]
             used = sorted({m.group(1) or m.group(2) for text in texts for m in FILE_OPERATORS.finditer(text)})
             asked = Survey()
             survey_archive(archive, asked)

@@ -12,11 +12,11 @@ from typing import Any
 
 import click
 
+from modelium.api.units import human
 from modelium.commands.base import Failed, emit, json_option, with_client
 from modelium.commands.client import MAX_DEADLINE_S, Client, model_path
 from modelium.commands.following import Follower, Show, bar, following
 from modelium.commands.staging import Copied, Staged, move
-from modelium.commands.text import size
 
 LOOK_S = 1.0
 """How often the service is asked when its feed says nothing."""
@@ -83,7 +83,7 @@ async def _bring(path: Path, incoming: Path, entry: str, moved: bool, show: Show
     def copied(done: int, total: int) -> None:
         if stop.is_set():
             raise Failed("interrupted")
-        show(f"copying {size(done)} of {size(total)}", done, total)
+        show(f"copying {human(done)} of {human(total)}", done, total)
 
     try:
         await asyncio.to_thread(_drop, path, incoming, entry, moved, copied)

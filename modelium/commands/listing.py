@@ -11,9 +11,10 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from modelium.api.units import human
 from modelium.commands.base import emit, json_option, with_client
 from modelium.commands.client import Client, model_path
-from modelium.commands.text import clock, console, duration, pairs, plain, say, size, state, table
+from modelium.commands.text import clock, console, duration, pairs, plain, say, state, table
 
 HOLDING = frozenset({"LOADING", "READY", "DRAINING", "UNLOADING"})
 
@@ -109,7 +110,7 @@ def stage(progress: dict[str, Any]) -> str:
     if not total:
         return str(progress["stage"])
     if unit == "bytes":
-        return f"{progress['stage']} {size(done)} of {size(total)}"
+        return f"{progress['stage']} {human(done)} of {human(total)}"
     return f"{progress['stage']} {done:g} of {total:g} {unit}".rstrip()
 
 
@@ -120,7 +121,7 @@ def serving(model: dict[str, Any]) -> str:
 def memory(model: dict[str, Any]) -> str:
     if not model["memory_bytes"]:
         return ""
-    shown = ("" if model["memory_source"] == "measured" else "~") + size(model["memory_bytes"])
+    shown = ("" if model["memory_source"] == "measured" else "~") + human(model["memory_bytes"])
     return shown if model["state"] in HOLDING else f"({shown})"
 
 
@@ -129,11 +130,11 @@ def _devices(status: dict[str, Any]) -> RenderableType:
         [
             d["id"],
             d["name"],
-            size(d["budget_bytes"]),
-            size(d["booked_bytes"]),
-            size(d["promised_bytes"]),
-            size(d["foreign_bytes"]),
-            f"{size(d['used_bytes'])} of {size(d['total_bytes'])}",
+            human(d["budget_bytes"]),
+            human(d["booked_bytes"]),
+            human(d["promised_bytes"]),
+            human(d["foreign_bytes"]),
+            f"{human(d['used_bytes'])} of {human(d['total_bytes'])}",
             "" if d["utilization"] is None else f"{d['utilization']:.0%}",
             " ".join(d["models"]),
         ]

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from modelium.commands.text import size
+from modelium.api.units import human
 from modelium.config import Config, load_config, validate_sections
 from modelium.errors import ModeliumError
 from modelium.host import PluginHost
@@ -74,7 +74,7 @@ def _folders(config: Config) -> Iterator[tuple[str, bool, str, str]]:
         yield f"folder {name}", ok, found, f"{there} can't be written: let the user that runs Modelium write there"
         if name in ("repository", "cache"):
             free = shutil.disk_usage(there).free
-            yield f"disk {name}", free >= LOW_DISK_BYTES, f"{size(free)} free at {there}", "make room there"
+            yield f"disk {name}", free >= LOW_DISK_BYTES, f"{human(free)} free at {there}", "make room there"
 
 
 def _existing(folder: Path) -> Path:
@@ -116,7 +116,7 @@ def _plugins(config: Config) -> Iterator[tuple[str, bool, str, str]]:
         else:
             yield what, True, {"brain": config.brain.name, "eviction": config.eviction.name}.get(what, "valid"), ""
     devices = host.devices()
-    found = ", ".join(f"{d.id} {d.name} {size(d.total_bytes)}" for d in devices)
+    found = ", ".join(f"{d.id} {d.name} {human(d.total_bytes)}" for d in devices)
     yield "devices", bool(devices), found or "none is reported", "see `modelium plugins` for errors"
     for failure in host.failures():
         yield f"plugin {failure.plugin}", False, str(failure), "report it to the plugin's author"

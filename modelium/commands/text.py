@@ -80,15 +80,6 @@ def state(name: str) -> Text:
     return Text(name, style=COLOURS.get(name, ""))
 
 
-def size(count: float) -> str:
-    """`1.2 GB`, in powers of 1000."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:.0f} {unit}" if unit in ("B", "kB") or abs(count) >= 100 else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
 def duration(seconds: float | None) -> str:
     """`12s`, `3m`, `2h`, `5d`; nothing for None."""
     if seconds is None:

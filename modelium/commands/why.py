@@ -10,10 +10,11 @@ import click
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from modelium.api.units import human
 from modelium.commands.base import FAILED, emit, json_option, with_client
 from modelium.commands.client import Client, model_path
 from modelium.commands.listing import details
-from modelium.commands.text import clock, pairs, say, size, table
+from modelium.commands.text import clock, pairs, say, table
 
 
 @click.command()
@@ -50,7 +51,7 @@ def _preview(preview: dict[str, Any]) -> RenderableType:
             ("served by", f"{chosen['runtime']}/{chosen['serving']} on {chosen['device_kind']}" if chosen else ""),
             ("because", chosen.get("reason", "")),
             ("not taken", "\n".join(chosen.get("alternatives", ()))),
-            ("memory", f"{size(chosen['memory_bytes'])} estimated" if chosen else ""),
+            ("memory", f"{human(chosen['memory_bytes'])} estimated" if chosen else ""),
             ("load takes", f"about {chosen['load_s']:.0f} s" if chosen else ""),
             ("a request", f"would evict {', '.join(preview['would_evict'])}" if preview["would_evict"] else ""),
             ("room", preview["room"]),
@@ -81,7 +82,7 @@ def _explanation(found: dict[str, Any]) -> RenderableType:
             [
                 ("not taken", "\n".join(chosen.get("alternatives", ()))),
                 ("confidence", f"{chosen['confidence']:.0%}" if chosen else ""),
-                ("estimated", size(found["estimate_bytes"]) if found["estimate_bytes"] else ""),
+                ("estimated", human(found["estimate_bytes"]) if found["estimate_bytes"] else ""),
                 ("measured", _measured(found["measured"])),
                 ("room", found["room"]),
                 ("next", found["next"]),
@@ -100,7 +101,7 @@ def _explanation(found: dict[str, Any]) -> RenderableType:
 def _measured(measured: dict[str, Any] | None) -> str:
     if measured is None:
         return "never yet"
-    return f"{size(measured['memory_bytes'])}, {measured['load_s']:.1f} s to load, in {measured['loads']} loads"
+    return f"{human(measured['memory_bytes'])}, {measured['load_s']:.1f} s to load, in {measured['loads']} loads"
 
 
 @click.command()

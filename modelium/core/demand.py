@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from modelium.api.units import human
 from modelium.core import events as e
 from modelium.core.moves import admit, drain, give_up_load, keep_resident, reopen, want
-from modelium.core.placement import human
 from modelium.core.states import State, Want
 from modelium.core.turn import Turn
 from modelium.core.world import Failure, Model, Runtime, Ticket

@@ -5,18 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from modelium.api.units import human
 from modelium.core.turn import Turn, bytes_on
 from modelium.core.world import Account, Model
-
-
-def human(size: int) -> str:
-    """`1.5 GB`: decimal units, as disks and models are sold."""
-    value = float(size)
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if abs(value) < 1000 or unit == "TB":
-            return f"{value:.0f} {unit}" if unit in ("B", "kB") or value >= 100 else f"{value:.1f} {unit}"
-        value /= 1000
-    raise AssertionError
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,11 +9,12 @@ another's claim.
 
 from __future__ import annotations
 
+from modelium.api.units import human
 from modelium.core.eviction import Tier
 from modelium.core.instructions import Load
 from modelium.core.line import Line
 from modelium.core.moves import drain, fail, reopen, want
-from modelium.core.placement import Spot, human, never_fits, spots
+from modelium.core.placement import Spot, never_fits, spots
 from modelium.core.replacing import replace_stale
 from modelium.core.states import RuntimeState, State, Want
 from modelium.core.turn import Turn

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from modelium.api.units import human
 from modelium.core import events as e
 from modelium.core.demand import expired
 from modelium.core.eviction import Tier, Victims
 from modelium.core.line import Line
 from modelium.core.loading import keep_old, stuck
 from modelium.core.moves import begin_unload, drain, give_up_load
-from modelium.core.placement import human
 from modelium.core.runtimes import start
 from modelium.core.states import RuntimeState, State
 from modelium.core.turn import Turn

@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from modelium.core.placement import human
+from modelium.api.units import human
 from modelium.engine.orchestrator import Orchestrator
 from modelium.engine.views import CheckView, StatusView
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from modelium.core.placement import human, spots
+from modelium.api.units import human
+from modelium.core.placement import spots
 from modelium.core.states import State
 from modelium.core.turn import Turn
 from modelium.core.world import Model

@@ -12,7 +12,7 @@ from modelium.builtin import lru
 from modelium.builtin.brain import DEFAULT_RULES, RulesBrain
 from modelium.errors import ConfigError, ModelError
 
-GIB = 1 << 30
+GB = 10**9
 
 
 def analysis(**more: Any) -> Analysis:
@@ -20,13 +20,13 @@ def analysis(**more: Any) -> Analysis:
 
 
 def offer(serving: str = "onnx", **more: Any) -> Offer:
-    return Offer(**{"runtime": "triton", "serving": serving, "native": True, "memory_bytes": GIB, **more})
+    return Offer(**{"runtime": "triton", "serving": serving, "native": True, "memory_bytes": GB, **more})
 
 
 def situation(**gib: float) -> Situation:
     """`cpu=16, cuda=8`: one device of each kind with that budget."""
     devices = tuple(
-        Device(id=f"{kind}:0", kind=kind, name=kind, total_bytes=int(size * GIB), used_bytes=0)
+        Device(id=f"{kind}:0", kind=kind, name=kind, total_bytes=int(size * GB), used_bytes=0)
         for kind, size in gib.items()
     )
     return Situation(devices=devices, budgets={d.id: d.total_bytes for d in devices})
@@ -52,12 +52,12 @@ BOTH = ("cuda", "cpu")
         ([offer(device_kinds=BOTH)], situation(cpu=16), ("onnx", "cpu")),
         ([offer(device_kinds=BOTH)], situation(cpu=16, cuda=8), ("onnx", "cuda")),
         ([offer(device_kinds=("cpu", "cuda"))], situation(cpu=16, cuda=8), ("onnx", "cuda")),
-        ([offer(device_kinds=BOTH, memory_bytes=12 * GIB)], situation(cpu=16, cuda=8), ("onnx", "cpu")),
+        ([offer(device_kinds=BOTH, memory_bytes=12 * GB)], situation(cpu=16, cuda=8), ("onnx", "cpu")),
         ([offer("python", native=False), offer("onnx")], situation(cpu=16), ("onnx", "cpu")),
-        ([offer("onnx", memory_bytes=99 * GIB), offer("python", native=False)], situation(cpu=16), ("python", "cpu")),
+        ([offer("onnx", memory_bytes=99 * GB), offer("python", native=False)], situation(cpu=16), ("python", "cpu")),
         ([offer("other", runtime="aaa"), offer("onnx")], situation(cpu=16), ("onnx", "cpu")),
         ([offer("first"), offer("second")], situation(cpu=16), ("first", "cpu")),
-        ([offer(memory_bytes=99 * GIB)], situation(cpu=16), ("onnx", "cpu")),
+        ([offer(memory_bytes=99 * GB)], situation(cpu=16), ("onnx", "cpu")),
     ],
 )
 def test_the_built_in_table(offers: list[Offer], where: Situation, taken: tuple[str, str]) -> None:
@@ -72,7 +72,7 @@ def test_a_plan_says_why() -> None:
         situation(cpu=16, cuda=8),
     )
     assert found.reason == (
-        "triton serves it as onnx with its own backend on cuda, where it takes about 1.0 GiB of 8.0 GiB, because a GPU "
+        "triton serves it as onnx with its own backend on cuda, where it takes about 1.0 GB of 8.0 GB, because a GPU "
         "has room for it (rule gpu-where-it-fits)"
     )
     assert found.confidence == 0.9
@@ -84,20 +84,20 @@ def test_a_plan_says_why() -> None:
 
 
 def test_what_does_not_fit_is_planned_with_doubt() -> None:
-    found = plan([offer(device_kinds=BOTH, memory_bytes=99 * GIB)], situation(cpu=16, cuda=8))
+    found = plan([offer(device_kinds=BOTH, memory_bytes=99 * GB)], situation(cpu=16, cuda=8))
     assert found.confidence == 0.3
-    assert "about 99.0 GiB, more than the" in found.reason
-    found = plan([offer(device_kinds=BOTH, memory_bytes=12 * GIB)], situation(cpu=16, cuda=8))
-    assert found.alternatives == ("triton/onnx on cuda: needs about 12.0 GiB, and models may have 8.0 GiB there",)
+    assert "about 99.0 GB, more than the" in found.reason
+    found = plan([offer(device_kinds=BOTH, memory_bytes=12 * GB)], situation(cpu=16, cuda=8))
+    assert found.alternatives == ("triton/onnx on cuda: needs about 12.0 GB, and models may have 8.0 GB there",)
     assert "no GPU has room for it" in found.reason
 
 
 def test_the_largest_budget_of_a_kind_counts() -> None:
-    devices = tuple(Device(id=f"cuda:{i}", kind="cuda", name="g", total_bytes=n * GIB, used_bytes=0) for i, n in
+    devices = tuple(Device(id=f"cuda:{i}", kind="cuda", name="g", total_bytes=n * GB, used_bytes=0) for i, n in
                     enumerate((4, 16)))  # fmt: skip
-    where = Situation(devices=devices, budgets={"cuda:0": 4 * GIB, "cuda:1": 2 * GIB})
-    assert plan([offer(device_kinds=("cuda",), memory_bytes=3 * GIB)], where).confidence == 0.9
-    assert plan([offer(device_kinds=("cuda",), memory_bytes=5 * GIB)], where).confidence == 0.3
+    where = Situation(devices=devices, budgets={"cuda:0": 4 * GB, "cuda:1": 2 * GB})
+    assert plan([offer(device_kinds=("cuda",), memory_bytes=3 * GB)], where).confidence == 0.9
+    assert plan([offer(device_kinds=("cuda",), memory_bytes=5 * GB)], where).confidence == 0.3
 
 
 def test_quantised_weights_and_triton_directories_have_rules_of_their_own() -> None:
@@ -197,7 +197,7 @@ servings = st.builds(
     runtime=st.sampled_from(["triton", "vllm"]),
     native=st.booleans(),
     device_kinds=st.sampled_from([("cpu",), ("cuda",), BOTH]),
-    memory_bytes=st.integers(0, 20 * GIB),
+    memory_bytes=st.integers(0, 20 * GB),
 )
 
 
@@ -210,8 +210,8 @@ def test_it_fits_where_anything_does_and_is_always_the_same(offers: list[Offer],
         assert not any(kind in gib for o in offers for kind in o.device_kinds)
         return
     assert found == RulesBrain().plan("m", analysis(), offers, where)
-    fitting = [(o, k) for o in offers for k in o.device_kinds if k in gib and o.memory_bytes <= gib[k] * GIB]
-    assert not fitting or found.memory_bytes <= gib[found.device_kind] * GIB
+    fitting = [(o, k) for o in offers for k in o.device_kinds if k in gib and o.memory_bytes <= gib[k] * GB]
+    assert not fitting or found.memory_bytes <= gib[found.device_kind] * GB
     if any(o.runtime == "triton" for o, _ in fitting):
         assert found.runtime == "triton"
 

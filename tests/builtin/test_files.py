@@ -117,8 +117,3 @@ def test_json_that_is_too_large_is_not_read(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(ModelError, match="more than such a file ever needs"):
         read_json(tmp_path / "x.json")
 
-
-def test_human() -> None:
-    assert [files.human(n) for n in (0, 1023, 1536, 5 << 30, 3 << 40)] == [
-        "0 bytes", "1023 bytes", "1.5 KiB", "5.0 GiB", "3.0 TiB"
-    ]  # fmt: skip

@@ -32,7 +32,7 @@ def test_a_causal_language_model(tmp_path: Path) -> None:
     found = analyze(hugging_face(tmp_path / "qwen"))
     assert (found.format, found.task, found.architecture) == ("huggingface", "text-generation", "Qwen2ForCausalLM")
     assert (found.entry, found.weights_bytes, found.parameters, found.dtype) == ("config.json", 20, 10, "bfloat16")
-    assert found.summary == "Qwen2ForCausalLM, 10 parameters, bfloat16, 20 bytes"
+    assert found.summary == "Qwen2ForCausalLM, 10 parameters, bfloat16, 20 B"
     wanted = {"layers": 2, "hidden_size": 8, "heads": 2, "kv_heads": 1, "max_length": 32, "vocab_size": 16}
     assert {key: found.facts[key] for key in wanted} == wanted
     assert found.facts["files"] == ["model.safetensors"]

@@ -51,7 +51,7 @@ def test_a_file(tmp_path: Path) -> None:
     assert found.facts["opset"] == 17
     assert found.facts["batch_dim"] is True
     assert found.facts["producer"] == "tests"
-    assert found.summary == "ONNX, opset 17, 1 input, 1 output, 64 bytes of weights"
+    assert found.summary == "ONNX, opset 17, 1 input, 1 output, 64 B of weights"
 
 
 def test_a_folder_with_external_data(tmp_path: Path) -> None:

@@ -110,7 +110,24 @@ def test_a_program_that_reaches_for_files_is_refused(torch_files: Path, name: st
     assert f"it calls {operator})" in finding.message
 
 
-@pytest.mark.parametrize("call", ["getattr(torch, 'save')(x, 'y')", "torch . save(x, 'y')", "ops.aten.from_file('y')"])
+def test_parts_whose_names_are_no_identifiers_are_no_such_calls(script: Path) -> None:
+    """This is how PyTorch writes every Sequential and ModuleList."""
+    code = 'class M(Module):\n  def forward(self, x):\n    return (getattr(getattr(self.a, "0"), "b-1")).forward(x, )\n'
+    change(script, "code/__torch__.py", code.encode())
+    (finding,) = plugin.modelium_scan(script)
+    assert finding.severity is Severity.WARN
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "getattr(torch, 'save')(x, 'y')",
+        'getattr(torch, "save")(x, "y")',
+        'getattr(getattr(self, "0"), "sa\\x76e")(x, "y")',
+        "torch . save(x, 'y')",
+        "ops.aten.from_file('y')",
+    ],
+)
 def test_other_ways_to_say_it(script: Path, call: str) -> None:
     change(script, "code/__torch__.py", f"class M(Module):\n  def forward(self, x):\n    {call}\n".encode())
     (finding,) = plugin.modelium_scan(script)
@@ -129,7 +146,7 @@ def test_a_pickle_for_python_in_an_archive_for_torchscript(tmp_path: Path, scrip
 
 def test_a_program_that_is_too_long(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plugin, "MAX_CODE_BYTES", 100)
-    with pytest.raises(ModelError, match="more than 100 bytes"):
+    with pytest.raises(ModelError, match="more than 100 B"):
         plugin.modelium_analyze(script)
 
 

@@ -665,6 +665,9 @@ class Sim:
             wholes.extend(
                 m for n in self.world.dependents.get(whole.name, ()) if (m := self.world.models[n]) not in wholes
             )
+        parts = [m for n in model.parts if (m := self.world.models.get(n)) is not None and m.state is State.QUEUED]
+        if any(self._crowded_out(p) for p in parts):
+            return True
         scattered = len(self.world.devices) > 1 or bool(model.parts)  # what is kept is not moved to make it fit
         return any(m.kept for m in wholes) and (scattered or not self._kept_fit())
 

@@ -1,16 +1,26 @@
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import aiohttp
 import pytest
+import uvloop
 
 from modelium.http.app import build_app, serving
 from modelium.http.settings import HttpSettings
 from tests.http.fakes import FakeService
 from tests.http.tritonserver import MODELS, Triton, running
 from tests.http.upstreams import Recorder, recording
+
+
+def pytest_asyncio_loop_factories(item: pytest.Item) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """The service runs on uvloop; where connections end in strange ways, its tests run on both loops."""
+    factories: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {"uvloop": uvloop.new_event_loop}
+    if item.path.name == "test_passing.py":
+        factories["asyncio"] = asyncio.new_event_loop
+    return factories
 
 
 @dataclass

@@ -12,7 +12,6 @@ from collections.abc import AsyncIterator, Iterator
 
 import aiohttp
 import pytest
-import uvloop
 from aiohttp import web
 from aiohttp.client_proto import ResponseHandler
 
@@ -21,13 +20,6 @@ from modelium.http.upstream import WHOLE_BYTES
 from tests.http.conftest import Surface
 from tests.http.fakes import FakeService
 from tests.http.upstreams import Recorder, exchange, read_request, scripted
-
-
-@pytest.fixture(params=[asyncio.DefaultEventLoopPolicy, uvloop.EventLoopPolicy], ids=["asyncio", "uvloop"])
-def event_loop_policy(request: pytest.FixtureRequest) -> asyncio.AbstractEventLoopPolicy:
-    """The service runs on uvloop, which ends connections in ways of its own."""
-    policy: asyncio.AbstractEventLoopPolicy = request.param()
-    return policy
 
 
 @pytest.fixture(autouse=True)
@@ -270,7 +262,8 @@ async def test_a_client_that_asks_before_it_sends_is_told_to(surface: Surface, u
 async def test_bad_heads_are_refused_and_reach_no_runtime(
     surface: Surface, upstream: Recorder, caplog: pytest.LogCaptureFixture, head: str, words: bytes
 ) -> None:
-    request = f"POST {INFER} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n{head}\r\nabc"
+    body = "3\r\nabc\r\n0\r\n\r\n" if "chunked" in head else "abc"
+    request = f"POST {INFER} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n{head}\r\n{body}"
     found = await exchange(surface.url, request.encode())
     assert found.split(b" ")[1] == b"400"
     assert words in found

@@ -19,6 +19,7 @@ from tests.http.test_kserve import ask
 from tests.http.tritonserver import Triton
 
 FLOATS = b'{"inputs":[{"name":"INPUT0","datatype":"FP32","shape":[1,3],"data":[1,2,3]}]}'
+PIECES = "/v2/models/pieces/infer"
 TEXTS = b'{"inputs":[{"name":"INPUT0","datatype":"BYTES","shape":[2],"data":["a","\\u00e9"]}]}'
 
 SAME = [
@@ -211,22 +212,30 @@ async def test_tritonclient_asks_a_decoupled_model_in_binary(surface: Surface, r
             assert result.as_numpy("text_output").tolist() == [b"\xff 0.\xff 1.\xff 2."]
 
 
-async def test_a_client_that_leaves_a_stream_ends_it(surface: Surface, real: Triton) -> None:
+async def test_a_client_that_leaves_ends_its_inference(surface: Surface, real: Triton) -> None:
+    """The model has one instance: the second request is answered because the first ended long before its time."""
     usage = surface.service.usage.model("pieces")
-    for path, body in (("infer", asked("slow", 10_000)), ("generate_stream", b'{"text_input":"slow","count":10000}')):
-        asking = asyncio.create_task(
-            surface.client.post(f"{surface.url}/v2/models/pieces/{path}", data=body).__aenter__()
-        )
-        while not usage.in_flight:
-            await asyncio.sleep(0.01)
-        await asyncio.sleep(0.1)  # until it is in the model, which nothing tells
-        if asking.done():
-            asking.result().close()
-        asking.cancel()
-        while usage.in_flight:
-            await asyncio.sleep(0.01)
-        assert usage.failures == 0
-    assert real.process.poll() is None
+    asking = asyncio.create_task(surface.client.post(f"{surface.url}{PIECES}", data=asked("slow", 10_000)).__aenter__())
+    while not usage.in_flight:
+        await asyncio.sleep(0.01)
+    await asyncio.sleep(0.2)  # until it is in the model, which nothing tells
+    asking.cancel()
+    while usage.in_flight:
+        await asyncio.sleep(0.01)
+    assert (await ask(surface, "POST", PIECES, data=asked("hi", 1)))[0] == 200
+    assert usage.failures == 0
+
+
+async def test_a_client_that_leaves_a_stream(surface: Surface, real: Triton) -> None:
+    usage = surface.service.usage.model("pieces")
+    body = b'{"text_input":"slow","count":20}'
+    async with surface.client.post(f"{surface.url}/v2/models/pieces/generate_stream", data=body) as response:
+        assert (await response.content.readline()).startswith(b"data:")
+        response.close()
+    while usage.in_flight:
+        await asyncio.sleep(0.01)
+    assert (await ask(surface, "POST", PIECES, data=asked("hi", 1)))[0] == 200
+    assert usage.failures == 0
 
 
 async def test_a_grpc_address_where_nobody_is(surface: Surface, real: Triton) -> None:

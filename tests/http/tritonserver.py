@@ -52,6 +52,8 @@ class TritonPythonModel:
             for number in range(count):
                 if text == b"slow":
                     time.sleep(0.05)
+                if sender.is_cancelled():
+                    break
                 piece = np.array([text + b" %d." % number], dtype=object)
                 numbers = [pb.Tensor("number", np.array([number], dtype=np.int32))] if text == b"numbers" else []
                 sender.send(pb.InferenceResponse([pb.Tensor("text_output", piece), *numbers]))

@@ -77,8 +77,8 @@ async def scripted(script: Script) -> AsyncIterator[str]:
         tasks.add(task)
         try:
             await script(reader, writer, number)
-        except (ConnectionError, asyncio.IncompleteReadError):
-            pass
+        except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            pass  # the client left, or the test is over
         finally:
             tasks.discard(task)
             writer.close()

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
-from serving import Refused, answer, datatypes, parameters, text, version_folder
+from serving import Refused, answer, parameters, text, version_folder
 
 Inputs = dict[str, np.ndarray]
 
@@ -34,10 +34,12 @@ class TritonPythonModel:
             providers.insert(0, ("CUDAExecutionProvider", {"device_id": int(args["model_instance_device_id"])}))
         path = version_folder(args) / settings["model_file"]
         self.session = onnxruntime.InferenceSession(str(path), options, providers=providers)
-        self.inputs = {tensor.name: tensor for tensor in self.session.get_inputs()}
-        self.outputs = list(datatypes(args, "output"))
-        batched = json.loads(args["model_config"])["max_batch_size"] > 0
-        self.least_rank = 1 if batched else 0
+        self.types = {tensor.name: tensor.type for tensor in self.session.get_inputs()}
+        config = json.loads(args["model_config"])
+        # Triton knows no scalars: one comes as a tensor of one element. (A shape that nobody knows is empty here, too.)
+        alone = {tensor["name"] for tensor in config["input"] if tensor["dims"] == [1]}
+        self.scalars = alone & {tensor.name for tensor in self.session.get_inputs() if not tensor.shape}
+        self.outputs = [tensor["name"] for tensor in config["output"]]
 
     def execute(self, requests: list[Any]) -> list[Any]:
         return answer(requests, self.read, shapes, self.run)
@@ -46,13 +48,11 @@ class TritonPythonModel:
         return {tensor.name(): self.array(tensor) for tensor in request.inputs()}
 
     def array(self, tensor: Any) -> np.ndarray:
-        array = tensor.as_numpy()
-        wanted = self.inputs[tensor.name()]
-        if wanted.type == "tensor(string)":
-            words = [text(value, tensor.name()) for value in array.reshape(-1)]
+        name, array = tensor.name(), tensor.as_numpy()
+        if self.types[name] == "tensor(string)":
+            words = [text(value, name) for value in array.reshape(-1)]
             array = np.array(words, dtype=object).reshape(array.shape)
-        # Triton knows no scalars: one comes as a tensor of one element.
-        return array.reshape(array.shape[:-1]) if array.ndim == len(wanted.shape) + 1 else array
+        return array.reshape(()) if name in self.scalars else array
 
     def run(self, jobs: list[Inputs]) -> list[list[Any]]:
         """Run jobs of like shapes as one batch, where the model gives the batch back."""
@@ -73,7 +73,7 @@ class TritonPythonModel:
 
     def tensors(self, arrays: Any) -> list[Any]:
         return [
-            pb_utils.Tensor(name, array.reshape(*array.shape, 1) if array.ndim == self.least_rank else array)
+            pb_utils.Tensor(name, array if array.ndim else array.reshape(1))
             for name, array in zip(self.outputs, map(np.asarray, arrays), strict=True)
         ]
 

@@ -6,13 +6,14 @@ to the version's folder), `threads`.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import on_torch
 import triton_python_backend_utils as pb_utils
-from serving import Refused, answer, datatypes, parameters, version_folder
+from serving import Refused, answer, parameters, version_folder
 
 
 class TritonPythonModel:
@@ -40,8 +41,9 @@ class TritonPythonModel:
         settings = parameters(args)
         self.device = on_torch.device(args, settings)
         self.model = torch.jit.load(str(version_folder(args) / settings["model_file"]), map_location=self.device).eval()
-        self.inputs = list(datatypes(args, "input"))
-        self.outputs = list(datatypes(args, "output"))
+        config = json.loads(args["model_config"])
+        self.inputs = [tensor["name"] for tensor in config["input"]]
+        self.outputs = [tensor["name"] for tensor in config["output"]]
         self.arguments = self.model.forward.schema.arguments[1:]
 
     def execute(self, requests: list[Any]) -> list[Any]:

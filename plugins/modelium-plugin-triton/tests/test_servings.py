@@ -37,7 +37,7 @@ ONNX = model(
     "onnx",
     entry="net.onnx",
     inputs=(Tensor(name="x", datatype="FP32", shape=(-1, 4)),),
-    outputs=(Tensor(name="y", datatype="BYTES", shape=(-1,)),),
+    outputs=(Tensor(name="y", datatype="BYTES", shape=(-1, -1)),),
     facts={"batch_dim": True, "unknown_rank": []},
 )
 LLM_FACTS = {"layers": 2, "kv_heads": 2, "heads": 4, "hidden_size": 32, "max_length": 100, "tokenizer": True}
@@ -226,14 +226,20 @@ class TestLayouts:
         parameters = parse_config(texts(nested, offer)["config.pbtxt"]).parameters
         assert parameters["model_folder"].string_value == "model/deep/er"
 
-    def test_batching_needs_a_free_first_dimension(self) -> None:
-        for batch_dim, size, dims in ((True, 32, [4]), (False, 0, [-1, 4])):
-            analysis = ONNX.model_copy(update={"facts": {"batch_dim": batch_dim}})
-            (offer,) = offers(analysis, None)
-            config = parse_config(texts(analysis, offer)["config.pbtxt"])
-            assert config.max_batch_size == size
-            assert config.HasField("dynamic_batching") == batch_dim
-            assert list(config.input[0].dims) == dims
+    @pytest.mark.parametrize(
+        ("batch_dim", "shape", "size", "dims"),
+        [(True, (-1, 4), 32, [4]), (False, (-1, 4), 0, [-1, 4]), (True, (-1,), 0, [-1])],
+    )
+    def test_batching_needs_a_free_first_dimension_and_another(
+        self, batch_dim: bool, shape: tuple[int, ...], size: int, dims: list[int]
+    ) -> None:
+        x = Tensor(name="x", datatype="FP32", shape=shape)
+        analysis = ONNX.model_copy(update={"inputs": (x,), "facts": {"batch_dim": batch_dim}})
+        (offer,) = offers(analysis, None)
+        config = parse_config(texts(analysis, offer)["config.pbtxt"])
+        assert config.max_batch_size == size
+        assert config.HasField("dynamic_batching") == (size > 0)
+        assert list(config.input[0].dims) == dims
 
     def test_one_number_is_a_tensor_of_one_element(self) -> None:
         number = Tensor(name="x", datatype="INT64", shape=())
@@ -241,7 +247,7 @@ class TestLayouts:
         native, template = (
             parse_config(texts(analysis, o)["config.pbtxt"]) for o in offers(analysis, triton("onnxruntime", "python"))
         )
-        assert list(template.input[0].dims) == [1] and not template.input[0].HasField("reshape")
+        assert list(template.input[0].dims) == [1]
         assert not native.input, "onnxruntime completes it: Triton has no scalars without batching"
 
     def test_a_plan_for_something_else(self) -> None:

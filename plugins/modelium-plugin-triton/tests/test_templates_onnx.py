@@ -76,8 +76,8 @@ def test_one_that_fails_spoils_no_other_of_its_batch(triton: Triton, tmp_path: P
     graph = helper.make_graph(
         [helper.make_node("Gather", ["table", "rows"], ["found"])],
         "lookup",
-        [helper.make_tensor_value_info("rows", TensorProto.INT64, ["n"])],
-        [helper.make_tensor_value_info("found", TensorProto.FLOAT, ["n", 3])],
+        [helper.make_tensor_value_info("rows", TensorProto.INT64, ["n", "k"])],
+        [helper.make_tensor_value_info("found", TensorProto.FLOAT, ["n", "k", 3])],
         [numpy_helper.from_array(table, "table")],
     )
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10), tmp_path / "l.onnx")

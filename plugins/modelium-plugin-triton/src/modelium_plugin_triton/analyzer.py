@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modelium.api import Analysis, Completeness, Finding, Severity, hookimpl
+from modelium.api.units import human
 from modelium.errors import ModelError
 from modelium_plugin_triton import modelconfig
 from modelium_plugin_triton.modelconfig import CONFIG, DEFAULT_FILES, Unfinished
@@ -251,7 +252,7 @@ def _summary(folder: Folder, backend: str, weights: int) -> str:
     served = ", ".join(map(str, folder.served))
     of_all = f" of {len(folder.versions)}" if len(folder.versions) > len(folder.served) else ""
     word = "versions" if len(folder.served) > 1 else "version"
-    return f"Triton model, {backend} backend, {word} {served}{of_all}, {weights / 2**20:.1f} MiB"
+    return f"Triton model, {backend} backend, {word} {served}{of_all}, {human(weights)}"
 
 
 def _bytes_in(folder: Path) -> int:

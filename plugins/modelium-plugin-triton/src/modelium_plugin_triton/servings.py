@@ -162,14 +162,24 @@ def offer(serving: Serving, analysis: Analysis, device_kinds: Sequence[str]) -> 
         memory_bytes=memory_bytes(serving, analysis, device_kinds[0]),
         load_s=serving.load_s + analysis.weights_bytes / READ_BYTES_PER_S,
         requires=serving.packs,
-        settings={**serving.settings, **_batching(serving, analysis), "packs": list(serving.packs), "decoupled": serving.decoupled},
+        settings={
+            **serving.settings,
+            **_batching(serving, analysis),
+            "packs": list(serving.packs),
+            "decoupled": serving.decoupled,
+        },
         note=f"Triton's {serving.backend} backend",
     )
 
 
 def _batching(serving: Serving, analysis: Analysis) -> dict[str, int]:
-    """No batching where the first dimension is not the batch."""
-    if "max_batch_size" not in serving.settings or analysis.format == "huggingface" or analysis.facts.get("batch_dim"):
+    """No batching where the first dimension is not the batch, nor where it is the only one.
+
+    Triton wants a dimension behind the batch's, and clients would have to send `[n, 1]` for the model's `[n]`.
+    """
+    if "max_batch_size" not in serving.settings or analysis.format == "huggingface":
+        return {}
+    if analysis.facts.get("batch_dim") and all(len(t.shape) > 1 for t in (*analysis.inputs, *analysis.outputs)):
         return {}
     return {"max_batch_size": 0}
 
@@ -199,31 +209,24 @@ def layout(name: str, analysis: Analysis, plan: Plan) -> Layout:
     else:
         # In a folder of its own, so that no file of the drop can meet one of the template's.
         files, model_file = {"1/model": "."}, f"model/{analysis.entry}"
-    batched = settings.get("max_batch_size", 0) > 0
     tensors = (*analysis.inputs, *analysis.outputs)
-    scalar = not batched and any(not tensor.shape for tensor in tensors)
-    # onnxruntime completes a configuration that says nothing of tensors, and refuses one with a wrong rank.
-    told = not (serving.native and (scalar or analysis.facts.get("unknown_rank")))
+    # onnxruntime completes a configuration that says nothing of tensors; one with a wrong rank it would refuse.
+    untold = serving.native and (analysis.facts.get("unknown_rank") or any(not tensor.shape for tensor in tensors))
+    batched = settings.get("max_batch_size", 0) > 0
     values |= {
         "model_file": model_file,
         "max_batch_size": settings.get("max_batch_size", 0),
-        "inputs": [_tensor(tensor, batched, serving.native) for tensor in analysis.inputs] if told else [],
-        "outputs": [_tensor(tensor, batched, serving.native) for tensor in analysis.outputs] if told else [],
+        "inputs": [] if untold else [_tensor(tensor, batched) for tensor in analysis.inputs],
+        "outputs": [] if untold else [_tensor(tensor, batched) for tensor in analysis.outputs],
     }
     return Layout(files=files, texts=render(serving.name, values))
 
 
-def _tensor(tensor: Tensor, batched: bool, native: bool) -> dict[str, Any]:
-    """A tensor as the configuration has it: without the batch dimension, and one number as a tensor of one element.
-
-    Triton turns that into a plain number for native backends; the templates do it themselves, since Triton refuses to
-    where there is no batching.
-    """
-    dims = list(tensor.shape[1:] if batched else tensor.shape)
+def _tensor(tensor: Tensor, batched: bool) -> dict[str, Any]:
+    """A tensor as the configuration has it: without the batch dimension, and a scalar as a tensor of one element."""
     return {
         "name": tensor.name,
         "data_type": triton_type(tensor.datatype),
-        "dims": dims or [1],
-        "scalar": native and not dims,
+        "dims": list(tensor.shape[1:] if batched else tensor.shape) or [1],
         "optional": tensor.optional,
     }

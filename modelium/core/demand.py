@@ -41,11 +41,13 @@ def ready_asked(turn: Turn, event: e.ReadyAsked) -> None:
         return
     if event.parameters is not None:
         model = turn.change(model, parameters=dict(event.parameters), rejected=None)
+    first = all(t.priority < ticket.priority for t in turn.waiting(model))
     model = turn.hold(ticket)
     turn.wake(ticket.deadline_at)
     if not reopen(turn, model):
-        want(turn, model, Want.PERSON if event.person else Want.REQUEST, "asked for")
-    turn.dirty = True
+        model = want(turn, turn.models[model.name], Want.PERSON if event.person else Want.REQUEST, "asked for")
+        if model.state in (State.FAILED, State.READY) or (first and model.state is State.QUEUED):
+            turn.dirty = True
 
 
 def _hopeless(turn: Turn, model: Model) -> tuple[Failure, float | None] | None:
@@ -129,7 +131,7 @@ def ticket_withdrawn(turn: Turn, event: e.TicketWithdrawn) -> None:
     ticket = turn.tickets.get(event.ticket)
     if ticket is not None:
         turn.let_go(ticket)
-        turn.dirty = True
+        turn.dirty = turn.dirty or not turn.models[ticket.model].tickets
 
 
 def expired(turn: Turn, ticket: Ticket) -> None:

@@ -25,6 +25,9 @@ class Line:
         """Bytes by device that are kept for those who came before in this look."""
         self.loading: dict[str, int] = {}
         """Loads under way, by runtime."""
+        self.largest: dict[str, int] = {}
+        """The largest budget of a device, by kind."""
+        self._in_vain: dict[tuple[str, bool], int] = {}
         self._victims: Victims | None = None
         wholes: list[str] = []
         for name in turn.queue:
@@ -35,6 +38,8 @@ class Line:
                     wholes.append(name)
         for name in wholes:
             self._inherit(name)
+        for account in turn.devices.values():
+            self.largest[account.kind] = max(self.largest.get(account.kind, 0), account.budget_bytes)
         for runtime in loads(turn):
             self.loading[runtime] = self.loading.get(runtime, 0) + 1
 
@@ -103,17 +108,34 @@ class Line:
         """A loaded model moved, or one began to load."""
         self._victims = None
 
+    def in_vain(self, model: Model, kind: str) -> bool:
+        """Whether somebody before it, who needed no more and could take as much, found no room in this look."""
+        least = self._in_vain.get((kind, self.aged(model)))
+        if least is None or model.promise or model.want is Want.PART:
+            return False
+        return model.estimate.memory_bytes >= least
+
+    def found_none(self, model: Model, kind: str) -> None:
+        """There is no room for it, nor for one after it who needs as much."""
+        if model.want is not Want.PART:
+            key, size = (kind, self.aged(model)), model.estimate.memory_bytes
+            self._in_vain[key] = min(size, self._in_vain.get(key, size))
+
     def reserve(self, device: str, size: int) -> None:
         self.ahead[device] = self.ahead.get(device, 0) + size
 
 
 def _own_place(turn: Turn, model: Model) -> Place:
     waiting = turn.waiting(model)
-    own = BASE_PRIORITY[Want.NONE if model.want is Want.PART else model.want]
-    priority = max((t.priority for t in waiting), default=own)
+    own = _PRIORITY[model.want]
+    priority = max(own, *(t.priority for t in waiting)) if waiting else own
     urgent = bool(waiting) or (model.want in URGENT and model.want is not Want.PART)
     waited = max(0.0, turn.now - model.wanted_since) // max(turn.policy.fairness_after_s, 0.001)
-    return (not urgent, -(max(priority, own) + waited), model.wanted_since, model.name)
+    return (not urgent, -(priority + waited), model.wanted_since, model.name)
+
+
+_PRIORITY = {**BASE_PRIORITY, Want.PART: BASE_PRIORITY[Want.NONE]}
+"""A part has no priority of its own."""
 
 
 def loads(turn: Turn) -> list[str]:

@@ -80,8 +80,11 @@ def drain(turn: Turn, model: Model, reason: str, *, promised_to: str | None = No
 
 
 def begin_unload(turn: Turn, model: Model, reason: str) -> Model:
-    op = turn.new_id()
+    op, dirty = turn.new_id(), turn.dirty
+    drained = model.state is State.DRAINING
     model = turn.move(model, State.UNLOADING, reason, op=op, op_since=turn.now, want=Want.NONE)
+    if drained:
+        turn.dirty = dirty  # its room was on its way back already
     turn.wake(turn.now + turn.policy.unload_timeout_s)
     turn.out.append(Unload(model.name, op, model.home))
     return model

@@ -43,7 +43,7 @@ def schedule(turn: Turn) -> None:
                 model = turn.models.get(name)
                 if model is not None and model.state is State.QUEUED:
                     _serve(turn, line, model)
-                    if model.parts and turn.models[name].state is not State.QUEUED:
+                    if model.parts and turn.models[name].state not in (State.QUEUED, State.LOADING):
                         break  # its parts wait for it no longer: look anew
         replace_stale(turn)
         _rescue(turn)
@@ -53,6 +53,8 @@ def _prune(turn: Turn) -> None:
     """Let nobody wait for nobody: see why each is wanted still."""
     for name in sorted(turn.queue):
         model = turn.models[name]
+        if model.want is Want.REQUEST and model.tickets and not model.kept and name not in turn.dependents:
+            continue
         why = _still_wanted(turn, model)
         if why is model.want:
             continue
@@ -104,29 +106,43 @@ def _serve(turn: Turn, line: Line, model: Model) -> None:
     if runtime.given_up:
         fail(turn, model, Failure("runtime_unavailable", f"{runtime.name} is down: {runtime.reason}"))
         return
-    found = spots(turn, model, line.ahead)
-    never = never_fits(model, found) or _whole_never_fits(turn, model)
-    if never is not None and turn.devices:
-        fail(turn, model, Failure("never_fits", f"{model.name} {never}"))
-        return
+    spec, need = model.spec, model.estimate.memory_bytes
+    assert spec is not None
+    if turn.devices and (model.parts or need > line.largest.get(spec.device_kind, -1)):
+        never = never_fits(model, spots(turn, model)) or _whole_never_fits(turn, model)
+        if never is not None:
+            fail(turn, model, Failure("never_fits", f"{model.name} {never}"))
+            return
     if runtime.state is not RuntimeState.UP:
         _wait(turn, model, f"waits for {runtime.name}, which is {runtime.state}: {runtime.reason}")
         return
     if model.parts and not _parts_ready(turn, line, model):
         return
-    if line.loading.get(model.runtime, 0) >= turn.policy.max_concurrent_loads:
-        reason = f"waits for its turn: {turn.policy.max_concurrent_loads} loads under way"
-        kept = next((s for s in found if model.promise and s.account.id == model.promise[0][0]), None)
+    full = line.loading.get(model.runtime, 0) >= turn.policy.max_concurrent_loads
+    turns = f"waits for its turn: {turn.policy.max_concurrent_loads} loads under way"
+    if full and not model.promise:
+        _wait(turn, model, turns)
+        return
+    if model.reason.startswith(_NO_ROOM) and not turn.sweeping and line.in_vain(model, spec.device_kind):
+        if not line.aged(model):
+            turn.wake(line.ages_at(model))
+        return
+    found = spots(turn, model, line.ahead)
+    if full:
+        kept = next((s for s in found if s.account.id == model.promise[0][0]), None)
         if kept is not None and kept.shortage <= 0:
-            _promise(turn, line, model, kept, reason)
+            _promise(turn, line, model, kept, turns)
         else:
-            _wait(turn, model, reason)
+            _wait(turn, model, turns)
         return
     for spot in found:
         if spot.need <= min(max(0, spot.free_now), spot.account.budget_bytes):
             _load(turn, line, model, spot)
             return
     _make_room(turn, line, model, [s for s in found if s.need <= s.account.budget_bytes])
+
+
+_NO_ROOM = "waits for room: "
 
 
 def _wait(turn: Turn, model: Model, reason: str, promise: tuple[tuple[str, int], ...] = ()) -> None:
@@ -196,7 +212,7 @@ def _whole_never_fits(turn: Turn, model: Model) -> str | None:
 
 
 def _load(turn: Turn, line: Line, model: Model, spot: Spot) -> None:
-    op = turn.new_id()
+    op, dirty = turn.new_id(), turn.dirty
     booking = ((spot.account.id, spot.need),)
     spec = model.spec
     assert spec is not None
@@ -214,6 +230,7 @@ def _load(turn: Turn, line: Line, model: Model, spot: Spot) -> None:
         rejected=None,
         failure=None,
     )
+    turn.dirty = dirty  # nobody gains by it
     line.loading[spec.runtime] = line.loading.get(spec.runtime, 0) + 1
     line.moved()
     turn.wake(turn.now + turn.policy.load_timeout_s)
@@ -258,7 +275,9 @@ def _make_room(turn: Turn, line: Line, model: Model, found: list[Spot]) -> None:
         turn.wake(line.ages_at(model))
     obstacles = line.victims.obstacles(worst)
     told = "; ".join(obstacles[:4]) + (f"; and {len(obstacles) - 4} more" if len(obstacles) > 4 else "")
-    reason = f"waits for room: {_first(found)}{'; ' + told if told else ''}"
+    reason = f"{_NO_ROOM}{_first(found)}{'; ' + told if told else ''}"
+    if model.spec is not None:
+        line.found_none(model, model.spec.device_kind)
     if old:
         for spot in sorted(found, key=lambda s: (s.account.id != mine, s.shortage, s.account.id)):
             if spot.need <= line.victims.claimable(spot.account.id, place):

@@ -22,7 +22,7 @@ def use_observed(turn: Turn, event: e.UseObserved) -> None:
         model = turn.models.get(name)
         if model is not None and model.use != use:
             if turn.queue and model.use.in_flight and not use.in_flight:
-                turn.dirty = True
+                turn.wake(turn.now)  # it may make room: look once for all that become idle now
             turn.change(model, use=use)
 
 
@@ -79,6 +79,7 @@ def ticked(turn: Turn, event: e.Ticked) -> None:
         for account in sorted(turn.devices.values(), key=lambda a: a.id):
             _relieve(turn, account)
         turn.next_sweep = turn.now + turn.policy.sweep_s
+        turn.sweeping = True
     turn.wake(turn.next_sweep)
     turn.dirty = turn.dirty or bool(turn.queue) or bool(turn.stale)
 

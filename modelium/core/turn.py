@@ -53,6 +53,8 @@ class Turn:
         self.out: list[Instruction] = []
         self.dirty = False
         """Room, demand or a runtime changed: the queue should be looked at."""
+        self.sweeping = False
+        """What is told of those who wait should be brought up to date for all of them."""
         self._decision = 0
         self._wake: float | None = None
 

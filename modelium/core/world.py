@@ -146,10 +146,12 @@ class Model:
     @property
     def parts(self) -> tuple[str, ...]:
         """Names of what it is made of, as it is, is loaded, and is about to be loaded."""
-        names = self.spec.depends_on if self.spec else ()
-        for held in (self.held, self.coming):
-            if held is not None and held.spec is not self.spec:
-                names += tuple(n for n in held.spec.depends_on if n not in names)
+        spec, held, coming = self.spec, self.held, self.coming
+        names = spec.depends_on if spec is not None else ()
+        if held is not None and held.spec is not spec:
+            names += tuple(n for n in held.spec.depends_on if n not in names)
+        if coming is not None and coming.spec is not spec:
+            names += tuple(n for n in coming.spec.depends_on if n not in names)
         return names
 
     @property

@@ -76,6 +76,10 @@ class Catalog:
         self._changing: dict[str, tuple[str, float]] = {}
         """Folders that changed: as what, and since when (monotonic). They are taken in once they are still."""
         self._tasks: set[asyncio.Task[None]] = set()
+        self._unstudied: dict[str, Entry] = {}
+        """Folders that are still to be looked into."""
+        self._studied: dict[str, asyncio.Event] = {}
+        """Folders that are being looked into."""
         self.known: dict[str, Known] = {}
         self._invalid: dict[str, str] = {}
         """Folders that are no usable models, and the revision at which that was found."""
@@ -163,18 +167,36 @@ class Catalog:
 
     async def _study_all(self, entries: list[Entry]) -> None:
         """Look into folders; while the inspector looks into one, others are planned and written down."""
+        self._unstudied.update((entry.name, entry) for entry in entries)
         waiting = iter(entries)
 
         async def work() -> None:
             for entry in waiting:
-                await self._study(entry)
+                if self._unstudied.get(entry.name) is entry:
+                    await self._study(entry)
 
         async with asyncio.TaskGroup() as group:
             for _ in range(min(STUDIED_AT_ONCE, len(entries))):
                 group.create_task(work())
 
+    async def hurry(self, name: str) -> None:
+        """Somebody asks for a model: if its folder is still to be looked into, that comes first."""
+        if (entry := self._unstudied.get(name)) is not None:
+            await self._study(entry)
+        elif (done := self._studied.get(name)) is not None:
+            await done.wait()
+
     async def _study(self, entry: Entry) -> None:
         """Find out what a folder without a manifest is; nothing in it is changed."""
+        self._unstudied.pop(entry.name, None)
+        done = self._studied[entry.name] = asyncio.Event()
+        try:
+            await self._look_into(entry)
+        finally:
+            done.set()
+            self._studied.pop(entry.name, None)
+
+    async def _look_into(self, entry: Entry) -> None:
         await self._runtimes_known()
         try:
             check_model_name(entry.name)

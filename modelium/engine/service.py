@@ -58,6 +58,7 @@ class Service:
         """
         if organisation in self._engine.config.policies.high_priority_teams:
             priority += TEAM_PRIORITY
+        await self._engine.catalog.hurry(name)
         lease = await self._ask(
             lambda ticket, now, deadline_at: e.ReadyAsked(now, ticket, name, deadline_at, bounded(priority)),
             deadline_s,

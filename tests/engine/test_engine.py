@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from modelium.api import Inspection
 from modelium.api.fakes import FakeRuntime
 from modelium.errors import DeadlinePassed, DriverError, LoadRejected, ModelFailed, ModelNotFound, NeverFits, QueueFull
-from tests.engine.harness import MB, rig
+from tests.engine.harness import MB, ToyInspector, rig
 
 
 async def test_a_drop_becomes_ready_and_answers(tmp_path: Path) -> None:
@@ -214,7 +215,7 @@ async def test_a_restart_adopts_what_is_loaded_and_reloads_nothing(tmp_path: Pat
         await r.service.unload("cold")
     assert runtime.models.keys() == {"a", "b"}
     async with rig(tmp_path, runtime=runtime) as again:
-        await again.is_("a", "RECOVERING")
+        await again.until(lambda: again.state("a") in ("RECOVERING", "READY"))
         await again.look()
         await again.is_("a", "READY")
         await again.is_("b", "READY")
@@ -497,3 +498,28 @@ async def test_the_feed_shows_transitions(tmp_path: Path) -> None:
             if seen and seen[-1] == "READY":
                 break
         assert seen == ["COLD", "QUEUED", "LOADING", "READY"]
+
+
+async def test_a_request_for_a_folder_that_was_not_looked_into_yet_comes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = tmp_path / "theirs"
+    for number in range(50):
+        (theirs / f"m{number:02d}/1").mkdir(parents=True)
+        (theirs / f"m{number:02d}/1/x.toy").write_text(json.dumps({"size": 1}))
+    go = asyncio.Event()
+    real = ToyInspector.inspect
+
+    async def slow(self: ToyInspector, path: Path) -> Inspection:
+        if path.name != "m49":
+            await go.wait()
+        return await real(self, path)
+
+    monkeypatch.setattr(ToyInspector, "inspect", slow)
+    async with rig(tmp_path / "root", repository=theirs) as r:
+        await r.until(r.engine.catalog.read_once.is_set)
+        (await r.service.acquire("m49")).release()
+        assert r.state("m48") == "-"
+        go.set()
+        await r.is_("m48", "COLD")
+        assert len(r.service.names()) == 50

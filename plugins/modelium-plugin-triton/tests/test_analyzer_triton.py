@@ -14,10 +14,11 @@ from tritonclient.utils import InferenceServerException
 from modelium.api import Analysis
 from modelium.errors import ModelError
 
+pytestmark = pytest.mark.timeout(600)  # the first test of a new machine installs libraries
+
 SCALE = """
 import triton_python_backend_utils as pb_utils
 
-pytestmark = pytest.mark.timeout(600)  # the first test of a new machine installs libraries
 
 class TritonPythonModel:
     def execute(self, requests):

@@ -130,9 +130,8 @@ class TritonDriver:
             await client.close()
 
     def _last_words(self) -> str:
-        lines = self._context.processes.tail(self._context.name, 60)
-        errors = [line for line in lines if line.startswith("E") or "rror" in line]
-        return "\n".join((errors or lines)[-8:])
+        lines = self._context.processes.tail(self._context.name, 1000)
+        return "\n".join(reasons.complaints(lines)[-5:] or lines[-5:])
 
     async def _adopt(self, record: ProcessRecord, *, adopted: bool) -> RuntimeInfo:
         facts = server.facts_of(record)

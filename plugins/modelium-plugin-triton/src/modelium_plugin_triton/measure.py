@@ -76,6 +76,17 @@ def stub_of(key: _Key, argv: Sequence[str], repository: Path) -> Stub | None:
     return Stub(key=key, model=model, completing=name == model)
 
 
+def has_shaken_hands(stub: Stub) -> bool:
+    """Whether Triton would notice this stub's end: it does not before the stub's first message.
+
+    Only after that does the stub import triton_python_backend_utils, and with it numpy, whose library is then mapped.
+    """
+    try:
+        return "_multiarray_umath" in Path(f"/proc/{stub.key[0]}/maps").read_text()
+    except OSError:
+        return False
+
+
 class Measurer:
     """Looks at one server's processes, in one thread at a time.
 

@@ -27,7 +27,7 @@ from modelium.api import (
 from modelium.errors import DriverError, LoadRejected, ModelError
 from modelium_plugin_triton import modelconfig, reasons
 from modelium_plugin_triton.client import CallFailed, Counted, TritonClient
-from modelium_plugin_triton.measure import Family, Measurer, Stub, added, less
+from modelium_plugin_triton.measure import Family, Measurer, Stub, added, has_shaken_hands, less
 from modelium_plugin_triton.settings import TritonSettings
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,8 @@ PYTHON = "python"
 ENSEMBLE = ""
 
 UNNOTICED_S = 5.0
-"""Triton notices a stub's end within two seconds, save while the stub completes the configuration: then never."""
+"""Triton notices a stub's end within two seconds, save before their first words and while it completes the configuration:
+then it never does."""
 LINGERING_S = 10.0
 """A stub that outlives its model's unload by this much is ended."""
 BACK_S = 2.0
@@ -227,7 +228,7 @@ class Session:
         name = request.name
         started = time.monotonic()
         old = {stub.key for stub in before.stubs}
-        completing: set[int] = set()
+        pids: set[int] = set()
         unnoticed: dict[int, float] = {}
         stop = asyncio.ensure_future(given_up.wait())
         both: list[asyncio.Future[Any]] = [call, stop]
@@ -244,11 +245,11 @@ class Session:
                     raise TimeoutError
                 family = await self.look()
                 mine = [stub for stub in family.of(name) if stub.key not in old]
-                completing |= {stub.key[0] for stub in mine if stub.completing}
+                pids |= {stub.key[0] for stub in mine}
                 held = sum(added(stub.memory for stub in mine).values())
                 report(Progress(stage="loading", done=held, total=request.memory_bytes or None, unit="bytes"))
                 only = len(self.busy) == 1  # then a process that ended too soon to be seen was this model's
-                dead = {z for z in family.zombies if z in completing or (only and z not in before.zombies)}
+                dead = {z for z in family.zombies if z in pids or (only and z not in before.zombies)}
                 unnoticed = {pid: unnoticed.get(pid, now) for pid in dead}
                 if any(now - since > UNNOTICED_S for since in unnoticed.values()):
                     call.cancel()
@@ -271,7 +272,7 @@ class Session:
     async def _abandon(self, request: LoadRequest, call: asyncio.Future[None], before: Family) -> None:
         """End a load that is under way. Triton has no call for that; without its process a Python model's load fails.
 
-        A process that still completes the configuration is let live, since Triton would wait for it for ever.
+        A process for which Triton would wait without end is let live until it is past that.
         """
         name = request.name
         self.busy[name] = "unloading"
@@ -279,7 +280,8 @@ class Session:
         deadline = time.monotonic() + self.settings.unload_timeout_s
         while not call.done() and time.monotonic() < deadline:
             if self.own:
-                _kill(s for s in (await self.look()).of(name) if s.key not in old and not s.completing)
+                mine = [s for s in (await self.look()).of(name) if s.key not in old and not s.completing]
+                _kill([stub for stub in mine if await asyncio.to_thread(has_shaken_hands, stub)])
             await asyncio.wait({call}, timeout=0.2)
         if not call.done():
             call.cancel()

@@ -13,7 +13,10 @@ from modelium.core.world import Failure, Model, Runtime, Ticket
 
 
 def ready_asked(turn: Turn, event: e.ReadyAsked) -> None:
-    ticket = Ticket(event.ticket, event.name, event.at, event.deadline_at, event.priority, person=event.person)
+    ticket = Ticket(
+        event.ticket, event.name, event.at, event.deadline_at, event.priority, person=event.person,
+        particular=event.parameters is not None,
+    )  # fmt: skip
     model = turn.models.get(event.name)
     if model is None or model.forget or (model.spec is None and model.state is not State.INVALID):
         turn.refuse(ticket, _unknown(turn, event.name))

@@ -122,7 +122,7 @@ def unloaded(turn: Turn, event: e.Unloaded) -> None:
     again, whole = model.again, model
     reason = model.reason.removeprefix("nothing in flight; ")
     if model.failure is not None:
-        model = turn.grant_all(model, gone=True)
+        model = turn.grant_gone(model)
         model = fail(turn, model, model.failure or Failure("driver", reason))
     else:
         model = turn.move(
@@ -139,7 +139,7 @@ def unloaded(turn: Turn, event: e.Unloaded) -> None:
             again=Want.NONE,
             use=Use(),
         )
-        model = turn.grant_all(model, gone=True)
+        model = turn.grant_gone(model)
     onward(turn, model, again, reason)
     unload_parts(turn, whole)
 

@@ -60,7 +60,7 @@ def onward(turn: Turn, model: Model, again: Want, reason: str) -> None:
 
 def invalidate(turn: Turn, model: Model, failure: Failure) -> None:
     """Its files are not usable."""
-    model = turn.grant_all(model, gone=True)
+    model = turn.grant_gone(model)
     model = turn.refuse_all(model, failure)
     turn.move(model, State.INVALID, failure.message, failure=failure, invalid=None, want=Want.NONE, promise=())
 
@@ -143,13 +143,14 @@ def reopen(turn: Turn, model: Model) -> bool:
 
 
 def admit(turn: Turn, model: Model) -> Model:
-    """Grant all who wait for a READY model, and count their requests as in flight from this moment."""
-    waiting = turn.waiting(model)
-    if not waiting:
+    """Grant all whom a READY model serves as it is, and count their requests as in flight from this moment."""
+    as_asked = model.held is not None and model.held.parameters == model.parameters
+    served = [t for t in turn.waiting(model) if as_asked or not t.particular]
+    if not served:
         return model
-    model = turn.grant_all(model, gone=False)
-    requests = sum(not t.person for t in waiting)
-    use = Use(model.use.in_flight + requests, model.use.requests + len(waiting), turn.now, model.use.qps)
+    model = turn.grant_all(model, served)
+    requests = sum(not t.person for t in served)
+    use = Use(model.use.in_flight + requests, model.use.requests + len(served), turn.now, model.use.qps)
     return turn.change(model, use=use)
 
 

@@ -126,7 +126,6 @@ def _adopt(turn: Turn, model: Model, shown: ObservedModel) -> None:
         promise=(),
         op=0,
         held=model.held or (Held(model.spec) if model.spec is not None else None),
-        parameters={} if model.held is None else model.parameters,
         coming=None,
         again=Want.NONE,
         loaded_at=turn.now,
@@ -185,7 +184,7 @@ def _lose_models(turn: Turn, runtime: str, failure: Failure) -> None:
         if model.state is not State.RECOVERING:
             _lose(turn, model, failure)
         elif given_up:
-            failed = fail(turn, turn.grant_all(model, gone=True), failure)
+            failed = fail(turn, turn.grant_gone(model), failure)
             onward(turn, failed, Want.NONE, failure.message)
     for model in lost:
         unload_parts(turn, model)
@@ -204,7 +203,7 @@ def _lose(turn: Turn, model: Model, failure: Failure) -> None:
             again = Want.RESTORE
     if model.state is not State.LOADING:
         model = turn.change(model, failures=0, use=Use())
-    model = turn.grant_all(model, gone=True)
+    model = turn.grant_gone(model)
     model = fail(turn, model, failure, runtime_lost=True)
     onward(turn, model, again, failure.message)
 
@@ -216,5 +215,5 @@ def _gone(turn: Turn, model: Model, reason: str) -> None:
         model, State.COLD, reason, want=Want.NONE, booking=(), extra=(), measured=(), held=None, coming=None,
         failure=None, failures=0, retry_at=0.0,
     )  # fmt: skip
-    model = turn.grant_all(model, gone=True)
+    model = turn.grant_gone(model)
     onward(turn, model, wanted if wanted in (Want.DROPPED, Want.RESTORE) else Want.NONE, reason)

@@ -6,6 +6,7 @@ by construction and every transition is told with its reason.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -136,7 +137,7 @@ class Turn:
 
     def forget(self, model: Model, reason: str) -> None:
         """Let go of a record, and of all that it holds."""
-        model = self.grant_all(model, gone=True)
+        model = self.grant_gone(model)
         model = self.refuse_all(model, Failure("model_not_found", f"{model.name} is gone: {reason}"))
         self.put(Model(model.name, State.COLD, self.now, reason))
         self.models = self.models.delete(model.name)
@@ -235,31 +236,32 @@ class Turn:
     def grant(self, ticket: Ticket) -> None:
         self.out.append(Grant(ticket.id, ticket.model))
 
-    def grant_all(self, model: Model, *, gone: bool) -> Model:
-        """Grant all who wait for it to be READY, or to be `gone`."""
-        return self._answer(model, gone, self.grant)
+    def grant_all(self, model: Model, tickets: Sequence[Ticket]) -> Model:
+        """Grant some of those who wait for it."""
+        return self._answer(model, tickets, self.grant)
+
+    def grant_gone(self, model: Model) -> Model:
+        """Grant all who wait for it to be unloaded."""
+        return self._answer(model, [t for i in model.tickets if (t := self.tickets[i]).gone], self.grant)
 
     def refuse_waiting(self, model: Model, failure: Failure, retry_after_s: float | None = None) -> Model:
         """Refuse all who wait for it to be READY."""
-        return self._answer(model, False, lambda ticket: self.refuse(ticket, failure, retry_after_s))
+        return self._answer(model, self.waiting(model), lambda ticket: self.refuse(ticket, failure, retry_after_s))
 
     def refuse_all(self, model: Model, failure: Failure, retry_after_s: float | None = None) -> Model:
-        return self._answer(model, None, lambda ticket: self.refuse(ticket, failure, retry_after_s))
+        everybody = [self.tickets[i] for i in model.tickets]
+        return self._answer(model, everybody, lambda ticket: self.refuse(ticket, failure, retry_after_s))
 
-    def _answer(self, model: Model, gone: bool | None, answer: Any) -> Model:
-        if not model.tickets:
+    def _answer(self, model: Model, tickets: Sequence[Ticket], answer: Callable[[Ticket], None]) -> Model:
+        if not tickets:
             return model
-        left: list[int] = []
-        tickets = self.tickets.mutate()
-        for id in model.tickets:
-            ticket = tickets[id]
-            if gone is not None and ticket.gone is not gone:
-                left.append(id)
-                continue
-            del tickets[id]
+        left = self.tickets.mutate()
+        for ticket in tickets:
+            del left[ticket.id]
             answer(ticket)
-        self.tickets = tickets.finish()
-        return self.change(model, tickets=tuple(left)) if len(left) < len(model.tickets) else model
+        self.tickets = left.finish()
+        answered = {t.id for t in tickets}
+        return self.change(model, tickets=tuple(i for i in model.tickets if i not in answered))
 
     def waiting(self, model: Model) -> list[Ticket]:
         """Tickets of those who want it READY."""

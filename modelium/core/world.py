@@ -177,6 +177,8 @@ class Ticket:
     gone: bool = False
     person: bool = False
     """It asks for the load itself and brings no request."""
+    particular: bool = False
+    """It wants the model with its present parameters, not as it may be loaded now."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,13 @@ FINAL = "triton_final_response"
 """Parameter of a stream's last response."""
 WANT_FINAL = "triton_enable_empty_final_response"
 
+_OPTIONS = (
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    # else a new channel to an address waits as long as the last one that failed to reach it
+    ("grpc.use_local_subchannel_pool", 1),
+)
+
 _CONTENTS = {
     "BOOL": "bool_contents", "INT8": "int_contents", "INT16": "int_contents", "INT32": "int_contents",
     "INT64": "int64_contents", "UINT8": "uint_contents", "UINT16": "uint_contents", "UINT32": "uint_contents",
@@ -40,21 +47,21 @@ class Streams:
     """gRPC channels to runtimes, one for each address, opened when first needed."""
 
     def __init__(self) -> None:
-        self._channels: dict[str, grpc.aio.Channel] = {}
-        self._lock = asyncio.Lock()
+        self._channels: dict[str, tuple[grpc.aio.Channel, Any]] = {}  # with the stub
+        self._opening = asyncio.Lock()
 
     async def close(self) -> None:
-        for channel in self._channels.values():
-            await channel.close(None)
-        self._channels.clear()
+        for address in list(self._channels):
+            await self._drop(address)
 
     async def infer(self, address: str, model: str, version: str, request: InferRequest) -> list[InferResponse]:
         """All responses to `request`, in their order. Cancelling it cancels the inference."""
+        stub = await self._stub(address)
         import grpc
 
         # Errors come in band. The metadata `triton_grpc_error` would make them statuses, but Triton 2.51 then crashes,
         # now and then, on an inference that fails.
-        call = (await self._stub(address)).ModelStreamInfer(_one(to_proto(model, version, request)))
+        call = stub.ModelStreamInfer(_one(to_proto(model, version, request)))
         responses: list[InferResponse] = []
         failure = ""
         try:
@@ -65,7 +72,10 @@ class Streams:
                 if response.outputs or not final:
                     responses.append(response)
         except grpc.aio.AioRpcError as exc:
-            raise _error(exc, address, model, bool(responses)) from exc
+            error = _error(exc, address, model, bool(responses))
+            if isinstance(error, RuntimeUnavailable):
+                await self._drop(address)  # its runtime may never come back there
+            raise error from exc
         finally:
             call.cancel()  # when the client left; else it is over
         if failure:
@@ -73,14 +83,19 @@ class Streams:
         return responses
 
     async def _stub(self, address: str) -> Any:
-        async with self._lock:
-            # gRPC's modules take a while to import: not on the event loop
-            grpc_aio, service = await asyncio.to_thread(_modules)
-            channel = self._channels.get(address)
-            if channel is None:
-                unlimited = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
-                channel = self._channels[address] = grpc_aio.insecure_channel(address, options=unlimited)
-        return service.GRPCInferenceServiceStub(channel)
+        if address not in self._channels:
+            async with self._opening:
+                # gRPC's modules take a while to import: not on the event loop
+                grpc_aio, service = await asyncio.to_thread(_modules)
+                if address not in self._channels:
+                    channel = grpc_aio.insecure_channel(address, options=_OPTIONS)
+                    self._channels[address] = channel, service.GRPCInferenceServiceStub(channel)
+        return self._channels[address][1]
+
+    async def _drop(self, address: str) -> None:
+        channel, _ = self._channels.pop(address, (None, None))
+        if channel is not None:
+            await channel.close(None)
 
 
 def _modules() -> tuple[Any, Any]:

@@ -65,18 +65,28 @@ class _Streamed(Payload):
 
     def __init__(self, content: aiohttp.StreamReader, limit: int | None):
         super().__init__(content, content_type="application/octet-stream")
-        self.too_large = False
+        self.fault: ModeliumError | None = None
+        """What is wrong with the body itself, so that its end is not taken for the runtime's."""
         self._limit = limit
 
     async def write(self, writer: AbstractStreamWriter) -> None:
-        content: aiohttp.StreamReader = self._value
         size = 0
-        while chunk := await content.readany():
+        while chunk := await self._next():
             size += len(chunk)
             if self._limit is not None and size > self._limit:
-                self.too_large = True
-                raise ConnectionAbortedError("the body is too large")
+                self.fault = TooLarge(
+                    f"expected a body of at most {self._limit} bytes (max_body_bytes), found a longer one"
+                )
+                raise self.fault
             await writer.write(chunk)
+
+    async def _next(self) -> bytes:
+        content: aiohttp.StreamReader = self._value
+        try:
+            return await content.readany()
+        except Exception as exc:
+            self.fault = BadRequest(f"the request's body is not whole, or not well formed: {_words(exc)}")
+            raise self.fault from exc
 
     def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
         raise TypeError("a streamed body can't be read twice")
@@ -167,10 +177,8 @@ class Upstream:
             except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as exc:
                 raise _unreachable(url, model, exc) from exc
             except (aiohttp.ClientError, OSError) as exc:
-                if isinstance(body, _Streamed) and body.too_large:
-                    raise TooLarge(
-                        f"expected a body of at most {self._max_body_bytes} bytes (max_body_bytes), found a longer one"
-                    ) from exc
+                if isinstance(body, _Streamed) and body.fault is not None:
+                    raise body.fault from exc
                 if isinstance(body, _Whole) and not body.handed:
                     if last:
                         raise _unreachable(url, model, exc) from exc
@@ -249,4 +257,6 @@ def _unreachable(url: URL, model: str, exc: Exception) -> RuntimeUnavailable:
 
 
 def _words(exc: BaseException) -> str:
+    if isinstance(exc, aiohttp.ClientConnectorError):
+        return exc.strerror or str(exc.os_error)
     return str(exc) or type(exc).__name__

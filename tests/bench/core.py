@@ -74,9 +74,7 @@ class Bench:
 
     def use(self, numbers: range, *, busy: bool) -> None:
         """`busy` models can't be evicted before somebody has waited for long."""
-        use = tuple(
-            (name_of(n), Use(1 if busy else 0, 10 + self.random.randrange(9), self.now, 0.3)) for n in numbers
-        )
+        use = tuple((name_of(n), Use(1 if busy else 0, 10 + self.random.randrange(9), self.now, 0.3)) for n in numbers)
         self.happen(e.UseObserved(self.now, use))
 
     def ask(self) -> None:

@@ -116,4 +116,3 @@ def test_json_that_is_too_large_is_not_read(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "x.json").write_text('{"a": 1234567}')
     with pytest.raises(ModelError, match="more than such a file ever needs"):
         read_json(tmp_path / "x.json")
-

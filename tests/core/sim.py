@@ -94,6 +94,9 @@ class Sim:
         self.history: list[tuple[e.Event, list[i.Instruction]]] = []
         """The last steps, for whoever asks what led to a foul."""
         self.grants: list[tuple[float, int, str]] = []
+        """When, which ticket, which model."""
+        self.loads: list[str] = []
+        """Names, in the order in which loads were begun."""
         self.see_devices()
         for name in runtimes:
             self.real[name] = RealRuntime()
@@ -176,6 +179,7 @@ class Sim:
             case i.Refuse():
                 self._answer(order)
             case i.Load(name, op, runtime):
+                self.loads.append(name)
                 self._check_op(before, event, name)
                 if before.runtimes[runtime].state is not RuntimeState.UP and not isinstance(event, e.RuntimeUp):
                     raise self._foul(f"{name} is to be loaded in {runtime}, which is not up")
@@ -407,9 +411,9 @@ class Sim:
         """The folder is found again as it was: nothing may come of it."""
         file, before = self.files[name], self.world.models.get(name)
         out = self.happen(e.ModelAccepted(self.now, name, file.spec, Estimate(file.memory, 1.0)))
-        if before is not None and before.state is State.COLD and before.spec == file.spec and not before.kept:
-            if any(isinstance(o, i.Load | i.Tell) and getattr(o, "name", name) == name for o in out):
-                raise self._foul(f"a rescan did something with {name}")
+        evicted = before is not None and before.state is State.COLD and before.spec == file.spec and not before.kept
+        if evicted and any(isinstance(o, i.Load | i.Tell) for o in out):
+            raise self._foul(f"a rescan did something with {name}")
 
     def change(self, name: str, *, memory: int | None = None, bad: bool = False) -> None:
         file = self.files[name]
@@ -665,7 +669,7 @@ class Sim:
             wholes.extend(
                 m for n in self.world.dependents.get(whole.name, ()) if (m := self.world.models[n]) not in wholes
             )
-        parts = [m for n in model.parts if (m := self.world.models.get(n)) is not None and m.state is State.QUEUED]
+        parts = [p for n in model.parts if (p := self.world.models.get(n)) and p.state is State.QUEUED]
         if any(self._crowded_out(p) for p in parts):
             return True
         scattered = len(self.world.devices) > 1 or bool(model.parts)  # what is kept is not moved to make it fit
@@ -682,8 +686,10 @@ class Sim:
                         names.add(part)
                         todo.append(part)
         free = {a.id: a.budget_bytes for a in self.world.devices.values()}
-        sizes = {n: max(m.estimate.memory_bytes, *(b for _, b in m.booking), 0) for n in names if (m := self.world.models[n])}
-        for name, size in sorted(sizes.items(), key=lambda item: -item[1]):
+        sizes = {
+            n: max(m.estimate.memory_bytes, *(b for _, b in m.booking), 0) for n in names if (m := self.world.models[n])
+        }
+        for size in sorted(sizes.values(), reverse=True):
             where = next((d for d in sorted(free) if free[d] >= size), None)
             if where is None:
                 return False

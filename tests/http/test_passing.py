@@ -439,6 +439,24 @@ async def test_an_answer_that_is_no_http_is_a_502(surface: Surface, service: Fak
             assert response.status == 502
 
 
+@pytest.mark.parametrize("rest", [b"zz\r\n", b"-1\r\n", b"3;x\r\nabcd"])
+async def test_a_body_that_goes_wrong_on_the_way_is_the_clients_fault(
+    surface: Surface, upstream: Recorder, rest: bytes
+) -> None:
+    host, port = surface.url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(f"POST {INFER} HTTP/1.1\r\nHost: {host}\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n".encode())
+    while not surface.service.usage.model("m").in_flight:
+        await asyncio.sleep(0.01)
+    writer.write(rest)
+    assert b" 400 " in await reader.readline()
+    writer.close()
+    usage = surface.service.usage.model("m")
+    while usage.in_flight:
+        await asyncio.sleep(0.01)
+    assert (upstream.seen, usage.failures, surface.service.poked) == ([], 0, [])
+
+
 async def test_a_client_that_leaves_takes_its_request_along(surface: Surface, upstream: Recorder) -> None:
     arrived = asyncio.Event()
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from aiohttp import web
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -131,6 +131,7 @@ def test_what_was_expected_is_named(inputs: list[Tensor], body: Any, words: str)
     assert words in caught.value.message
 
 
+@settings(deadline=None)
 @given(hnp.arrays(np.float32, hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4)), st.integers(0, 2))
 def test_answers_are_nested_lists_without_what_was_added(array: np.ndarray[Any, Any], added: int) -> None:
     shape = (1,) * added + array.shape

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import tritonclient.http as triton
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from tritonclient.utils import np_to_triton_dtype
@@ -63,6 +63,7 @@ def json_able(array: Array) -> bool:
     return array.dtype != np.float16 and (array.dtype.kind != "f" or bool(np.isfinite(array).all()))
 
 
+@settings(deadline=None)
 @given(st.lists(arrays(), min_size=1, max_size=4), st.data())
 def test_requests_of_tritonclient_are_understood(given_arrays: list[Array], data: st.DataObject) -> None:
     inputs = []
@@ -98,6 +99,7 @@ def test_requests_of_tritonclient_are_understood(given_arrays: list[Array], data
     assert (proto.id, proto.parameters["n"].int64_param, proto.parameters["b"].bool_param) == ("id7", 1, True)
 
 
+@settings(deadline=None)
 @given(st.lists(arrays(), min_size=1, max_size=4), st.data())
 def test_tritonclient_understands_answers(given_arrays: list[Array], data: st.DataObject) -> None:
     outputs = [
@@ -122,6 +124,7 @@ def test_tritonclient_understands_answers(given_arrays: list[Array], data: st.Da
         assert same(to_array(tensor), array)
 
 
+@settings(deadline=None)
 @given(hnp.arrays(np.float32, shapes, elements=st.floats(width=32)))
 def test_bf16_is_as_tritonclient_has_it(array: Array) -> None:
     raw = from_array("x", "BF16", array)
@@ -155,6 +158,7 @@ def test_protobuf_contents_that_are_not_raw() -> None:
     assert {t.name: to_array(t).tolist() for t in response.outputs} == {k: v for k, (_, v) in values.items()}
 
 
+@settings(deadline=None)
 @given(st.sampled_from(sorted(DTYPES)), st.lists(st.one_of(st.integers(-(2**70), 2**70), st.booleans())))
 def test_integers_are_exact_or_refused(datatype: str, values: list[int]) -> None:
     dtype = DTYPES[datatype]

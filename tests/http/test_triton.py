@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +17,7 @@ from tritonclient.utils import InferenceServerException
 
 from tests.http.conftest import Surface
 from tests.http.test_kserve import ask
-from tests.http.tritonserver import Triton
+from tests.http.tritonserver import Triton, free_ports
 
 FLOATS = b'{"inputs":[{"name":"INPUT0","datatype":"FP32","shape":[1,3],"data":[1,2,3]}]}'
 PIECES = "/v2/models/pieces/infer"
@@ -238,11 +239,28 @@ async def test_a_client_that_leaves_a_stream(surface: Surface, real: Triton) -> 
     assert usage.failures == 0
 
 
-async def test_a_grpc_address_where_nobody_is(surface: Surface, real: Triton) -> None:
-    surface.service.routes["pieces"].endpoints = {"kserve-http": real.url, "kserve-grpc": "127.0.0.1:1"}
-    status, answer, headers = await ask(surface, "POST", "/v2/models/pieces/infer", data=asked("hi"))
-    assert (status, headers["Retry-After"], "nothing was sent" in answer["error"]) == (503, "1", True)
-    assert surface.service.poked == ["triton"]
+async def test_a_grpc_address_where_nobody_is_yet(surface: Surface, real: Triton) -> None:
+    (port,) = free_ports(1)
+    surface.service.routes["pieces"].endpoints = {"kserve-http": real.url, "kserve-grpc": f"127.0.0.1:{port}"}
+    for _ in range(5):
+        status, answer, headers = await ask(surface, "POST", PIECES, data=asked("hi"))
+        assert (status, headers["Retry-After"], "nothing was sent" in answer["error"]) == (503, "1", True)
+    assert surface.service.poked == ["triton"] * 5
+    target = int(real.grpc.rpartition(":")[2])
+
+    async def to_triton(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there_reader, there_writer = await asyncio.open_connection("127.0.0.1", target)
+        await asyncio.gather(_pipe(reader, there_writer), _pipe(there_reader, writer))
+
+    async with await asyncio.start_server(to_triton, "127.0.0.1", port):
+        assert (await ask(surface, "POST", PIECES, data=asked("hi")))[0] == 200  # at once, without a back-off
+
+
+async def _pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(ConnectionError):
+        while data := await reader.read(65536):
+            writer.write(data)
+    writer.close()
 
 
 # --------------------------------------------------------------------------- the simple form

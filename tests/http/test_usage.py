@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modelium.api import Transition
@@ -21,6 +21,7 @@ step = st.one_of(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(step, max_size=200), st.floats(0, 2e9))
 def test_counts_follow_what_happened(steps: list[tuple[object, ...]], start: float) -> None:
     book = UsageBook(organisations=2)
@@ -103,6 +104,7 @@ def test_a_forgotten_model_leaves_nothing_and_late_ends_harm_nobody() -> None:
     assert book.drain(4.0) == []
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3), st.booleans()), max_size=30))
 def test_another_counters_readings_add_up(readings: list[tuple[int, int, bool]]) -> None:
     """Each reading: requests since the last one, requests in flight, whether the source began anew before it."""

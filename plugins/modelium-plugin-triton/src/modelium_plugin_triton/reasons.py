@@ -107,7 +107,7 @@ def since_load(name: str, lines: Sequence[str]) -> list[str]:
 def complaints(lines: Sequence[str]) -> list[str]:
     """What sounds like a reason for ending; the usage that tritonserver prints after a wrong argument does not."""
     word = re.compile(r"^(?![\s|+-]).*(error|unrecognized|invalid|failed|unable|cannot|can't)", re.IGNORECASE)
-    return [line for line in lines if line.startswith("E") and _ENTRY.match(line) or word.search(line)]
+    return [line for line in lines if (line.startswith("E") and _ENTRY.match(line)) or word.search(line)]
 
 
 def unfold(line: str) -> list[str]:

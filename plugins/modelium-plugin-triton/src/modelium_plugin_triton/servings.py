@@ -55,13 +55,14 @@ _BATCHED: Mapping[str, Any] = {**_COMMON, "max_batch_size": 32}
 _TRANSFORMERS: Mapping[str, Any] = {**_COMMON, "dtype": "auto"}
 _LABELS: Mapping[str, Any] = {**_BATCHED, "dtype": "auto", "top_k": 5}
 
-# Overheads are what /proc/PID/smaps_rollup shows (Rss) for the stub of a model of a few kilobytes that is loaded alone;
-# times are what its load took on two cores: Triton 2.51 of the wheel, CPython 3.11, onnxruntime 1.31, torch 2.13 for
-# CPUs, transformers 5.23. A stub with nothing but numpy has 40 MiB; what a library adds to that stands for the native
-# backend, which runs in the server's own process.
-_ONNX, _ONNX_NATIVE = 70 * MIB, 30 * MIB
-_TORCH, _TORCH_NATIVE = 230 * MIB, 190 * MIB
-_TORCH_AND_TRANSFORMERS = 360 * MIB
+# Overheads are the USS of the stub of a model of a few kilobytes while no other process shares the libraries (with
+# others torch's take 110 MiB less), and times what its load took on two cores: Triton 2.51 of the wheel, CPython 3.11,
+# onnxruntime 1.31, torch 2.13 for CPUs, transformers 5.23. A stub with numpy alone has 20 MiB; what a library adds
+# to that stands for the native backend, which runs in the server's own process. On a GPU the same figure stands for the
+# CUDA context until a load was measured.
+_ONNX, _ONNX_NATIVE = 50 * MIB, 30 * MIB
+_TORCH, _TORCH_NATIVE = 260 * MIB, 240 * MIB
+_TORCH_AND_TRANSFORMERS = 385 * MIB
 
 SERVINGS: Mapping[str, Serving] = {
     serving.name: serving

@@ -36,8 +36,8 @@ PYTHON = "python"
 ENSEMBLE = ""
 
 UNNOTICED_S = 5.0
-"""Triton notices a stub's end within two seconds, save before their first words and while it completes the configuration:
-then it never does."""
+"""Triton notices a stub's end within two seconds, save before the stub's first message and while the stub completes the
+configuration: then it never does."""
 LINGERING_S = 10.0
 """A stub that outlives its model's unload by this much is ended."""
 BACK_S = 2.0

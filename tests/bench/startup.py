@@ -32,7 +32,7 @@ def repository(path: Path, count: int) -> Path:
 
 
 def knows(service: Served, count: int) -> bool:
-    return sum(service.get("/status")["models"].values()) >= count
+    return bool(sum(service.get("/status")["models"].values()) >= count)
 
 
 def rows(folder: Path) -> Iterator[tuple[str, str, str]]:

@@ -593,6 +593,38 @@ class Sim:
             return True
         return False
 
+    def run(self) -> None:
+        """End well all that can end without time passing."""
+        while self.step_fairly():
+            pass
+
+    def state(self, name: str) -> State | None:
+        model = self.world.models.get(name)
+        return None if model is None else model.state
+
+    def states(self) -> dict[str, str]:
+        return {n: str(m.state) for n, m in sorted(self.world.models.items())}
+
+    def answer(self, ticket: int) -> str:
+        """`granted`, the code of the refusal, or `waits`."""
+        order = self.answered.get(ticket)
+        return "waits" if order is None else order.code if isinstance(order, i.Refuse) else "granted"
+
+    def message(self, ticket: int) -> str:
+        order = self.answered[ticket]
+        assert isinstance(order, i.Refuse)
+        return order.message
+
+    def load(self, name: str, *, finish: bool = True) -> None:
+        """Have it loaded by one request, which ends at once."""
+        self.ask(name)
+        self.run()
+        if finish:
+            self.end(name)
+            self.see_use()
+        if self.state(name) is not State.READY:
+            raise self._foul(f"{name} did not load")
+
     def settle(self, limit: int = 3000) -> None:
         """The world outside becomes fair: all that is under way ends well, requests end, time passes.
 

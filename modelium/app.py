@@ -42,19 +42,24 @@ async def running(config: Config, *, stop_runtimes: bool = False) -> AsyncIterat
         inspector = Inspector(disabled=config.plugins.disable, note=host.note)
         engine = Orchestrator(config, paths, host, sections, inspector)
         service = Service(engine)
+        started = False
         settings = HttpSettings(
             host=config.server.host,
             allowed_hosts=config.server.allowed_hosts,
             allowed_origins=config.server.allowed_origins,
             metrics=config.metrics.enabled,
         )
-        async with serving(build_app(service, settings), config.server.host, config.server.port) as (_, port):
-            url = config.server.model_copy(update={"port": port}).url
-            try:
-                await engine.start()
-                yield service, url
-            finally:
-                await engine.stop(stop_runtimes=stop_runtimes)
+        try:
+            async with serving(build_app(service, settings), config.server.host, config.server.port) as (_, port):
+                url = config.server.model_copy(update={"port": port}).url
+                try:
+                    await engine.start()
+                    started = True
+                    yield service, url
+                finally:
+                    engine.shut()  # requests that wait are answered; those that are served may end
+        finally:
+            await engine.stop(stop_runtimes=stop_runtimes and started)
 
 
 def serve(config: Config, *, stop_runtimes: bool = False, ready: Callable[[str, Paths], None] | None = None) -> None:

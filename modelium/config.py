@@ -85,7 +85,7 @@ class Server(Section):
     port: Port = 8000
     """HTTP: KServe v2, OpenAI, administration, metrics. 0 takes a free one."""
     grpc_port: Port = 8001
-    """gRPC: KServe v2."""
+    """Reserved for KServe v2 over gRPC; nothing answers there yet."""
     allowed_hosts: tuple[str, ...] = ()
     """Further names, without a port, that clients may call this service by while it is bound to a loopback address."""
     allowed_origins: tuple[str, ...] = ()
@@ -197,7 +197,7 @@ class Metrics(Section):
     enabled: bool = True
     """Whether `/metrics` answers."""
     collection_interval_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 10
-    """How often devices and runtimes are asked."""
+    """How often devices are asked what they hold."""
 
 
 class Logging(Section):

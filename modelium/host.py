@@ -345,13 +345,14 @@ def _wrong(value: object, kind: type[object]) -> str | None:
 
 
 def _refuse_choice(section: str, name: str, answers: Sequence[Answer[Any]]) -> NoReturn:
-    """A plugin that refused its settings is the likely owner of the name; else say which names there are."""
-    for answer in answers:
-        if isinstance(answer.error, ConfigError):
-            raise answer.error
+    """Who refused its settings is the likely owner of the name, unless the name is nearly that of another."""
     known = sorted({_name(value) for answer in answers for value in answer.values})
-    failed = "".join(f"; {a.by.title} failed: {_short(a.error)}" for a in answers if a.error is not None)
+    near = suggestion(name, known)
+    for answer in answers:
+        if isinstance(answer.error, ConfigError) and not near:
+            raise answer.error
+    broken = [a for a in answers if a.error is not None and not isinstance(a.error, ConfigError)]
+    failed = "".join(f"; {a.by.title} failed: {_short(a.error)}" for a in broken)
     raise ConfigError(
-        f"{section}.name is {name!r}, which no plugin offers{suggestion(name, known)} "
-        f"(there are: {', '.join(known) or 'none'}){failed}"
+        f"{section}.name is {name!r}, which no plugin offers{near} (there are: {', '.join(known) or 'none'}){failed}"
     )

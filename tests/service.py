@@ -17,16 +17,32 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from modelium.api.names import SUFFIXES
 
 REPO = Path(__file__).resolve().parent.parent
 MODELIUM = [sys.executable, "-m", "modelium.cli"]
+
+ROOT_MARK = "MODELIUM_ROOT_ID"
+"""The variable in the environment of every process that a service starts for its runtimes: its root."""
 
 
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
+
+
+def processes_of(root: Path) -> dict[int, str]:
+    """The living processes that services of this root, or of one below it, started for runtimes: pid and command."""
+    found: dict[int, str] = {}
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            mark = process.environ().get(ROOT_MARK)
+            if mark and (Path(mark) == root or root in Path(mark).parents) and process.status() != "zombie":
+                found[process.pid] = " ".join(process.cmdline())
+    return found
 
 
 class Answer(Exception):
@@ -124,6 +140,9 @@ class Served:
                 self.kill()
         command = [*MODELIUM, "down", *self._where]
         done = subprocess.run(command, check=False, env=self.env, capture_output=True, text=True, timeout=120)
+        for pid in processes_of(self.root):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         assert done.returncode == 0, f"down: {done.returncode}\n{done.stdout}{done.stderr}"
         assert stuck is None, f"it did not end on SIGINT:\n{self.tail()}"
 

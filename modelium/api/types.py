@@ -105,7 +105,7 @@ class Offer(Frozen):
     runtime: str
     """The runtime backend's name: `triton`."""
     serving: str
-    """The way of serving, unique within the runtime: `onnxruntime`, `python-onnx`, `as-is`."""
+    """The way of serving, unique within the runtime: `onnx`, `onnx-python`, `as-is`."""
     native: bool = False
     """Served by the runtime's own backend rather than by a template."""
     device_kinds: tuple[str, ...] = ("cpu",)

@@ -16,7 +16,7 @@ from modelium.builtin import hf_folder
 from modelium.builtin.files import files
 from modelium.builtin.safetensors_writer import write_index, write_safetensors
 from modelium.builtin.torch_file import Checkpoint, read_checkpoint
-from modelium.errors import ModelError, ModeliumError
+from modelium.errors import ConfigError, ModelError
 
 LEFT_OUT = (".py", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack", ".ot", ".onnx", ".tflite",
             ".safetensors")  # fmt: skip
@@ -59,7 +59,7 @@ class PickleConverter:
                 shutil.rmtree(target, ignore_errors=True)
                 raise
         except OSError as exc:
-            raise ModeliumError(f"{target} can't be written: {exc.strerror}", code="storage") from exc
+            raise ConfigError(f"{target} can't be written: {exc.strerror}", code="storage") from exc
         count = sum(len(c.tensors) for c in checkpoints)
         return f"{count} tensors ({human(total)}) of {', '.join(weights.shards)} were written as safetensors"
 

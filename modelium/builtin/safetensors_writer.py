@@ -13,7 +13,7 @@ from typing import IO, BinaryIO
 
 from modelium.builtin.pickles import Storage, TensorView, item_bytes
 from modelium.builtin.torch_file import Checkpoint
-from modelium.errors import ModelError, ModeliumError
+from modelium.errors import ConfigError, ModelError
 
 CHUNK_BYTES = 16 << 20
 
@@ -114,8 +114,8 @@ def _put(file: IO[bytes], data: bytes) -> None:
         raise _cannot_write(Path(file.name), exc) from exc
 
 
-def _cannot_write(target: Path, exc: OSError) -> ModeliumError:
-    return ModeliumError(f"{target} can't be written: {exc.strerror}: free some room and drop it again", code="storage")
+def _cannot_write(target: Path, exc: OSError) -> ConfigError:
+    return ConfigError(f"{target} can't be written: {exc.strerror}: make room; it is tried again", code="storage")
 
 
 def write_index(target: Path, weight_map: Mapping[str, str], total_bytes: int) -> None:

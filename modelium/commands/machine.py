@@ -51,10 +51,9 @@ def _checks(config: Config) -> Iterator[tuple[str, bool, str, str]]:
     yield "python", sys.version_info >= (3, 11), version, "Modelium needs Python 3.11 or newer"
     yield "configuration", True, str(config.file or "defaults (no modelium.yaml here)"), ""
     yield from _folders(config)
-    for what, port in (("port", config.server.port), ("grpc_port", config.server.grpc_port)):
-        problem = _bind(config.server.host, port)
-        advice = f"end what uses it, or choose another server.{what}"
-        yield what, not problem, problem or f"{config.server.host}:{port} is free", advice
+    problem = _bind(config.server.host, config.server.port)
+    found = problem or f"{config.server.host}:{config.server.port} is free"
+    yield "port", not problem, found, "end what uses it, or choose another server.port"
     yield from _plugins(config)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -65,16 +66,27 @@ def _sample(url: str, paths: Paths) -> None:
     """Put the sample into the incoming folder unless it is there, and tell how to ask it once it is READY."""
     from modelium.commands.sample import EXAMPLE, NAME, SPECIES, curl, write_sample
 
-    if paths.incoming is not None and not (paths.repository / NAME).exists():
+    there = (paths.repository / NAME).exists()
+    if paths.incoming is not None and not there:
         hidden = paths.incoming / f".{NAME}.onnx"
         write_sample(hidden)
         hidden.rename(paths.incoming / f"{NAME}.onnx")
-    while _state(f"{url}/models/{NAME}") != "READY":
+    while (state := _state(f"{url}/models/{NAME}")) != "READY":
+        if state in ("FAILED", "INVALID"):
+            click.echo(f"\nthe sample {NAME} is {state}: `modelium explain {NAME}` tells why\n")
+            return
+        if state == "COLD" and there:
+            _load(f"{url}/models/{NAME}/load")
         time.sleep(LOOK_S)
     click.echo(
         f"\n{NAME} is READY. Ask which iris measures {', '.join(map(str, EXAMPLE))} cm:\n\n  {curl(url)}\n\n"
         f"It answers the probabilities of {', '.join(SPECIES)}.\n"
     )
+
+
+def _load(url: str) -> None:
+    with contextlib.suppress(OSError):
+        urllib.request.urlopen(urllib.request.Request(url, method="POST"), timeout=300).close()
 
 
 def _state(url: str) -> str:

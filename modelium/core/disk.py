@@ -84,6 +84,7 @@ def _changed(turn: Turn, model: Model, event: e.ModelAccepted, always: bool) -> 
         forget=False,
         invalid=None,
         failures=0,
+        retry_at=0.0,
     )
     turn.dirty = True
     if state in (State.INVALID, State.DISCOVERED):

@@ -109,12 +109,20 @@ class Victims:
                     break
         if self._size(gone, device) < shortage:
             return ()
-        for name in list(reversed(roots)):
-            fewer = [n for n in roots if n != name]
-            left = self._with_parts(fewer, tier, spared)
-            if self._size(left, device) >= shortage and self._sound(left):
-                roots, gone = fewer, left
-        return tuple(self._turn.models[n] for n in gone)
+        return tuple(self._turn.models[n] for n in self._needed(gone, roots, device, shortage))
+
+    def _needed(self, gone: list[str], roots: list[str], device: str, shortage: int) -> list[str]:
+        """Leave out what need not go after all: the largest parts first, then models from the end of the order."""
+        sizes = {n: self._size([n], device) for n in gone}
+        spare = sum(sizes.values()) - shortage
+        parts = sorted((n for n in gone if n not in roots), key=lambda n: (-sizes[n], n))
+        for name in (*parts, *parts, *reversed(roots)):
+            if name in gone and sizes[name] <= spare:
+                fewer = [n for n in gone if n != name]
+                if self._sound(fewer):
+                    gone = fewer
+                    spare -= sizes[name]
+        return gone
 
     def obstacles(self, worst: Tier) -> list[str]:
         """Why others can't go, for the reason that people read."""

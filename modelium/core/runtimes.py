@@ -163,7 +163,8 @@ def runtime_down(turn: Turn, event: e.RuntimeDown) -> None:
     policy = turn.policy
     crashes = (*(c for c in runtime.crashes if turn.now - c < policy.crash_window_s), turn.now)
     permanent = event.failure.code == "config"
-    spent = len(crashes) >= policy.crash_budget and not runtime.external
+    # one that never came up may still be on its way: a sidecar, a network
+    spent = runtime.state is RuntimeState.UP and len(crashes) >= policy.crash_budget and not runtime.external
     if permanent or spent:
         retry_at = inf
         why = f"{len(crashes)} failures within {policy.crash_window_s:.0f} s; " if spent else ""

@@ -17,7 +17,7 @@ from modelium.errors import ModeliumError
 class Route:
     """Where one loaded model answers."""
 
-    __slots__ = ("decoupled", "endpoints", "name", "on_idle", "runtime", "usage")
+    __slots__ = ("decoupled", "endpoints", "name", "runtime", "usage")
 
     def __init__(self, name: str, runtime: str, endpoints: Mapping[str, str], decoupled: bool, usage: ModelUsage):
         self.name = name
@@ -25,7 +25,6 @@ class Route:
         self.endpoints = endpoints
         self.decoupled = decoupled
         self.usage = usage
-        self.on_idle: Callable[[str], None] | None = None
 
 
 class Lease:
@@ -81,7 +80,9 @@ class Admission:
         self.on_idle: Callable[[], None] | None = None
         """Called when a model became idle while the queue is not empty."""
         self.queue_waits = False
-        self._draining: dict[str, tuple[Route, Callable[[], None]]] = {}
+        self.closed: ModeliumError | None = None
+        """Set when the service ends: the answer to whoever would have to wait."""
+        self._draining: dict[str, Callable[[], None]] = {}
         self._tickets: dict[int, tuple[asyncio.Future[Lease | None], str | None]] = {}
 
     # ------------------------------------------------------------------ routes
@@ -103,15 +104,15 @@ class Admission:
         elif route is None or not route.usage.in_flight:
             drained()
         else:
-            self._draining[name] = (route, drained)
+            self._draining[name] = drained
         self._note()
 
     def idle(self, route: Route) -> None:
         waiting = self._draining.get(route.name)
-        if waiting is not None and waiting[0] is route:
+        if waiting is not None:
             del self._draining[route.name]
             self._note()
-            waiting[1]()
+            waiting()
         if self.queue_waits and self.on_idle is not None:
             self.on_idle()
 
@@ -127,6 +128,9 @@ class Admission:
     def wait(self, ticket: int, organisation: str | None) -> asyncio.Future[Lease | None]:
         """A ticket's future: a lease once it is granted, or None where `organisation` is (no lease is needed)."""
         future: asyncio.Future[Lease | None] = asyncio.get_running_loop().create_future()
+        if self.closed is not None:
+            future.set_exception(self.closed)
+            return future
         self._tickets[ticket] = (future, organisation)
         return future
 
@@ -152,7 +156,9 @@ class Admission:
         if future is not None and not future.done():
             future.set_exception(error)
 
-    def refuse_all(self, error: ModeliumError) -> None:
+    def shut(self, error: ModeliumError) -> None:
+        """Answer all who wait, and from now on everybody who would."""
+        self.closed = error
         for ticket in list(self._tickets):
             self.refuse(ticket, error)
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from modelium.api.names import check_model_name
 from modelium.api.types import Inspection, Manifest, Plan, Severity
@@ -21,7 +22,7 @@ from modelium.engine.loop import Loop
 from modelium.engine.planner import Planner
 from modelium.engine.repository import Entry, Repository
 from modelium.engine.store import Store, measurement_key
-from modelium.errors import ModelError, ModeliumError, ModelNotFound
+from modelium.errors import ConfigError, ModelError, ModeliumError, ModelNotFound, PluginError
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +77,7 @@ class Catalog:
         self._changing: dict[str, tuple[str, float]] = {}
         """Folders that changed: as what, and since when (monotonic). They are taken in once they are still."""
         self._tasks: set[asyncio.Task[None]] = set()
+        self._leaving: set[str] = set()
         self._unstudied: dict[str, Entry] = {}
         """Folders that are still to be looked into."""
         self._studied: dict[str, asyncio.Event] = {}
@@ -89,7 +91,7 @@ class Catalog:
     # ------------------------------------------------------------------ reading the folder
 
     async def read(self) -> None:
-        """Bring everything up to date with the folder."""
+        """Bring everything up to date with the folder. Raises `OSError` when it can't be read; nothing changes then."""
         async with self._reading:
             names = await asyncio.to_thread(self._repository.names)
             gone = (self.known.keys() | self._invalid.keys()) - set(names)
@@ -121,7 +123,10 @@ class Catalog:
             except ModeliumError as exc:
                 found.append((name, exc))
             except OSError as exc:
-                found.append((name, ModelError(f"{name} can't be read: {exc.strerror}")))
+                if name in self.known:
+                    log.warning("%s can't be read just now, and stays what it was: %s", name, exc)
+                else:
+                    found.append((name, ModelError(f"{name} can't be read: {exc.strerror}")))
         return found
 
     def _take(self, found: Entry | tuple[str, ModeliumError | None], *, settled: bool) -> list[Entry]:
@@ -133,8 +138,10 @@ class Catalog:
             else:
                 self._refuse(name, "", error)
             return []
+        if found.name in self._leaving:
+            return []
         old = self.known.get(found.name)
-        if old is not None and old.revision == found.revision:
+        if old is not None and old.revision == found.revision and found.name not in self._invalid:
             return []
         if self._invalid.get(found.name) == found.revision:
             return []
@@ -157,13 +164,15 @@ class Catalog:
         if before is None or before[0] != entry.revision:
             self._changing[entry.name] = (entry.revision, now)
             running = asyncio.get_running_loop()
-            running.call_later(self._settle_s + 0.01, lambda: self._again(entry.name))
+            running.call_later(self._settle_s + 0.01, lambda: self._background(self.look(entry.name)))
         return False
 
-    def _again(self, name: str) -> None:
-        task = asyncio.get_running_loop().create_task(self.look(name))
+    def _background(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        """Nobody's leaving ends it."""
+        task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _study_all(self, entries: list[Entry]) -> None:
         """Look into folders; while the inspector looks into one, others are planned and written down."""
@@ -179,12 +188,22 @@ class Catalog:
             for _ in range(min(STUDIED_AT_ONCE, len(entries))):
                 group.create_task(work())
 
-    async def hurry(self, name: str) -> None:
-        """Somebody asks for a model: if its folder is still to be looked into, that comes first."""
+    def coming(self, name: str) -> asyncio.Task[Any] | None:
+        """What to wait for before a name can be called unknown: its folder is still to be read, or looked into."""
+        if name in self.known:
+            return None
         if (entry := self._unstudied.get(name)) is not None:
-            await self._study(entry)
-        elif (done := self._studied.get(name)) is not None:
-            await done.wait()
+            return self._background(self._study(entry))
+        if (done := self._studied.get(name)) is not None:
+            return self._background(done.wait())
+        return None if self.read_once.is_set() else self._background(self.look(name, settled=True))
+
+    def leave(self, name: str, leaving: bool) -> None:
+        """A model is being removed: its folder is not taken for a model meanwhile."""
+        (self._leaving.add if leaving else self._leaving.discard)(name)
+        if leaving:
+            self.known.pop(name, None)
+            self._invalid.pop(name, None)
 
     async def _study(self, entry: Entry) -> None:
         """Find out what a folder without a manifest is; nothing in it is changed."""
@@ -205,6 +224,9 @@ class Catalog:
             if refused or inspection.analysis is None:
                 raise ModelError("; ".join(refused) or f"{entry.name} is no model that any analyzer knows")
             plan = self._planner.plan(entry.name, inspection.analysis)
+        except (ConfigError, PluginError) as exc:
+            log.error("%s could not be looked into, which is not its fault; it is tried again: %s", entry.name, exc)
+            return
         except ModeliumError as exc:
             self._refuse(entry.name, entry.revision, exc)
             return
@@ -240,7 +262,7 @@ class Catalog:
         fresh = entry.name not in self.known
         self.known[entry.name] = known
         self._invalid.pop(entry.name, None)
-        loaded = self._store.loaded.get(entry.name) if fresh else None
+        loaded_revision = self._store.loaded.get(entry.name) if fresh else None
         loop = self._loop()
         loop.post(
             e.ModelAccepted(
@@ -250,8 +272,8 @@ class Catalog:
                 self.estimate(known),
                 pinned=entry.name in self._store.pins,
                 dropped=dropped,
-                was_loaded=loaded is not None,
-                loaded_revision=loaded.revision if loaded else None,
+                was_loaded=loaded_revision is not None,
+                loaded_revision=loaded_revision,
                 reason=reason or ("in the repository" if fresh else "its files changed"),
             )
         )
@@ -304,11 +326,12 @@ class Catalog:
     # ------------------------------------------------------------------ asking
 
     def manifest(self, name: str) -> Manifest:
-        """The whole of what was found out, from disk."""
-        entry = self._repository.entry(name)
-        if entry is None or entry.manifest is None:
-            raise ModelNotFound(f"{name} is not in the repository any more, or its files just changed")
-        return entry.manifest
+        """The whole of what was found out, from disk: to be called in a thread."""
+        known = self.known.get(name)
+        manifest = self._repository.manifest(name, managed=known.managed) if known is not None else None
+        if manifest is None:
+            raise ModelNotFound(f"{name} is not in the repository any more")
+        return manifest
 
 
 def _is_name(name: str) -> bool:

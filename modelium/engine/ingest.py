@@ -20,7 +20,7 @@ from modelium.core.world import Failure
 from modelium.engine.catalog import Catalog
 from modelium.engine.loop import Loop
 from modelium.engine.planner import Planner
-from modelium.engine.repository import Repository, revision_of
+from modelium.engine.repository import MANIFEST, Changed, Repository, look_of
 from modelium.engine.store import Quarantined, Store
 from modelium.errors import ConfigError, ModelConflict, ModelError, ModeliumError, PluginError
 
@@ -130,12 +130,14 @@ class Ingest:
                     if await self._arrived(drop):
                         await self._accept(drop)
                         return
+                except Changed as exc:
+                    log.info("%s; it is looked at again", exc.message)
                 except (ConfigError, PluginError) as exc:
                     self._mark(drop, exc)  # not the drop's fault: it stays, and is tried again
                     await self._poked(drop, self._retry_s)
                 except ModeliumError as exc:
-                    await self._refuse(drop, exc)
-                    return
+                    if not await self._refuse(drop, exc):
+                        return
         except asyncio.CancelledError:
             raise
         except Exception:
@@ -172,20 +174,11 @@ class Ingest:
 
     def _quiet_s(self, drop: Drop) -> float:
         """For how long nothing about the drop has changed. A folder that was renamed in holds old files."""
-        now, newest, signature = time.time(), 0.0, ""
-        if drop.path.is_dir():
-            try:
-                signature = revision_of(drop.path)
-                for root, _, files in os.walk(drop.path):
-                    newest = max([newest, *(os.lstat(os.path.join(root, f)).st_ctime for f in files)])
-            except FileNotFoundError:
-                newest = now
-        else:
-            try:
-                found = os.lstat(drop.path)
-                signature, newest = f"{found.st_size} {found.st_mtime_ns}", found.st_ctime
-            except FileNotFoundError:
-                newest = now
+        now = time.time()
+        try:
+            signature, newest = look_of(drop.path)
+        except FileNotFoundError:
+            signature, newest = "", now
         if signature != drop.signature:
             drop.moved = drop.moved and not drop.signature
             drop.signature = signature
@@ -202,11 +195,18 @@ class Ingest:
         name = name_of_drop(drop.path.name) if not drop.path.is_dir() else drop.path.name
         check_model_name(name)
         self._check_free(name)
+        if await asyncio.to_thread(os.path.lexists, drop.path / MANIFEST):
+            raise ModelError(
+                f"it holds a {MANIFEST}, which is Modelium's own note on a model in a repository: remove that file, "
+                "and drop the folder again"
+            )
         self._taken.add(name)
         original = drop.path
+        path = original
         try:
+            looked, _ = await asyncio.to_thread(look_of, drop.path)
             inspection = await self._inspector.inspect(drop.path)
-            path, note = drop.path, ""
+            note = ""
             if (codes := _codes(inspection, Severity.CONVERT)) and not _codes(inspection, Severity.REFUSE):
                 self._tell(drop, f"being converted ({', '.join(codes)})")
                 path, note = await self._convert(drop, inspection)
@@ -220,7 +220,13 @@ class Ingest:
             )
             managed = not (layout.files.get(".") == "." and not layout.texts)
             await asyncio.to_thread(
-                self._repository.install, path, layout, manifest, managed=managed, moved=self._moved(drop)
+                self._repository.install,
+                path,
+                layout,
+                manifest,
+                managed=managed,
+                looked=looked if path == original else None,
+                moved=self._moved(drop),
             )
             if path != original:
                 kept = await asyncio.to_thread(self._repository.set_aside, original)
@@ -233,6 +239,8 @@ class Ingest:
                     self._repository.keep_manifest, manifest.model_copy(update={"revision": entry.revision})
                 )
         finally:
+            if path != original:
+                await asyncio.to_thread(shutil.rmtree, path, True)
             self._taken.discard(name)
         loop = self._loop()
         loop.post(e.DropGone(loop.clock(), drop.place, f"accepted as {name}"))
@@ -246,8 +254,8 @@ class Ingest:
             )
 
     async def _convert(self, drop: Drop, inspection: Inspection) -> tuple[Path, str]:
-        self._work.mkdir(parents=True, exist_ok=True)
         target = self._work / drop.path.name
+        await asyncio.to_thread(self._work.mkdir, parents=True, exist_ok=True)
         await asyncio.to_thread(shutil.rmtree, target, True)
         note = await self._inspector.convert(drop.path, target, inspection.findings)
         return target, note
@@ -277,13 +285,15 @@ class Ingest:
 
     # ------------------------------------------------------------------ refusing, telling
 
-    async def _refuse(self, drop: Drop, error: ModeliumError) -> None:
+    async def _refuse(self, drop: Drop, error: ModeliumError) -> bool:
+        """Take it to quarantine; whether it could be."""
         place = await asyncio.to_thread(self._repository.quarantine, drop.path)
         kept_as = drop.place if place == drop.path else f"quarantine/{place.name}"
         loop = self._loop()
         if place != drop.path:
             self._store.set_quarantined(place.name, Quarantined(reason=error.message, code=error.code, at=loop.clock()))
         loop.post(e.DropRefused(loop.clock(), drop.place, Failure(error.code, error.message), kept_as))
+        return place != drop.path
 
     def _mark(self, drop: Drop, error: ModeliumError) -> None:
         """Refused for now, where it lies."""

@@ -73,10 +73,13 @@ class Loop:
             name = getattr(event, "name", "")
             instructions = [] if ticket is None else [Refuse(ticket, name, "internal", "an error in Modelium itself")]
         for instruction in instructions:
-            if isinstance(instruction, WakeAt):
-                self._wake(instruction.at)
-            else:
-                self._execute(instruction)
+            try:
+                if isinstance(instruction, WakeAt):
+                    self._wake(instruction.at)
+                else:
+                    self._execute(instruction)
+            except Exception:
+                log.exception("could not carry out %r; the others of this step go on", instruction)
 
     def _observe_use(self, now: float) -> None:
         """Before a judgement that may evict: make use exact."""

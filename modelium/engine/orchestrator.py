@@ -18,7 +18,7 @@ from modelium.config import Config
 from modelium.core import events as e
 from modelium.core import instructions as i
 from modelium.core.states import RuntimeState, State
-from modelium.core.world import Failure, Model, Policy, World
+from modelium.core.world import Failure, Policy, World
 from modelium.engine.admission import Admission, Route
 from modelium.engine.catalog import Catalog
 from modelium.engine.ingest import Ingest
@@ -28,7 +28,7 @@ from modelium.engine.planner import Planner, budgets
 from modelium.engine.processes import ProcessSupervisor
 from modelium.engine.repository import Repository
 from modelium.engine.runtimes import Running, Runtimes
-from modelium.engine.store import LoadedRecord, Quarantined, Store
+from modelium.engine.store import Quarantined, Store
 from modelium.engine.usage import UsageBook
 from modelium.engine.watcher import Watcher
 from modelium.errors import (
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-DEVICES_EVERY_S = 5.0
+USAGE_EVERY_S = 2.0
 JOURNAL_EVERY_S = 1.0
 LOADED_EVERY_S = 3.0
 """How often the files of loaded models are compared with what was loaded."""
@@ -185,6 +185,9 @@ class Orchestrator:
         self._tasks: list[asyncio.Task[Any]] = []
         self._idle_due = False
         self._tickets = 0
+        self._forgotten: dict[str, list[asyncio.Future[None]]] = {}
+        self._measured_as: dict[str, str] = {}
+        """What each model that loads, or was loaded here, is measured as: its files may be others by then."""
 
     @property
     def owns_repository(self) -> bool:
@@ -207,9 +210,26 @@ class Orchestrator:
     async def discard_drop(self, name: str) -> Path:
         """Take a refused drop away, to the trash."""
         place = await asyncio.to_thread(self.repository.set_aside, self.place_of(name))
-        self.store.set_quarantined(name.partition("/")[2], None)
+        where, _, entry = name.partition("/")
+        if where == "quarantine":
+            self.store.set_quarantined(entry, None)
         self.loop.post(e.DropGone(self.clock(), name))
         return place
+
+    async def forget(self, name: str) -> None:
+        """Let nobody want a model any more; return when it is unloaded and forgotten. Its folder may then be moved."""
+        gone = asyncio.get_running_loop().create_future()
+        self._forgotten.setdefault(name, []).append(gone)
+        self.catalog.leave(name, True)
+        self.loop.post(e.ModelRemoved(self.clock(), name))
+        try:
+            async with asyncio.timeout(self.config.policies.request_deadline_s):
+                await gone
+        except TimeoutError:
+            self.catalog.leave(name, False)
+            model = self.loop.world.models.get(name)
+            why = f"it is {model.state}, {model.reason}" if model is not None else "?"
+            raise ModelConflict(f"{name} could not be unloaded, and stays: {why}") from None
 
     # ------------------------------------------------------------------ life
 
@@ -230,7 +250,7 @@ class Orchestrator:
             self._watcher.watch(self.paths.incoming, lambda entry, whole: ingest.noticed(entry, moved=whole), deep=True)
         self._watcher.watch(self.paths.repository, self._repository_changed, deep=False)
         self._watcher.start()
-        self._every(DEVICES_EVERY_S, self._look_at_devices)
+        self._every(self.config.metrics.collection_interval_seconds, self._look_at_devices)
         self._every(JOURNAL_EVERY_S, self._keep_house)
         self._every(LOADED_EVERY_S, self._look_at_loaded)
         self._background(self.inspector.start())
@@ -238,12 +258,16 @@ class Orchestrator:
         for name in self.running:
             self._background(self.runtimes.watch(name))
         for source in self.host.usage_sources():
-            self._every(self.config.metrics.collection_interval_seconds / 5, lambda s=source: self._read_usage(s))
+            self._every(USAGE_EVERY_S, lambda s=source: self._read_usage(s))
+
+    def shut(self) -> None:
+        """Answer who waits, and everybody who would have to from now on; loaded models go on."""
+        self.admission.shut(RuntimeUnavailable("Modelium is stopping", retry_after_s=5))
 
     async def stop(self, *, stop_runtimes: bool = False) -> None:
         """Answer who waits, let go, keep what must be kept. Runtimes stay up unless they are to be ended."""
+        self.shut()
         self.loop.stop()
-        self.admission.refuse_all(RuntimeUnavailable("Modelium is stopping", retry_after_s=5))
         if self._watcher is not None:
             await asyncio.to_thread(self._watcher.stop)
         for task in self._tasks:
@@ -408,9 +432,13 @@ class Orchestrator:
             case i.StartRuntime():
                 self.runtimes.start(order)
             case i.Forget(name):
+                for waiter in self._forgotten.pop(name, []):
+                    if not waiter.done():
+                        waiter.set_result(None)
                 self.usage.forget(name)
                 self.journal.forget(name)
                 self.progress.pop(name, None)
+                self._measured_as.pop(name, None)
                 self.store.set_loaded(name, None)
             case _:
                 raise AssertionError(f"no effect for {order!r}")
@@ -438,23 +466,21 @@ class Orchestrator:
 
     def _remember(self, name: str, runtime: str) -> None:
         """Called when a model is READY, loaded or reloaded: keep what was measured, and that it is loaded."""
-        known, info = self.catalog.known.get(name), self.running[runtime].info
-        model = self._model_after_step(name)
-        if known is None or info is None or model is None:
+        known, model = self.catalog.known.get(name), self.loop.world.models.get(name)
+        if known is None or model is None:
             return
         revision = model.loaded_revision or known.revision
-        self.store.set_loaded(name, LoadedRecord(revision=revision, instance=info.instance))
+        self.store.set_loaded(name, revision)
 
     def _measured(self, name: str, memory_bytes: int, load_s: float | None) -> None:
         known = self.catalog.known.get(name)
-        if known is not None and memory_bytes:
-            self.store.measure(known.measured_as, memory_bytes, load_s)
-
-    def _model_after_step(self, name: str) -> Model | None:
-        return self.loop.world.models.get(name)
+        key = self._measured_as.get(name) or (known.measured_as if known is not None else None)
+        if key is not None and memory_bytes:
+            self.store.measure(key, memory_bytes, load_s)
 
     def _request_for(self, order: i.Load) -> LoadRequest:
         known = self.catalog.known[order.name]
+        self._measured_as[order.name] = known.measured_as
         analysis = self.catalog.manifest(order.name).inspection.analysis
         if analysis is None:
             raise ModelError(f"the manifest of {order.name} has no analysis")

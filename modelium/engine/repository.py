@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import shutil
 import stat
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
@@ -18,11 +20,21 @@ from modelium.api.types import Layout, Manifest
 from modelium.engine.store import replace_file
 from modelium.errors import ConfigError, ModelConflict, ModelError
 
+log = logging.getLogger(__name__)
+
 MANIFEST = "modelium.json"
+JOURNAL = "journal.json"
 _IGNORED = frozenset({MANIFEST, "__pycache__"})
+
+MAX_FILES = 100_000
+"""Of one drop."""
 
 Moved = Callable[[int, int], None]
 """Told bytes done and bytes in all while files are copied; from another thread."""
+
+
+class Changed(ModelConflict):
+    """A drop is no longer what was looked at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,25 +51,68 @@ class Entry:
 
 
 def revision_of(path: Path) -> str:
-    """A hash over the names, sizes and modification times of all files: changes when any of them does."""
+    """A hash over the names, sizes and modification times of all files: changes when any of them does.
+
+    Links are followed, each folder once. Raises `OSError` when `path` can't be read.
+    """
     rows: list[tuple[str, int, int]] = []
-    _walk(path, "", rows)
+    _walk(path, "", rows, set())
+    return _hash(rows)
+
+
+def _hash(rows: list[tuple[str, int, int]]) -> str:
     return sha256(repr(sorted(rows)).encode()).hexdigest()[:16]
 
 
-def _walk(path: Path, prefix: str, rows: list[tuple[str, int, int]]) -> None:
+def _walk(path: Path, prefix: str, rows: list[tuple[str, int, int]], seen: set[tuple[int, int]]) -> None:
+    found = os.stat(path)
+    if (found.st_dev, found.st_ino) in seen:
+        return
+    seen.add((found.st_dev, found.st_ino))
     with os.scandir(path) as entries:
         for entry in entries:
             if entry.name in _IGNORED:
                 continue
-            if entry.is_dir():
-                _walk(Path(entry.path), f"{prefix}{entry.name}/", rows)
-            else:
-                try:
+            try:
+                if entry.is_dir():
+                    _walk(Path(entry.path), f"{prefix}{entry.name}/", rows, seen)
+                else:
                     found = entry.stat()
-                except FileNotFoundError:
-                    continue
-                rows.append((prefix + entry.name, found.st_size, found.st_mtime_ns))
+                    rows.append((prefix + entry.name, found.st_size, found.st_mtime_ns))
+            except OSError as exc:  # gone meanwhile, a link to nowhere, unreadable
+                rows.append((prefix + entry.name, -(exc.errno or 1), 0))
+
+
+def look_of(drop: Path) -> tuple[str, float]:
+    """A hash over a drop's names, sizes and times, and when anything in it last changed; no link is followed.
+
+    The drop's own name and, of a folder, its own times don't count: a rename changes nothing in it. Raises
+    `FileNotFoundError` when it is gone, `ModelError` when it can't be read or has too many files.
+    """
+    try:
+        top = os.lstat(drop)
+        if not stat.S_ISDIR(top.st_mode):
+            return _hash([("", top.st_size, top.st_mtime_ns)]), top.st_ctime
+        rows: list[tuple[str, int, int]] = []
+        newest = 0.0
+        todo = [(str(drop), "")]
+        while todo:
+            folder, prefix = todo.pop()
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    found = entry.stat(follow_symlinks=False)
+                    newest = max(newest, found.st_ctime)
+                    rows.append((prefix + entry.name, found.st_size, found.st_mtime_ns))
+                    if stat.S_ISDIR(found.st_mode):
+                        rows[-1] = (prefix + entry.name + "/", 0, 0)
+                        todo.append((entry.path, f"{prefix}{entry.name}/"))
+                    if len(rows) > MAX_FILES:
+                        raise ModelError(f"{drop.name} holds more than {MAX_FILES} files, which no model does")
+        return _hash(rows), newest
+    except FileNotFoundError:
+        raise
+    except OSError as exc:
+        raise ModelError(f"{drop.name} can't be read: {exc.strerror}: {exc.filename}", code="unreadable") from exc
 
 
 class Repository:
@@ -73,32 +128,48 @@ class Repository:
     # ------------------------------------------------------------------ reading
 
     def names(self) -> list[str]:
-        """The folders that may be models; hidden ones and loose files are not."""
-        try:
-            with os.scandir(self.path) as entries:
-                return sorted(e.name for e in entries if not e.name.startswith(".") and e.is_dir())
-        except FileNotFoundError:
-            return []
+        """The folders that may be models; hidden ones and loose files are not. Raises `OSError`."""
+        with os.scandir(self.path) as entries:
+            return sorted(e.name for e in entries if not e.name.startswith(".") and e.is_dir())
 
     def entry(self, name: str) -> Entry | None:
-        """What lies under a name; None when there is no such folder. Raises `ModelError` for a broken manifest."""
+        """What lies under a name; None when there is no such folder.
+
+        Raises `ModelError` for a manifest that is broken or another model's, `OSError` when the folder can't be read.
+        """
         path = self.path / name
         try:
             revision = revision_of(path)
         except (FileNotFoundError, NotADirectoryError):
+            if path.is_dir():
+                raise
             return None
-        for manifest_path, managed in ((path / MANIFEST, True), (self._manifests / f"{name}.json", False)):
-            try:
-                manifest = Manifest.model_validate_json(manifest_path.read_bytes())
-            except FileNotFoundError:
+        for managed in (True, False):
+            manifest = self.manifest(name, managed=managed)
+            if manifest is None:
                 continue
-            except (OSError, ValidationError) as exc:
-                if not managed:
-                    break  # it can be made anew
-                raise ModelError(f"{manifest_path} is not a manifest that this version can read: {exc}") from exc
+            if managed and manifest.name != name:
+                raise ModelError(
+                    f"its {MANIFEST} is that of {manifest.name}: call the folder so again, or drop the model anew"
+                )
             if managed or manifest.revision == revision:
                 return Entry(name, path, revision, manifest, managed)
         return Entry(name, path, revision, None, False)
+
+    def manifest(self, name: str, *, managed: bool) -> Manifest | None:
+        """Modelium's own beside the model (`managed`), or the one kept elsewhere for somebody else's folder.
+
+        Raises `ModelError` when its own can't be read; the other can be made anew.
+        """
+        path = self.path / name / MANIFEST if managed else self._manifests / f"{name}.json"
+        try:
+            return Manifest.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValidationError) as exc:
+            if not managed:
+                return None
+            raise ModelError(f"{path} is not a manifest that this version can read: {exc}") from exc
 
     def keep_manifest(self, manifest: Manifest) -> None:
         """Remember what was found out about somebody else's folder, outside of it."""
@@ -110,36 +181,62 @@ class Repository:
     # ------------------------------------------------------------------ writing
 
     def install(
-        self, drop: Path, layout: Layout, manifest: Manifest, *, managed: bool = True, moved: Moved | None = None
+        self,
+        drop: Path,
+        layout: Layout,
+        manifest: Manifest,
+        *,
+        managed: bool = True,
+        looked: str | None = None,
+        moved: Moved | None = None,
     ) -> Path:
         """Make a model's folder out of a drop and let it appear in the repository by one rename.
 
-        Files are moved, and copied only from another file system. When anything fails the drop lies where it lay.
-        Raises `ModelConflict` when the name is taken, `ConfigError` for a full disk or an unwritable folder.
+        Files are moved, and copied only from another file system; what the layout does not name goes to the trash.
+        When anything fails the drop lies where it lay. Raises `ModelConflict` when the name is taken, `ConfigError`
+        for a full disk or an unwritable folder, `Changed` when the drop is no longer what it was at `looked`.
         """
         target = self.path / manifest.name
         if os.path.lexists(target):
             raise ModelConflict(
                 f"{manifest.name} is in the repository already: choose another name, or remove it first"
             )
-        staging = self._staging() / manifest.name
+        folder = self._staging()
+        _check_space(drop, folder)
+        kept = False
         try:
-            _check_space(drop, staging.parent)
-            shutil.rmtree(staging, ignore_errors=True)
-            staging.mkdir(parents=True)
-            journal = {"drop": str(drop), "files": dict(layout.files)}
-            replace_file(staging / "journal.json", json.dumps(journal).encode())
+            staging = Path(tempfile.mkdtemp(prefix=f"{manifest.name}-", dir=folder))
+            written = [*layout.texts, *([MANIFEST] if managed else [])]
+            journal = {"drop": str(drop), "files": dict(layout.files), "target": str(target), "written": written}
+            replace_file(staging / JOURNAL, json.dumps(journal).encode())
             _move(drop, staging / "drop", moved)
             try:
+                if looked is not None and look_of(staging / "drop")[0] != looked:
+                    raise Changed(f"{drop.name} changed while it was being taken in")
                 self._arrange(staging, layout, manifest, managed)
                 os.rename(staging / "model", target)
             except BaseException:
+                kept = True
                 _undo(staging)
+                kept = False
                 raise
         except OSError as exc:
-            raise _explained(exc, "could not be moved into the repository") from exc
-        shutil.rmtree(staging, ignore_errors=True)
+            where = f"; it lies in {staging} and is put back at the next start" if kept else ""
+            raise _explained(exc, f"could not be moved into the repository{where}") from exc
+        finally:
+            if not kept:
+                self._discard(staging, manifest.name)
         return target
+
+    def _discard(self, staging: Path, name: str) -> None:
+        """Take away what an installation needed; what was dropped and not used goes to the trash."""
+        rest = staging / "drop"
+        if rest.is_dir() and not rest.is_symlink() and not any(rest.iterdir()):
+            rest.rmdir()
+        if os.path.lexists(rest):
+            os.rename(rest, staging / f"{name}.rest")
+            self.set_aside(staging / f"{name}.rest")
+        shutil.rmtree(staging, ignore_errors=True)
 
     def _arrange(self, staging: Path, layout: Layout, manifest: Manifest, managed: bool) -> None:
         model = staging / "model"
@@ -155,6 +252,8 @@ class Repository:
         for target, text in layout.texts.items():
             place = _inside(model, target)
             place.parent.mkdir(parents=True, exist_ok=True)
+            if os.path.lexists(place):
+                raise ModelError(f"{target} would be written over one of the drop's own files: remove that file")
             place.write_text(text, encoding="utf-8")
         if managed:
             manifest = manifest.model_copy(update={"revision": revision_of(model)})
@@ -164,12 +263,13 @@ class Repository:
         """Put back what an installation that was cut off had taken; returns the drops that lie where they lay."""
         back = []
         for staging in [p for s in self._stagings() if s.is_dir() for p in s.iterdir()]:
-            if (staging / "journal.json").exists():
-                place = _undo(staging)
-                if place is not None:
-                    back.append(place)
-            if not any((staging / part).exists() for part in ("drop", "model")):
-                shutil.rmtree(staging, ignore_errors=True)
+            try:
+                if (staging / JOURNAL).exists() and not _finished(staging):
+                    place = _undo(staging)
+                    back += [place] if place is not None else []
+                self._discard(staging, staging.name)
+            except (OSError, ValueError, ConfigError) as exc:
+                log.error("what an installation left in %s could not be put back: %s", staging, exc)
         return back
 
     def quarantine(self, drop: Path) -> Path:
@@ -218,13 +318,23 @@ def _inside(base: Path, relative: str) -> Path:
     return path
 
 
+def _finished(staging: Path) -> bool:
+    """Whether the model is in its place, so that what is left in staging is what the layout does not name."""
+    journal = json.loads((staging / JOURNAL).read_bytes())
+    target = Path(journal["target"])
+    named = [t for t in journal["files"] if t != "."]
+    return bool(named) and not (staging / "model").exists() and all((target / t).exists() for t in named)
+
+
 def _undo(staging: Path) -> Path | None:
     """Bring a drop back from its staging folder; None when it never left its place."""
-    journal = json.loads((staging / "journal.json").read_bytes())
+    journal = json.loads((staging / JOURNAL).read_bytes())
     drop, model = staging / "drop", staging / "model"
     origin = Path(journal["drop"])
     files: dict[str, str] = journal["files"]
     if files.get(".") == "." and model.exists() and not drop.exists():
+        for written in journal["written"]:
+            (model / written).unlink(missing_ok=True)
         os.rename(model, drop)
     else:
         for target, source in sorted(files.items(), key=lambda item: item[1] != "."):
@@ -235,7 +345,6 @@ def _undo(staging: Path) -> Path | None:
                 os.rename(place, back)
     if not os.path.lexists(drop):
         return None
-    (drop / MANIFEST).unlink(missing_ok=True) if drop.is_dir() and files.get(".") == "." else None
     place = origin if not os.path.lexists(origin) else _free_name(origin.parent, origin.name)
     _move(drop, place)
     return place

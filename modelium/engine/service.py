@@ -27,7 +27,7 @@ from modelium.engine.views import (
     PlanPreview,
     StatusView,
 )
-from modelium.errors import ConfigError, ModelConflict, ModelError, ModelNotFound
+from modelium.errors import ConfigError, DeadlinePassed, ModelConflict, ModelError, ModelNotFound
 
 MAX_PRIORITY = 10
 TEAM_PRIORITY = 5
@@ -58,7 +58,7 @@ class Service:
         """
         if organisation in self._engine.config.policies.high_priority_teams:
             priority += TEAM_PRIORITY
-        await self._engine.catalog.hurry(name)
+        await self._read(name, deadline_s)
         lease = await self._ask(
             lambda ticket, now, deadline_at: e.ReadyAsked(now, ticket, name, deadline_at, bounded(priority)),
             deadline_s,
@@ -66,6 +66,20 @@ class Service:
         )
         assert lease is not None
         return lease
+
+    async def _read(self, name: str, deadline_s: float | None) -> None:
+        """A folder that is not read or looked into yet is no unknown model."""
+        coming = self._engine.catalog.coming(name)
+        if coming is None:
+            return
+        if deadline_s is None:
+            deadline_s = self._engine.config.policies.request_deadline_s
+        done, _ = await asyncio.wait([coming], timeout=deadline_s)
+        if not done:
+            raise DeadlinePassed(
+                f"{name} was not looked into within {deadline_s:.0f} s: `modelium ps` shows how far it is",
+                retry_after_s=5.0,
+            )
 
     async def _ask(self, event: Any, deadline_s: float | None, organisation: str | None) -> Lease | None:
         engine = self._engine
@@ -127,13 +141,16 @@ class Service:
                 f"{name} belongs to the repository {engine.paths.repository}, which Modelium does not change: "
                 "remove its folder there yourself"
             )
-        if model.pinned:
-            await self.pin(name, False)
-        if model.state not in (State.COLD, State.INVALID, State.FAILED):
-            await self.unload(name)
-        place = await asyncio.to_thread(engine.repository.remove, name)
-        await engine.catalog.look(name, settled=True)
-        return place
+        needed = [n for n in engine.loop.world.dependents.get(name, ()) if self._there(n).held is not None]
+        if needed:
+            raise ModelConflict(f"{', '.join(needed)} is made of it: unload that first")
+        await engine.forget(name)
+        try:
+            place = await asyncio.to_thread(engine.repository.remove, name)
+            engine.store.pin(name, False)
+            return place
+        finally:
+            engine.catalog.leave(name, False)
 
     # ------------------------------------------------------------------ questions
 
@@ -147,11 +164,11 @@ class Service:
     def models(self) -> list[ModelView]:
         return [self.view(name) for name in self.names()]
 
-    def model(self, name: str) -> ModelDetail:
-        return showing.detail(self._engine, self._there(name))
+    async def model(self, name: str) -> ModelDetail:
+        return await showing.detail(self._engine, self._there(name))
 
-    def explain(self, name: str) -> Explanation:
-        return showing.explanation(self._engine, self._there(name))
+    async def explain(self, name: str) -> Explanation:
+        return await showing.explanation(self._engine, self._there(name))
 
     async def plan(self, path: Path) -> PlanPreview:
         """What would happen if `path` were dropped; nothing is done."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from typing import Any
 
@@ -52,12 +53,12 @@ def _fields(engine: Orchestrator, model: Model, now: float) -> dict[str, Any]:
     }
 
 
-def detail(engine: Orchestrator, model: Model) -> ModelDetail:
+async def detail(engine: Orchestrator, model: Model) -> ModelDetail:
     known = engine.catalog.known.get(model.name)
     inspection = None
     if known is not None:
         try:
-            inspection = engine.catalog.manifest(model.name).inspection
+            inspection = (await asyncio.to_thread(engine.catalog.manifest, model.name)).inspection
         except ModeliumError:
             inspection = None
     world = engine.loop.world
@@ -75,11 +76,11 @@ def detail(engine: Orchestrator, model: Model) -> ModelDetail:
     )
 
 
-def explanation(engine: Orchestrator, model: Model) -> Explanation:
+async def explanation(engine: Orchestrator, model: Model) -> Explanation:
     known = engine.catalog.known.get(model.name)
     turn = Turn(engine.loop.world, engine.loop.policy, engine.clock())
     return Explanation(
-        model=detail(engine, model),
+        model=await detail(engine, model),
         estimate_bytes=known.plan.memory_bytes if known else 0,
         measured=engine.store.measurement(known.measured_as) if known else None,
         room="; ".join(_room(turn, model)),

@@ -29,13 +29,6 @@ NOTED_GROWTH = 0.01
 """Growth of a loaded model below this share is not written down each time."""
 
 
-class LoadedRecord(Frozen):
-    """What was loaded, to be matched with what the runtime shows after a restart of Modelium."""
-
-    revision: str
-    instance: str
-
-
 class Measured(Frozen):
     loads: int = 0
     memory_bytes: int = 0
@@ -63,7 +56,8 @@ class Store:
         self._dirty: set[str] = set()
         self._task: asyncio.Task[None] | None = None
         self.pins: set[str] = set(self._read("pins", TypeAdapter(list[str]), []))
-        self.loaded = self._read("loaded", TypeAdapter(dict[str, LoadedRecord]), {})
+        self.loaded: dict[str, str] = self._read("loaded", TypeAdapter(dict[str, str]), {})
+        """The revision that each loaded model was loaded as."""
         self.measured = self._read("measurements", TypeAdapter(dict[str, Measured]), {})
         self.quarantined = self._read("quarantine", TypeAdapter(dict[str, Quarantined]), {})
 
@@ -73,13 +67,13 @@ class Store:
         (self.pins.add if pinned else self.pins.discard)(name)
         self._touch("pins")
 
-    def set_loaded(self, name: str, record: LoadedRecord | None) -> None:
-        if self.loaded.get(name) == record:
+    def set_loaded(self, name: str, revision: str | None) -> None:
+        if self.loaded.get(name) == revision:
             return
-        if record is None:
+        if revision is None:
             self.loaded.pop(name, None)
         else:
-            self.loaded[name] = record
+            self.loaded[name] = revision
         self._touch("loaded")
 
     def measure(self, key: str, memory_bytes: int, load_s: float | None = None) -> None:
@@ -139,7 +133,7 @@ class Store:
     def _content(self) -> Mapping[str, bytes]:
         values: dict[str, Any] = {
             "pins": sorted(self.pins),
-            "loaded": {k: v.model_dump() for k, v in self.loaded.items()},
+            "loaded": dict(self.loaded),
             "measurements": {k: v.model_dump() for k, v in self.measured.items()},
             "quarantine": {k: v.model_dump() for k, v in self.quarantined.items()},
         }

@@ -99,10 +99,10 @@ class Admin:
         return web.Response(text=f"[{','.join(shown)}]", content_type="application/json")
 
     async def model(self, request: web.Request) -> web.Response:
-        return _shown(self._service.model(request.match_info["name"]))
+        return _shown(await self._service.model(request.match_info["name"]))
 
     async def explain(self, request: web.Request) -> web.Response:
-        return _shown(self._service.explain(request.match_info["name"]))
+        return _shown(await self._service.explain(request.match_info["name"]))
 
     async def logs(self, request: web.Request) -> web.Response:
         lines = await self._service.logs(request.match_info["name"], _number(request, "lines", 200, MAX_LINES))

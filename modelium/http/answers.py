@@ -24,6 +24,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 STATUS: Mapping[str, int] = {
     "bad_request": 400,
+    "body_stalled": 408,
     "capacity": 503,
     "config": 500,
     "deadline_passed": 503,
@@ -145,6 +146,4 @@ def _http_error(request: web.Request, exc: web.HTTPException) -> ModeliumError:
             code="method_not_allowed",
             allowed=allowed,
         )
-    if isinstance(exc, web.HTTPRequestEntityTooLarge):
-        return ModeliumError(f"the request's body is too large: {exc.text}", code="too_large")
     return ModeliumError(exc.text or HTTPStatus(exc.status).phrase, code="http")

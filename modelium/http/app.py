@@ -19,7 +19,7 @@ from modelium.http.inference import Inference
 from modelium.http.kserve import KServe
 from modelium.http.metrics import Metrics
 from modelium.http.predict import Predict
-from modelium.http.settings import HttpSettings
+from modelium.http.settings import SETTINGS, HttpSettings
 from modelium.http.streams import Streams
 from modelium.http.upstream import Upstream
 
@@ -37,7 +37,8 @@ def build_app(service: Service, settings: HttpSettings | None = None) -> web.App
     settings = settings or HttpSettings()
     upstream, streams = Upstream(settings), Streams()
     admin = Admin(service, settings)
-    app = web.Application(middlewares=[errors, make_guard(settings)], client_max_size=settings.max_json_bytes)
+    app = web.Application(middlewares=[errors, make_guard(settings)])
+    app[SETTINGS] = settings
     app.add_routes(KServe(service, settings, upstream, streams).routes())
     app.add_routes(Predict(service, settings, Inference(upstream, streams)).routes())
     app.add_routes(admin.routes())

@@ -1,26 +1,83 @@
-"""Requests' bodies that are read here rather than passed on: bounded, unpacked, parsed."""
+"""Requests' bodies: taken as they arrive, without waiting for ever; some are read here: bounded, unpacked, parsed."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import zlib
 from typing import Any
 
-from aiohttp import hdrs, web
+from aiohttp import StreamReader, hdrs, web
+from multidict import istr
 
+from modelium.errors import ModeliumError
 from modelium.http.answers import BadRequest
-from modelium.http.upstream import HEADER_LENGTH
+from modelium.http.settings import SETTINGS
+
+HEADER_LENGTH = istr("Inference-Header-Content-Length")
+"""How much of a body is JSON; binary tensors follow. From Triton's binary tensor data extension."""
+
+
+class TooLarge(ModeliumError):
+    code = "too_large"
+
+
+class BodyStalled(ModeliumError):
+    """The client stopped sending in the middle of its request, and held a model's lease meanwhile."""
+
+    code = "body_stalled"
+
+
+async def some(content: StreamReader, stall_s: float) -> bytes:
+    """What has arrived of a request's body; empty at its end. Raises `BadRequest` or `BodyStalled`.
+
+    aiohttp's parser does not tell a reader that a chunk is malformed, it falls silent: that too ends as a stall.
+    """
+    try:
+        async with asyncio.timeout(stall_s):
+            return await content.readany()
+    except TimeoutError:
+        raise BodyStalled(f"nothing came of the request's body for {stall_s:g} s, or what came is malformed") from None
+    except Exception as exc:
+        raise BadRequest(f"the request's body is not whole, or not well formed: {exc}") from exc
+
+
+def check_header_length(value: str, body_length: int | None) -> int:
+    """The number in `Inference-Header-Content-Length`; `body_length` where it is known."""
+    expected = f"0 to the body's {body_length} bytes" if body_length is not None else "a number of bytes"
+    good = value.isascii() and value.isdigit() and (body_length is None or int(value) <= body_length)
+    if not good:
+        raise BadRequest(f"expected {HEADER_LENGTH} to be {expected}, found {value!r:.40}")
+    return int(value)
+
+
+def header_length(request: web.Request) -> int | None:
+    """`Inference-Header-Content-Length`, where there is one."""
+    text = request.headers.get(HEADER_LENGTH)
+    return None if text is None else check_header_length(text, None)
 
 
 async def read_body(request: web.Request) -> bytes:
-    """The body, of as many bytes as the application's `client_max_size` allows, unpacked when it came packed."""
-    body = await request.read()
+    """The body, of at most `max_json_bytes`, unpacked when it came packed."""
+    settings = request.app[SETTINGS]
+    room = settings.max_json_bytes
+    pieces = []
+    while (request.content_length or 0) <= settings.max_json_bytes and room >= 0:
+        piece = await some(request.content, settings.body_stall_s)
+        if not piece:
+            break
+        pieces.append(piece)
+        room -= len(piece)
+    else:
+        raise TooLarge(f"expected a body of at most {settings.max_json_bytes} bytes (max_json_bytes), found more")
+    body = b"".join(pieces)
     coding = request.headers.get(hdrs.CONTENT_ENCODING, "identity").lower()
-    if coding == "identity":
-        return body
+    return body if coding == "identity" else _unpacked(body, coding, settings.max_json_bytes)
+
+
+def _unpacked(body: bytes, coding: str, limit: int) -> bytes:
     if coding not in ("gzip", "deflate"):
         raise BadRequest(f"expected Content-Encoding gzip or deflate, found {coding!r:.40}")
-    limit = request.client_max_size
     unpacker = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)  # finds out which of the two it is
     try:
         body = unpacker.decompress(body, limit)
@@ -50,13 +107,3 @@ async def read_object(request: web.Request) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise BadRequest(f"expected a JSON object, found {type(value).__name__}")
     return value
-
-
-def header_length(request: web.Request) -> int | None:
-    """`Inference-Header-Content-Length`, where there is one."""
-    text = request.headers.get(HEADER_LENGTH)
-    if text is None:
-        return None
-    if not (text.isascii() and text.isdigit()):
-        raise BadRequest(f"expected {HEADER_LENGTH} to be a number of bytes, found {text!r:.40}")
-    return int(text)

@@ -10,9 +10,10 @@ from modelium.api import Tensor
 from modelium.engine.admission import Lease
 from modelium.http.admission import GRPC, HTTP, endpoint
 from modelium.http.answers import UpstreamFailed
+from modelium.http.bodies import HEADER_LENGTH
 from modelium.http.messages import InferRequest, InferResponse, decode_response, encode_request
 from modelium.http.streams import InferenceFailed, Streams, join
-from modelium.http.upstream import HEADER_LENGTH, Upstream
+from modelium.http.upstream import Upstream
 
 
 class Inference:

@@ -28,11 +28,11 @@ from modelium.errors import LoadRejected, ModelFailed, ModeliumError, ModelNotFo
 from modelium.http.admin import views
 from modelium.http.admission import GRPC, HTTP, acquire, deadline_of, endpoint
 from modelium.http.answers import BadRequest, NotSupported, UpstreamFailed, error_answer, json_answer
-from modelium.http.bodies import header_length, read_body, read_object
+from modelium.http.bodies import HEADER_LENGTH, header_length, read_body, read_object
 from modelium.http.messages import decode_request, encode_response
 from modelium.http.settings import HttpSettings
 from modelium.http.streams import InferenceFailed, Streams, join
-from modelium.http.upstream import HEADER_LENGTH, StreamBroken, Upstream
+from modelium.http.upstream import StreamBroken, Upstream
 
 if TYPE_CHECKING:
     from modelium.engine.service import Service

@@ -1,14 +1,10 @@
-"""What the surface can be told, and the keys under which the application holds what its handlers need."""
+"""What the surface can be told."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from aiohttp import web
-
-if TYPE_CHECKING:
-    from modelium.engine.service import Service
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +19,8 @@ class HttpSettings:
     """Origins (`https://app.example`) of web pages that may send requests other than GET."""
     max_body_bytes: int | None = None
     """Of a request that is passed on as it comes; it is never held in memory whole."""
+    body_stall_s: float = 60.0
+    """The longest that a client may pause in the middle of its body: meanwhile it holds a model's lease."""
     max_json_bytes: int = 16 * 2**20
     """Of a request that is read here: `/predict`, inference on decoupled models, parameters."""
     max_deadline_s: float = 3600.0
@@ -34,5 +32,4 @@ class HttpSettings:
     metrics: bool = True
 
 
-SERVICE: web.AppKey[Service] = web.AppKey("service")
 SETTINGS: web.AppKey[HttpSettings] = web.AppKey("settings", HttpSettings)

@@ -17,15 +17,14 @@ from multidict import CIMultiDict, istr
 from yarl import URL
 
 from modelium.errors import ModeliumError, RuntimeUnavailable
-from modelium.http.answers import BadRequest, UpstreamFailed
+from modelium.http.answers import UpstreamFailed
+from modelium.http.bodies import HEADER_LENGTH, TooLarge, check_header_length, some
 from modelium.http.settings import HttpSettings
 
 log = logging.getLogger(__name__)
 
 WHOLE_BYTES = 256 * 1024
 """Bodies up to this size travel as one piece, longer ones and those of unknown length as they come."""
-
-HEADER_LENGTH = istr("Inference-Header-Content-Length")
 
 HOP_BY_HOP = tuple(
     istr(name)
@@ -38,10 +37,6 @@ HOP_BY_HOP = tuple(
 
 _NOT_FOR_UPSTREAM = (*HOP_BY_HOP, istr("Host"), istr("Expect"))
 _AUTO_HEADERS = (hdrs.ACCEPT, hdrs.ACCEPT_ENCODING, hdrs.CONTENT_TYPE, hdrs.USER_AGENT)
-
-
-class TooLarge(ModeliumError):
-    code = "too_large"
 
 
 class StreamBroken(ConnectionResetError):
@@ -63,11 +58,12 @@ class _Whole(BytesPayload):
 class _Streamed(Payload):
     """A body passed on as it arrives, no faster than the runtime takes it."""
 
-    def __init__(self, content: aiohttp.StreamReader, limit: int | None):
+    def __init__(self, content: aiohttp.StreamReader, settings: HttpSettings, *, bounded: bool):
         super().__init__(content, content_type="application/octet-stream")
         self.fault: ModeliumError | None = None
         """What is wrong with the body itself, so that its end is not taken for the runtime's."""
-        self._limit = limit
+        self._limit = settings.max_body_bytes if bounded else None
+        self._stall_s = settings.body_stall_s
 
     async def write(self, writer: AbstractStreamWriter) -> None:
         size = 0
@@ -81,12 +77,11 @@ class _Streamed(Payload):
             await writer.write(chunk)
 
     async def _next(self) -> bytes:
-        content: aiohttp.StreamReader = self._value
         try:
-            return await content.readany()
-        except Exception as exc:
-            self.fault = BadRequest(f"the request's body is not whole, or not well formed: {_words(exc)}")
-            raise self.fault from exc
+            return await some(self._value, self._stall_s)
+        except ModeliumError as exc:
+            self.fault = exc
+            raise
 
     def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
         raise TypeError("a streamed body can't be read twice")
@@ -96,7 +91,7 @@ class Upstream:
     """The one HTTP client of runtimes: plain, without cookies, redirects, decompression or limits."""
 
     def __init__(self, settings: HttpSettings):
-        self._max_body_bytes = settings.max_body_bytes
+        self._settings = settings
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=settings.connect_timeout_s)
         self._session: aiohttp.ClientSession | None = None
 
@@ -150,22 +145,21 @@ class Upstream:
         length = int(declared) if declared is not None else None  # the parser saw to it that it is a number
         if (head_length := headers.get(HEADER_LENGTH)) is not None:
             packed = headers.get(hdrs.CONTENT_ENCODING, "identity").lower() != "identity"
-            _check_header_length(head_length, None if packed else length)  # it counts unpacked bytes
+            check_header_length(head_length, None if packed else length)  # it counts unpacked bytes
         if length is None:
-            return _Streamed(content, self._max_body_bytes) if request.body_exists else None
-        if self._max_body_bytes is not None and length > self._max_body_bytes:
-            raise TooLarge(f"expected a body of at most {self._max_body_bytes} bytes (max_body_bytes), found {length}")
+            return _Streamed(content, self._settings, bounded=True) if request.body_exists else None
+        most = self._settings.max_body_bytes
+        if most is not None and length > most:
+            raise TooLarge(f"expected a body of at most {most} bytes (max_body_bytes), found {length}")
         if length > WHOLE_BYTES:
-            return _Streamed(content, None)
-        data = await content.readany() if length else b""
-        if len(data) < length:
-            pieces = [data]
-            missing = length - len(data)
-            while missing and (piece := await content.readany()):
-                pieces.append(piece)
-                missing -= len(piece)
-            data = b"".join(pieces)
-        return _Whole(data)
+            return _Streamed(content, self._settings, bounded=False)
+        if content.total_bytes >= length:  # it came together with its head, as small ones do
+            return _Whole(content.read_nowait())
+        pieces = []
+        while length and (piece := await some(content, self._settings.body_stall_s)):
+            pieces.append(piece)
+            length -= len(piece)
+        return _Whole(b"".join(pieces))
 
     async def _send(
         self, method: str, url: URL, headers: CIMultiDict[str], body: Payload | None, model: str
@@ -222,13 +216,6 @@ def _drop_hop_by_hop(headers: CIMultiDict[str], names: tuple[istr, ...]) -> None
             headers.popall(name.strip(), None)
     for name in names:
         headers.popall(name, None)
-
-
-def _check_header_length(value: str, body_length: int | None) -> None:
-    expected = f"0 to the body's {body_length} bytes" if body_length is not None else "a number of bytes"
-    good = value.isascii() and value.isdigit() and (body_length is None or int(value) <= body_length)
-    if not good:
-        raise BadRequest(f"expected Inference-Header-Content-Length to be {expected}, found {value!r:.40}")
 
 
 async def _read(answer: aiohttp.ClientResponse, model: str) -> bytes:

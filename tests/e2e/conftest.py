@@ -17,7 +17,8 @@ from modelium_plugin_triton.settings import TritonSettings
 from modelium.api import Progress
 from modelium.config import cache_dir
 from tests import models
-from tests.e2e.kit import kill, processes_of
+from tests.e2e.kit import kill
+from tests.service import processes_of
 
 HERE = Path(__file__).parent
 

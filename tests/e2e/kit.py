@@ -19,10 +19,7 @@ from typing import Any
 import aiohttp
 import psutil
 
-from tests.service import Answer, Served, free_port
-
-ROOT_MARK = "MODELIUM_ROOT_ID"
-"""The variable in the environment of every process that a service starts for its runtimes."""
+from tests.service import ROOT_MARK, Answer, Served, free_port, processes_of
 
 MODEL = '''\
 import json
@@ -308,19 +305,6 @@ def triton_address(service: Served, protocol: str = "kserve-http") -> str:
 
 
 # --------------------------------------------------------------------------- looking at processes
-
-
-def processes_of(root: Path) -> dict[int, str]:
-    """The living processes that services of this root, or of one below it, started for runtimes: pid and command."""
-    found: dict[int, str] = {}
-    for process in psutil.process_iter():
-        try:
-            mark = process.environ().get(ROOT_MARK, "")
-            if mark and (Path(mark) == root or root in Path(mark).parents) and process.status() != "zombie":
-                found[process.pid] = " ".join(process.cmdline())
-        except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
-            continue
-    return found
 
 
 def stubs_of(root: Path, name: str = "") -> list[int]:

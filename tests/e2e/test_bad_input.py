@@ -17,8 +17,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from tests import models
-from tests.e2e.kit import fingerprint, infer, outputs, processes_of, toy
-from tests.service import MODELIUM, Served, free_port, served
+from tests.e2e.kit import fingerprint, infer, outputs, toy
+from tests.service import MODELIUM, Served, free_port, processes_of, served
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 261, "hidden_size": 32,

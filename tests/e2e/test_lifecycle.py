@@ -27,7 +27,6 @@ from tests.e2e.kit import (
     helpers_of,
     infer,
     kill,
-    processes_of,
     refused,
     stubs_of,
     toy,
@@ -39,7 +38,7 @@ from tests.e2e.kit import (
     write_toy_config,
     x_body,
 )
-from tests.service import MODELIUM, Served, served
+from tests.service import MODELIUM, Served, processes_of, served
 
 CONFIG = {
     "orchestration": {

@@ -147,6 +147,11 @@ class Rig:
         model = self.engine.loop.world.models.get(name)
         return model.reason if model is not None else ""
 
+    def loaded(self, name: str) -> bool:
+        """Whether what is loaded is what lies on disk, as far as is known."""
+        model = self.engine.loop.world.models[name]
+        return model.spec is not None and model.loaded_revision == model.spec.revision
+
     async def until(self, true: Callable[[], object], what: str = "") -> None:
         """Let everything go on until something holds; the bound is a failure, not a measure."""
         for _ in range(3000):

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from pathlib import Path
 
 import pytest
 
 from modelium.api import Inspection
 from modelium.api.fakes import FakeRuntime
-from modelium.errors import DeadlinePassed, DriverError, LoadRejected, ModelFailed, ModelNotFound, NeverFits, QueueFull
+from modelium.engine.repository import Repository
+from modelium.errors import (
+    DeadlinePassed,
+    DriverError,
+    LoadRejected,
+    ModelFailed,
+    ModelNotFound,
+    NeverFits,
+    PluginError,
+    QueueFull,
+    RuntimeUnavailable,
+)
 from tests.engine.harness import MB, ToyInspector, rig
 
 
@@ -23,7 +35,7 @@ async def test_a_drop_becomes_ready_and_answers(tmp_path: Path) -> None:
         lease.release()
         assert not list((tmp_path / "incoming").iterdir())
         assert (tmp_path / "repository/a.toy/config.pbtxt").exists()
-        view = r.service.model("a.toy")
+        view = await r.service.model("a.toy")
         assert view.memory_source == "measured" and view.requests == 1 and view.plan is not None
 
 
@@ -34,15 +46,15 @@ async def test_two_hundred_waiters_cause_one_load(tmp_path: Path) -> None:
         held = r.runtime.hold("load", "a")
         waiters = [asyncio.ensure_future(r.service.acquire("a")) for _ in range(200)]
         await held.arrived.wait()
-        assert r.service.model("a").waiting == 200
+        assert r.service.view("a").waiting == 200
         held.release()
         leases = await asyncio.gather(*waiters)
         assert {lease.model for lease in leases} == {"a"}
         assert r.runtime.count("load", "a") == 2  # the drop's and this one
-        assert r.service.model("a").in_flight == 200
+        assert r.service.view("a").in_flight == 200
         for lease in leases:
             lease.release()
-        assert r.service.model("a").in_flight == 0
+        assert r.service.view("a").in_flight == 0
 
 
 async def test_room_is_made_for_a_request_and_what_is_in_use_stays(tmp_path: Path) -> None:
@@ -110,7 +122,7 @@ async def test_a_lease_granted_to_one_who_just_left_is_given_back(tmp_path: Path
         waiter.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiter
-        assert r.service.model("a").in_flight == 0
+        assert r.service.view("a").in_flight == 0
 
 
 async def test_deadline_queue_and_size_are_told_apart(tmp_path: Path) -> None:
@@ -162,7 +174,7 @@ async def test_a_load_that_never_ends_is_given_up(tmp_path: Path) -> None:
         r.drop("a", size=MB)
         await held.arrived.wait()
         waiter = asyncio.ensure_future(r.service.acquire("a", deadline_s=500))
-        await r.until(lambda: r.service.model("a").waiting)
+        await r.until(lambda: r.service.view("a").waiting)
         r.advance(61)
         with pytest.raises(ModelFailed, match="60 s"):
             await waiter
@@ -221,7 +233,7 @@ async def test_a_restart_adopts_what_is_loaded_and_reloads_nothing(tmp_path: Pat
         await again.is_("b", "READY")
         await again.is_("cold", "COLD")
         assert runtime.count("load") == 3 and runtime.starts == 1
-        assert again.service.model("b").pinned
+        assert again.service.view("b").pinned
         assert "adopted" in again.reason("a")
         assert again.service.status().devices[0].booked_bytes == 2 * MB
 
@@ -251,7 +263,7 @@ async def test_changed_files_are_loaded_while_the_old_serve(tmp_path: Path) -> N
         lease.release()
         assert r.service.status().devices[0].booked_bytes == 2 * MB
         held.release()
-        await r.until(lambda: r.service.model("a").loaded_revision == r.service.model("a").revision)
+        await r.until(lambda: r.loaded("a"))
         assert r.runtime.count("unload") == 0 and r.service.status().devices[0].booked_bytes == MB
 
 
@@ -356,9 +368,9 @@ async def test_what_a_cut_off_installation_took_is_brought_back(
     async with rig(tmp_path) as r:
 
         def killed(*args: object) -> None:
-            raise SystemExit  # the rename into place never comes, and neither does the undoing
+            raise OSError(5, "Input/output error", "x")  # the undoing never comes either
 
-        monkeypatch.setattr("modelium.engine.repository._undo", lambda staging: None)
+        monkeypatch.setattr("modelium.engine.repository._undo", killed)
         monkeypatch.setattr("modelium.engine.repository.os.rename", _rename_but_into(tmp_path / "repository"))
         r.drop("a", size=MB)
         await r.until(lambda: not (tmp_path / "incoming/a").exists())
@@ -451,7 +463,7 @@ async def test_what_would_happen_is_told_and_not_done(tmp_path: Path) -> None:
 async def test_why_is_told(tmp_path: Path) -> None:
     async with rig(tmp_path) as r:
         await r.add("a")
-        told = r.service.explain("a")
+        told = await r.service.explain("a")
         assert [t.after for t in told.transitions] == ["COLD", "QUEUED", "LOADING", "READY"]
         assert told.measured is not None and told.measured.memory_bytes == MB and told.model.plan is not None
         assert "holds 1.0 MB on cpu:0" in told.room
@@ -523,3 +535,140 @@ async def test_a_request_for_a_folder_that_was_not_looked_into_yet_comes_first(
         go.set()
         await r.is_("m48", "COLD")
         assert len(r.service.names()) == 50
+
+
+async def test_a_request_before_the_repository_was_read_waits_for_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = FakeRuntime()
+    async with rig(tmp_path, runtime=runtime) as r:
+        await r.add("a")
+    go = threading.Event()
+    real = Repository.names
+
+    def slow(self: Repository) -> list[str]:
+        go.wait(10)
+        return real(self)
+
+    monkeypatch.setattr(Repository, "names", slow)
+    async with rig(tmp_path, runtime=runtime) as again:
+        try:
+            with pytest.raises(DeadlinePassed):
+                await again.service.acquire("a", deadline_s=0.01)
+            waiting = asyncio.ensure_future(again.service.acquire("a"))
+            leaving = asyncio.ensure_future(again.service.acquire("a"))
+            await asyncio.sleep(0)
+            leaving.cancel()
+        finally:
+            go.set()
+        (await waiting).release()
+        with pytest.raises(ModelNotFound):
+            await again.service.acquire("nobody")
+
+
+async def test_a_lease_from_before_a_reload_ends_the_drain_too(tmp_path: Path) -> None:
+    async with rig(tmp_path) as r:
+        await r.add("a")
+        using = await r.service.acquire("a")
+        (tmp_path / "repository/a/1/model").write_text(json.dumps({"size": MB, "new": 1}))
+        await r.engine.catalog.look("a", settled=True)
+        await r.until(lambda: r.loaded("a"))
+        unload = asyncio.ensure_future(r.service.unload("a"))
+        await r.is_("a", "DRAINING")
+        using.release()
+        await unload
+
+
+async def test_a_folder_that_cannot_be_read_for_a_moment_stays_what_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with rig(tmp_path) as r:
+        await r.add("a")
+        await r.service.pin("a", True)
+
+        def stale(self: Repository, name: str) -> None:
+            raise OSError(116, "Stale file handle")
+
+        def gone(self: Repository) -> list[str]:
+            raise FileNotFoundError(2, "No such file or directory")
+
+        with monkeypatch.context() as broken:
+            broken.setattr(Repository, "entry", stale)
+            await r.engine.catalog.look("a")
+        with monkeypatch.context() as broken:
+            broken.setattr(Repository, "names", gone)
+            with pytest.raises(FileNotFoundError):
+                await r.engine.catalog.read()
+        assert r.state("a") == "READY" and r.service.view("a").pinned
+
+
+async def test_a_fault_that_is_not_the_models_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = tmp_path / "theirs"
+    (theirs / "m/1").mkdir(parents=True)
+    (theirs / "m/1/x.toy").write_text(json.dumps({"size": 1}))
+
+    mended = False
+    real = ToyInspector.inspect
+
+    async def inspect(self: ToyInspector, path: Path) -> Inspection:
+        if mended:
+            return await real(self, path)
+        raise PluginError("the process that looks at drops did not start")
+
+    monkeypatch.setattr(ToyInspector, "inspect", inspect)
+    async with rig(tmp_path / "root", repository=theirs) as r:
+        await r.until(r.engine.catalog.read_once.is_set)
+        assert r.state("m") == "-"
+        mended = True
+        await r.engine.catalog.read()
+        await r.is_("m", "COLD")
+
+
+async def test_removing_lets_nobody_load_it_meanwhile(tmp_path: Path) -> None:
+    async with rig(tmp_path) as r:
+        await r.add("a")
+        using = await r.service.acquire("a")
+        removing = asyncio.ensure_future(r.service.remove("a"))
+        await r.is_("a", "DRAINING")
+        asking = [asyncio.ensure_future(r.service.acquire("a")) for _ in range(3)]
+        loads = r.runtime.count("load")
+        using.release()
+        await removing
+        for asked in asking:
+            with pytest.raises(ModelNotFound):
+                await asked
+        assert r.runtime.count("load") == loads and (tmp_path / "trash/a/1/model").exists()
+        await r.add("a")
+        assert r.state("a") == "READY"
+
+
+async def test_a_manifest_in_a_drop_is_not_taken_for_ones_own(tmp_path: Path) -> None:
+    async with rig(tmp_path) as r:
+        hidden = tmp_path / "coming"
+        (hidden / "1").mkdir(parents=True)
+        (hidden / "1/x.toy").write_text(json.dumps({"size": 1}))
+        (hidden / "modelium.json").write_text("{}")
+        hidden.rename(tmp_path / "incoming/m")
+        await r.is_("quarantine/m", "INVALID")
+        assert "modelium.json" in r.reason("quarantine/m")
+        assert (tmp_path / "quarantine/m/modelium.json").exists()
+
+
+async def test_a_runtime_that_takes_long_to_come_is_waited_for(tmp_path: Path) -> None:
+    runtime = FakeRuntime()
+    for _ in range(8):
+        runtime.fail("start", RuntimeUnavailable("connection refused"))
+    async with rig(tmp_path, runtime=runtime) as r:
+        for _ in range(8):
+            await r.until(lambda: r.service.status().runtimes[0].state == "CRASHED" or runtime.starts)
+            r.advance(61)
+        await r.until(lambda: runtime.starts == 1)
+
+
+async def test_who_asks_while_the_service_ends_is_answered(tmp_path: Path) -> None:
+    async with rig(tmp_path) as r:
+        await r.add("a")
+        await r.service.unload("a")
+        r.engine.shut()
+        with pytest.raises(DriverError, match="stopping"):
+            await r.service.acquire("a")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from pathlib import Path
@@ -126,6 +127,9 @@ def test_an_installation_that_was_killed_is_undone_at_the_next_start(
     class Killed(BaseException):
         pass
 
+    def die(staging: Path) -> None:
+        raise Killed  # nothing is undone by a process that is gone
+
     def rename(source: object, target: object) -> None:
         nonlocal count
         if count == step:
@@ -133,17 +137,12 @@ def test_an_installation_that_was_killed_is_undone_at_the_next_start(
         count += 1
         real(source, target)  # type: ignore[arg-type]
 
-    with monkeypatch.context() as dying:
+    with monkeypatch.context() as dying, contextlib.suppress(Killed):
         dying.setattr("modelium.engine.repository.os.rename", rename)
-        dying.setattr(module, "_undo", lambda staging: None)
-        try:
-            place.install(drop, layout, manifest("m"))
-        except Killed:
-            place.recover()
-            monkeypatch.undo()
-        else:
-            assert place.names() == ["m"]
-            return
+        dying.setattr(module, "_undo", die)
+        place.install(drop, layout, manifest("m"))
+        assert place.names() == ["m"]
+        return
     place.recover()
     assert files(tmp_path / "incoming") == before and place.names() == []
 
@@ -203,3 +202,64 @@ def test_a_broken_manifest_is_said_and_a_foreign_one_made_anew(place: Repository
     (tmp_path / "repository/n/1/w").write_text("changed")
     entry = place.entry("n")
     assert entry is not None and entry.manifest is None
+
+
+def test_what_a_layout_does_not_name_is_kept(place: Repository, tmp_path: Path) -> None:
+    drop = folder_drop(tmp_path)
+    place.install(drop, Layout(files={"1/w": "sub/weights"}), manifest("m"))
+    assert files(tmp_path / "trash/m.rest") == {"config.json": "config"}
+
+
+def test_an_installation_that_cannot_be_undone_loses_nothing(
+    place: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drop = folder_drop(tmp_path)
+    before = files(tmp_path / "incoming")
+
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "x")
+
+    with monkeypatch.context() as failing:
+        failing.setattr(module.Repository, "_arrange", full)
+        failing.setattr(module, "_undo", full)
+        with pytest.raises(ConfigError, match="put back at the next start"):
+            place.install(drop, LAYOUTS["a folder as a whole"], manifest("m"))
+    again = tmp_path / "incoming/other"
+    again.write_text("x")
+    place.install(again, LAYOUTS["a file"], manifest("m"))
+    assert place.recover() == [drop] and files(drop) == {n.removeprefix("hf/"): t for n, t in before.items()}
+
+
+def test_a_drop_that_changed_since_it_was_looked_at_is_not_installed(place: Repository, tmp_path: Path) -> None:
+    drop = folder_drop(tmp_path)
+    looked, _ = module.look_of(drop)
+    (drop / "sub/late.pkl").write_text("late")
+    with pytest.raises(module.Changed):
+        place.install(drop, LAYOUTS["a folder as a whole"], manifest("m"), looked=looked)
+    assert (drop / "sub/late.pkl").exists() and place.names() == []
+
+
+def test_links_in_circles_are_followed_once_and_in_drops_never(tmp_path: Path) -> None:
+    for level in range(40):
+        (tmp_path / f"d/{level}").mkdir(parents=True)
+        for name in "ab":
+            (tmp_path / f"d/{level}/{name}").symlink_to(tmp_path / f"d/{level + 1}")
+    (tmp_path / "d/up").symlink_to("..")
+    (tmp_path / "d/self").symlink_to("self")
+    assert revision_of(tmp_path / "d") == revision_of(tmp_path / "d")
+    assert module.look_of(tmp_path / "d")[0] == module.look_of(tmp_path / "d")[0]
+    (tmp_path / "link").symlink_to(tmp_path / "d")
+    assert module.look_of(tmp_path / "link") is not None
+
+
+def test_a_missing_repository_is_no_empty_one(place: Repository, tmp_path: Path) -> None:
+    (tmp_path / "repository").rmdir()
+    with pytest.raises(FileNotFoundError):
+        place.names()
+
+
+def test_another_models_manifest_is_not_believed(place: Repository, tmp_path: Path) -> None:
+    place.install(folder_drop(tmp_path), LAYOUTS["a folder as a whole"], manifest("m"))
+    (tmp_path / "repository/m").rename(tmp_path / "repository/n")
+    with pytest.raises(ModelError, match="that of m"):
+        place.entry("n")

@@ -5,20 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 from modelium.api import Plan
-from modelium.engine.store import LoadedRecord, Store, measurement_key
+from modelium.engine.store import Store, measurement_key
 
 
 def test_everything_comes_back(tmp_path: Path) -> None:
     store = Store(tmp_path)
     store.pin("a", True)
-    store.set_loaded("a", LoadedRecord(revision="r", instance="i"))
+    store.set_loaded("a", "r")
     for seconds in (1.0, 9.0, 2.0):
         store.measure("k", 100, seconds)
     store.measure("k", 150)
     store.flush()
     again = Store(tmp_path)
     found = again.measurement("k")
-    assert again.pins == {"a"} and again.loaded["a"].instance == "i"
+    assert again.pins == {"a"} and again.loaded == {"a": "r"}
     assert found is not None and (found.loads, found.memory_bytes, found.load_s) == (3, 150, 2.0)
 
 

@@ -139,12 +139,12 @@ class FakeService:
     def view(self, name: str) -> ModelView:
         return ModelView(**self._fields(name))
 
-    def model(self, name: str) -> ModelDetail:
+    async def model(self, name: str) -> ModelDetail:
         return ModelDetail(**self._fields(name), path=f"/root/repository/{name}", revision="r1")
 
-    def explain(self, name: str) -> Explanation:
+    async def explain(self, name: str) -> Explanation:
         return Explanation(
-            model=self.model(name),
+            model=await self.model(name),
             estimate_bytes=10,
             measured=None,
             room="cpu:0: 5 of 10 bytes free",

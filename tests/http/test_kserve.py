@@ -7,6 +7,7 @@ import gzip
 import json
 import logging
 import zlib
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -367,8 +368,14 @@ async def test_packed_bodies_are_unpacked_where_they_are_read(surface: Surface, 
 
 
 async def test_a_body_that_is_read_here_is_bounded(surface: Surface, upstream: Recorder) -> None:
-    status, answer, _ = await ask(surface, "POST", "/v2/repository/models/m/load", data=bytes(17 * 2**20))
-    assert (status, "too large" in answer["error"]) == (413, True)
+    async def pieces() -> AsyncIterator[bytes]:
+        for _ in range(17):
+            yield b" " * 2**20
+
+    for large in (b" " * 17 * 2**20, pieces()):
+        status, answer, _ = await ask(surface, "POST", "/v2/repository/models/m/load", data=large)
+        assert (status, "max_json_bytes" in answer["error"]) == (413, True)
+    assert (await ask(surface, "POST", "/v2/repository/models/m/load", data=b" " * 16 * 2**20))[0] == 200
 
 
 # --------------------------------------------------------------------------- decoupled

@@ -439,24 +439,6 @@ async def test_an_answer_that_is_no_http_is_a_502(surface: Surface, service: Fak
             assert response.status == 502
 
 
-@pytest.mark.parametrize("rest", [b"zz\r\n", b"-1\r\n", b"3;x\r\nabcd"])
-async def test_a_body_that_goes_wrong_on_the_way_is_the_clients_fault(
-    surface: Surface, upstream: Recorder, rest: bytes
-) -> None:
-    host, port = surface.url.removeprefix("http://").split(":")
-    reader, writer = await asyncio.open_connection(host, int(port))
-    writer.write(f"POST {INFER} HTTP/1.1\r\nHost: {host}\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n".encode())
-    while not surface.service.usage.model("m").in_flight:
-        await asyncio.sleep(0.01)
-    writer.write(rest)
-    assert b" 400 " in await reader.readline()
-    writer.close()
-    usage = surface.service.usage.model("m")
-    while usage.in_flight:
-        await asyncio.sleep(0.01)
-    assert (upstream.seen, usage.failures, surface.service.poked) == ([], 0, [])
-
-
 async def test_a_client_that_leaves_takes_its_request_along(surface: Surface, upstream: Recorder) -> None:
     arrived = asyncio.Event()
 
@@ -504,3 +486,44 @@ class TestBounded:
         assert not [seen for seen in upstream.seen if len(seen.body) >= len(data)]
         async with surface.client.post(surface.url + INFER, data=pieces(data[: WHOLE_BYTES * 2])) as response:
             assert response.status == 200
+
+
+class TestStalled:
+    @pytest.fixture
+    def settings(self) -> HttpSettings:
+        return HttpSettings(body_stall_s=0.2)
+
+    @pytest.mark.parametrize(
+        ("head", "part", "rest"),
+        [
+            ("Content-Length: 6", b"abc", b""),
+            ("Content-Length: 6", b"", b""),
+            (f"Content-Length: {2 * WHOLE_BYTES}", b"abc", b""),
+            ("Transfer-Encoding: chunked", b"3\r\nabc\r\n", b""),
+            ("Transfer-Encoding: chunked", b"3\r\nabc\r\n", b"zz\r\n"),
+            ("Transfer-Encoding: chunked", b"3\r\nabc\r\n", b"3\r\nabcdef\r\n"),
+        ],
+    )
+    async def test_a_body_that_stops_coming_is_the_clients_fault(
+        self, surface: Surface, upstream: Recorder, head: str, part: bytes, rest: bytes
+    ) -> None:
+        host, port = surface.url.removeprefix("http://").split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(f"POST {INFER} HTTP/1.1\r\nHost: {host}\r\n{head}\r\n\r\n".encode() + part)
+        usage = surface.service.usage.model("m")
+        while not usage.in_flight:
+            await asyncio.sleep(0.01)
+        writer.write(rest)
+        assert b" 408 " in await reader.readline()
+        writer.close()
+        assert (usage.in_flight, usage.failures, surface.service.poked, upstream.seen) == (0, 0, [], [])
+
+    @pytest.mark.parametrize("path", ["/predict/m", "/v2/repository/models/m/load"])
+    async def test_a_body_that_is_read_here(self, surface: Surface, upstream: Recorder, path: str) -> None:
+        request = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 6\r\nConnection: close\r\n\r\nabc"
+        host, port = surface.url.removeprefix("http://").split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(request.encode())
+        assert b" 408 " in await reader.readline()
+        writer.close()
+        assert surface.service.calls == []

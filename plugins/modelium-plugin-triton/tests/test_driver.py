@@ -18,6 +18,7 @@ from modelium_plugin_triton.server import SHM, shm_prefix
 
 from modelium.api import LoadRequest, ObservedModel, Progress, RuntimeDriver
 from modelium.api.testing import DriverContract, eventually, silent
+from modelium.engine.processes import look
 from modelium.errors import DriverError, LoadRejected, RuntimeUnavailable
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.timeout(300)]
@@ -102,7 +103,7 @@ async def test_a_crashed_server_comes_back_on_its_ports_without_orphans(driver: 
         await driver.observe()
     after = await driver.start()
     assert after.endpoints == before.endpoints
-    assert not psutil.pid_exists(stub.key[0])
+    assert look(stub.key[0]) is None
     assert len([p for p in psutil.Process(after.pid).children(recursive=True) if p.name().startswith("triton")]) == 0
 
 
@@ -149,7 +150,7 @@ async def test_stop_ends_everything(driver: TritonDriver, lab: Lab) -> None:
     await driver.load(lab.model("good"), silent)
     [stub] = await stubs(driver, "good")
     await driver.stop()
-    assert lab.processes.names() == [] and not psutil.pid_exists(stub.key[0])
+    assert lab.processes.names() == [] and look(stub.key[0]) is None
     with pytest.raises(RuntimeUnavailable):
         await driver.observe()
 
@@ -475,7 +476,7 @@ async def test_unload_leaves_no_process(driver: TritonDriver, lab: Lab) -> None:
     await driver.load(lab.model("gone", count=2), silent)
     keys = [stub.key[0] for stub in await stubs(driver, "gone")]
     outcome = await driver.unload("gone")
-    assert not outcome.residue and not any(psutil.pid_exists(pid) for pid in keys)
+    assert not outcome.residue and not any(look(pid) for pid in keys)
 
 
 async def test_a_model_whose_folder_was_removed_is_unloaded(driver: TritonDriver, lab: Lab) -> None:

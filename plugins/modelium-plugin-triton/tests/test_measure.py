@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 from modelium_plugin_triton.measure import HOST_MEMORY, Gpus, Measurer, added, less, stub_of
 
@@ -45,7 +46,7 @@ def arguments(file: str, name: str) -> list[str]:
     ],
 )
 def test_whose_stub_it_is(file: str, name: str, model: str, completing: bool) -> None:
-    stub = stub_of((1, 2.0), arguments(file, name), REPOSITORY)
+    stub = stub_of((1, 2), arguments(file, name), REPOSITORY)
     assert stub is not None and (stub.model, stub.completing) == (model, completing)
 
 
@@ -53,7 +54,7 @@ def test_whose_stub_it_is(file: str, name: str, model: str, completing: bool) ->
     "argv", [[], ["bash", "-c", f"exec {STUB} /models/m/1/model.py"], ["python", "a", *"123456789"]]
 )
 def test_what_is_no_stub(argv: list[str]) -> None:
-    assert stub_of((1, 2.0), argv, REPOSITORY) is None
+    assert stub_of((1, 2), argv, REPOSITORY) is None
 
 
 def test_sizes() -> None:
@@ -69,9 +70,10 @@ def family(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
     """A stand-in for a server with one stub that holds 64 MiB and has a child, and one child that has ended."""
     stub = tmp_path / "triton_python_backend_stub"
     stub.symlink_to(sys.executable)
+    child = "print('up', flush=True); import time; time.sleep(600)"
     held = "held = b'x' * (64 << 20); import subprocess, sys, time; "
-    held += "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); "
-    held += "print('here', flush=True); time.sleep(600)"
+    held += f"child = subprocess.Popen([sys.executable, '-c', {child!r}], stdout=subprocess.PIPE); "
+    held += "child.stdout.readline(); print('here', flush=True); time.sleep(600)"
     file = tmp_path / "models/m/1/model.py"
     file.parent.mkdir(parents=True)
     file.write_text(held)
@@ -93,7 +95,7 @@ time.sleep(600)
     process.stdout.close()
 
 
-def test_a_family(family: tuple[subprocess.Popen[bytes], Path]) -> None:
+def test_a_family(family: tuple[subprocess.Popen[bytes], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     server, repository = family
     measurer = Measurer(server.pid, repository)
     seen = measurer.look()
@@ -102,7 +104,8 @@ def test_a_family(family: tuple[subprocess.Popen[bytes], Path]) -> None:
     assert 0 < seen.server[HOST_MEMORY] < (64 << 20)
     assert len(seen.zombies) == 1 and seen.zombies[0] != stub.key[0]
     assert [s.key for s in seen.by_model()["m"]] == [stub.key] and seen.of("n") == []
-    assert measurer.look() == seen  # asked again, nothing has changed
+    monkeypatch.delattr(psutil.Process, "memory_full_info")
+    assert measurer.look() == seen  # asked again, nothing is measured anew
     os.kill(stub.key[0], 9)
 
 

@@ -8,8 +8,6 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
-import psutil
-
 from modelium.api import (
     Endpoint,
     LoadOutcome,
@@ -26,7 +24,7 @@ from modelium.errors import RuntimeUnavailable
 from modelium_plugin_triton import attach, install, locate, reasons, server
 from modelium_plugin_triton.client import TritonClient
 from modelium_plugin_triton.install import Environment
-from modelium_plugin_triton.measure import Gpus, Measurer
+from modelium_plugin_triton.measure import Gpus, Measurer, key_of
 from modelium_plugin_triton.session import Attempt, Session
 from modelium_plugin_triton.settings import TritonSettings
 
@@ -135,7 +133,8 @@ class TritonDriver:
 
     async def _adopt(self, record: ProcessRecord, *, adopted: bool) -> RuntimeInfo:
         facts = server.facts_of(record)
-        backends = await asyncio.to_thread(locate.list_backends, Path(str(facts["backends"])))
+        folder = Path(str(facts["backends"]))
+        backends = await asyncio.to_thread(locate.list_backends, folder)
         self._environment = Environment(Path(str(facts["environment"]))) if facts["environment"] else None
         instance = f"{record.pid}-{record.created_at}"
         processes, name = self._context.processes, self._context.name
@@ -151,6 +150,7 @@ class TritonDriver:
                     memory_file=self._context.state_dir / "native.json",
                     measurer=Measurer(record.pid, self._repository, self._gpus),
                     backends=backends,
+                    python_based=await asyncio.to_thread(locate.python_based, folder),
                     tail=lambda lines: processes.tail(name, lines),
                 )
             )
@@ -190,8 +190,9 @@ class TritonDriver:
         measurer = None
         repository = self._repository
         local_backends: tuple[str, ...] = ()
+        python_based = frozenset({"python"})
         if process is not None:
-            instance = f"{process.pid}-{process.create_time()}"
+            instance = _identity(process.pid)
             argv = tuple(process.cmdline())
             # It may call our folder by another name.
             repository = Path(server.argument(argv, "--model-repository") or repository)
@@ -200,6 +201,7 @@ class TritonDriver:
             # Its own view of the files, which is another one when it runs in a container.
             seen = Path(f"/proc/{process.pid}/root{folder}") if folder.startswith("/") else Path(process.cwd()) / folder
             local_backends = await asyncio.to_thread(locate.list_backends, seen)
+            python_based |= await asyncio.to_thread(locate.python_based, seen)
         else:
             self._epoch = attach.Epoch(self._context.state_dir / "external.json", endpoint)
             instance = self._epoch.instance
@@ -215,6 +217,7 @@ class TritonDriver:
                     memory_file=self._context.state_dir / "native.json",
                     measurer=measurer,
                     own=False,
+                    python_based=python_based,
                 )
             )
         else:
@@ -255,13 +258,17 @@ class TritonDriver:
             if record is None or f"{record.pid}-{record.created_at}" != session.instance:
                 raise RuntimeUnavailable("tritonserver has ended")
         observation = await session.observe()
-        if self._epoch is not None and session.measurer is None:
-            counts = {m.name: m.requests or 0 for m in observation.models if m.ready}
-            if self._epoch.see(counts):
-                raise RuntimeUnavailable("the attached Triton was started anew")
-        elif session.measurer is not None and not psutil.pid_exists(session.measurer.pid):
+        if self._settings.endpoint is not None and self._present(session, observation) != session.instance:
             raise RuntimeUnavailable("the attached Triton was started anew")
         return observation
+
+    def _present(self, session: Session, observation: Observation) -> str:
+        """The instance of the attached server that made this observation."""
+        if session.measurer is not None:
+            return _identity(session.measurer.pid)
+        assert self._epoch is not None
+        self._epoch.see({m.name: m.requests or 0 for m in observation.models if m.ready})
+        return self._epoch.instance
 
     async def load(self, request: LoadRequest, report: Report) -> LoadOutcome:
         """Load it, after installing what its way of serving needs in Triton's environment.
@@ -358,6 +365,11 @@ class TritonDriver:
 
         task.add_done_callback(done)
         return task
+
+
+def _identity(pid: int) -> str:
+    key = key_of(pid)
+    return f"{pid}-{key[1]}" if key else ""
 
 
 def _grpc(facts: dict[str, object]) -> str:

@@ -81,7 +81,16 @@ def list_backends(folder: Path) -> tuple[str, ...]:
         entries = sorted(entry for entry in folder.iterdir() if entry.is_dir())
     except OSError:
         return ()
-    return tuple(e.name for e in entries if (e / f"libtriton_{e.name}.so").exists() or (e / "model.py").exists())
+    return tuple(e.name for e in entries if _library(e).exists() or (e / "model.py").exists())
+
+
+def python_based(folder: Path) -> frozenset[str]:
+    """Those of its backends whose models run in the Python backend's processes."""
+    return frozenset(name for name in list_backends(folder) if name == "python" or not _library(folder / name).exists())
+
+
+def _library(backend: Path) -> Path:
+    return backend / f"libtriton_{backend.name}.so"
 
 
 async def find_interpreter(settings: TritonSettings) -> Interpreter:

@@ -5,13 +5,15 @@ Bytes are USS, what would come free if the process ended; for GPUs what NVML cou
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import signal
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import psutil
 
@@ -19,22 +21,22 @@ from modelium_plugin_triton.install import STUB
 
 log = logging.getLogger(__name__)
 
-V = TypeVar("V")
-
 HOST_MEMORY = "cpu:0"
 
 _INSTANCE = re.compile(r"_\d+_\d+$")
 """What Triton puts behind a model's name to name an instance: group and number."""
 
-_Key = tuple[int, float]
-"""A process beyond doubt: its pid and when it was started."""
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+
+Key = tuple[int, int]
+"""A process beyond doubt: its pid, and when it was started, in the kernel's ticks since the boot."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stub:
     """A process of a Python-backend model."""
 
-    key: _Key
+    key: Key
     model: str
     completing: bool
     """It only completes the configuration, before the instances are made. Triton waits for it without end."""
@@ -62,7 +64,7 @@ class Family:
         return models
 
 
-def stub_of(key: _Key, argv: Sequence[str], repository: Path) -> Stub | None:
+def stub_of(key: Key, argv: Sequence[str], repository: Path) -> Stub | None:
     """The stub that this command line belongs to; None for any other process.
 
     A stub's arguments (python_backend/src/stub_launcher.cc): the model's file, shared memory and its two sizes, the
@@ -99,57 +101,107 @@ class Measurer:
         self.pid = pid
         self._repository = repository
         self._gpus = gpus
-        self._stubs: dict[_Key, Stub] = {}
-        self._sizes: dict[_Key, tuple[int, int]] = {}
+        self._stubs: dict[Key, Stub] = {}
+        self._sizes: dict[Key, tuple[int, int]] = {}
 
     def look(self) -> Family:
-        """One pass over the server's descendants."""
-        gpu = self._gpus.by_process() if self._gpus else {}
-        try:
-            server = psutil.Process(self.pid)
-            own = self._memory(server, gpu)
-            descendants = server.children(recursive=True)
-        except psutil.Error:
+        """One pass over the processes of this machine."""
+        children: dict[int, list[_Process]] = {}
+        server = None
+        for process in _processes():
+            children.setdefault(process.parent, []).append(process)
+            if process.key[0] == self.pid:
+                server = process
+        if server is None or server.zombie:
             return Family()
-        found: dict[_Key, tuple[Stub, list[Mapping[str, int]]]] = {}
-        zombies: list[int] = []
-        owners: dict[int, _Key] = {}
-        for process in descendants:  # parents come before their children
+        gpu = self._gpus.by_process() if self._gpus else {}
+        seen = {server.key}
+        parts: dict[Key, list[Mapping[str, int]]] = {}
+        stubs: list[Stub] = []
+        left: list[tuple[_Process, Key | None]] = [(child, None) for child in children.get(self.pid, ())]
+        while left:
+            process, owner = left.pop()
+            if process.zombie:
+                continue
+            seen.add(process.key)
+            if stub := self._stub(process.key):
+                stubs.append(stub)
+                owner = process.key
+            if owner is not None:  # a model may have started processes of its own
+                parts.setdefault(owner, []).append(self._memory(process, gpu))
+            left += [(child, owner) for child in children.get(process.key[0], ())]
+        own = self._memory(server, gpu)
+        self._stubs = {key: self._stubs[key] for key in self._stubs.keys() & seen}
+        self._sizes = {key: self._sizes[key] for key in self._sizes.keys() & seen}
+        return Family(
+            server=own,
+            stubs=tuple(replace(stub, memory=added(parts[stub.key])) for stub in stubs),
+            zombies=tuple(child.key[0] for child in children.get(self.pid, ()) if child.zombie),
+        )
+
+    def _stub(self, key: Key) -> Stub | None:
+        if key not in self._stubs:  # asked again as long as it is none: a shell becomes one
             try:
-                if process.status() == psutil.STATUS_ZOMBIE:
-                    zombies += [process.pid] if process.ppid() == self.pid else []
-                    continue
-                key = (process.pid, process.create_time())
-                stub = self._stub(process, key)
-                if stub is not None:
-                    found[key] = (stub, [])
-                owner = key if stub is not None else owners.get(process.ppid())
-                if owner is not None:
-                    owners[process.pid] = owner
-                    found[owner][1].append(self._memory(process, gpu))
-            except psutil.Error:
-                continue  # it has just ended
-        self._stubs = _only(self._stubs, found)
-        self._sizes = _only(self._sizes, {(p.pid, p.create_time()) for p in (server, *descendants)})
-        stubs = tuple(replace(stub, memory=added(parts)) for stub, parts in found.values())
-        return Family(server=own, stubs=stubs, zombies=tuple(zombies))
+                argv = Path(f"/proc/{key[0]}/cmdline").read_bytes().split(b"\0")[:-1]
+            except OSError:
+                return None
+            stub = stub_of(key, [os.fsdecode(word) for word in argv], self._repository)
+            if stub is None:
+                return None
+            self._stubs[key] = stub
+        return self._stubs[key]
 
-    def _stub(self, process: psutil.Process, key: _Key) -> Stub | None:
-        stub = self._stubs.get(key)
-        if stub is None:  # asked again as long as it is none: a shell becomes one
-            stub = stub_of(key, process.cmdline(), self._repository)
-            if stub is not None:
-                self._stubs[key] = stub
-        return stub
+    def _memory(self, process: _Process, gpu: Mapping[int, Mapping[str, int]]) -> dict[str, int]:
+        before, size = self._sizes.get(process.key, (-self.TOLERANCE_BYTES, 0))
+        if abs(process.resident - before) >= self.TOLERANCE_BYTES:
+            try:
+                size = psutil.Process(process.key[0]).memory_full_info().uss
+            except psutil.NoSuchProcess:
+                return {}
+            except psutil.AccessDenied:  # somebody else's server
+                size = process.resident
+            self._sizes[process.key] = (process.resident, size)
+        return {HOST_MEMORY: size, **gpu.get(process.key[0], {})}
 
-    def _memory(self, process: psutil.Process, gpu: Mapping[int, Mapping[str, int]]) -> dict[str, int]:
-        key = (process.pid, process.create_time())
-        resident = process.memory_info().rss
-        resident_then, size = self._sizes.get(key, (-self.TOLERANCE_BYTES, 0))
-        if abs(resident - resident_then) >= self.TOLERANCE_BYTES:
-            size = process.memory_full_info().uss
-            self._sizes[key] = (resident, size)
-        return {HOST_MEMORY: size, **gpu.get(process.pid, {})}
+
+@dataclass(frozen=True, slots=True)
+class _Process:
+    key: Key
+    parent: int
+    resident: int
+    """Bytes."""
+    zombie: bool
+
+
+def _processes() -> Iterator[_Process]:
+    for entry in os.scandir("/proc"):
+        if entry.name.isdigit() and (process := _process(int(entry.name))) is not None:
+            yield process
+
+
+def _process(pid: int) -> _Process | None:
+    """From `/proc/PID/stat` (proc_pid_stat(5)), field 2 of which may hold anything, so it is counted from its end."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except OSError:
+        return None
+    state, *rest = stat[stat.rindex(")") + 2 :].split()
+    return _Process(
+        key=(pid, int(rest[18])), parent=int(rest[0]), resident=int(rest[20]) * _PAGE_BYTES, zombie=state in "ZX"
+    )
+
+
+def key_of(pid: int) -> Key | None:
+    """The living process with this number; None when there is none."""
+    process = _process(pid)
+    return process.key if process is not None and not process.zombie else None
+
+
+def kill(stub: Stub) -> None:
+    """End a stub, unless its number is another process's by now."""
+    if key_of(stub.key[0]) == stub.key:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(stub.key[0], signal.SIGKILL)
 
 
 class Gpus:
@@ -205,10 +257,6 @@ def _visible(uuids: Sequence[str], environment: Mapping[str, str]) -> list[int]:
             break
         chosen += matching
     return chosen
-
-
-def _only(known: Mapping[_Key, V], keys: Iterable[_Key]) -> dict[_Key, V]:
-    return {key: known[key] for key in keys if key in known}
 
 
 def added(parts: Iterable[Mapping[str, int]]) -> dict[str, int]:

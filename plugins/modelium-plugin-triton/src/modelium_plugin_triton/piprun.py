@@ -113,8 +113,8 @@ def explain(what: str, output: Sequence[str]) -> InstallError:
         return InstallError(f"{what} failed: a folder can't be written. pip: {reason}")
     if "No matching distribution" in text:
         return InstallError(
-            f"{what} failed: the package index has no build for this machine (Linux on x86-64 with glibc 2.35 or newer "
-            f"is expected), or lacks the package. pip: {reason}"
+            f"{what} failed: the package index lacks the package, has no build for this machine (expected: Linux on "
+            f"x86-64 with glibc 2.35 or newer), or was not reached. pip: {reason}"
         )
     return InstallError(f"{what} failed: {reason}")
 

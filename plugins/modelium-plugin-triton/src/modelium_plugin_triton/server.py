@@ -62,7 +62,7 @@ def command(
     if backends is not None:
         argv.append(f"--backend-directory={backends}")
     argv += settings.args
-    env = {"PYTHONDONTWRITEBYTECODE": "1"}
+    env = {"PYTHONDONTWRITEBYTECODE": "1", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}  # GPUs are numbered as NVML numbers them
     if wheel is not None:
         env["LD_LIBRARY_PATH"] = _joined(wheel.libraries, os.environ.get("LD_LIBRARY_PATH"))
         # The stub asks PATH for its interpreter.

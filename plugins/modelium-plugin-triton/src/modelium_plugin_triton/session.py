@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from modelium.api import (
     LoadOutcome,
     LoadRequest,
@@ -27,13 +25,14 @@ from modelium.api import (
 from modelium.errors import DriverError, LoadRejected, ModelError
 from modelium_plugin_triton import modelconfig, reasons
 from modelium_plugin_triton.client import CallFailed, Counted, TritonClient
-from modelium_plugin_triton.measure import Family, Measurer, Stub, added, has_shaken_hands, less
+from modelium_plugin_triton.measure import Family, Measurer, Stub, added, has_shaken_hands, kill, less
 from modelium_plugin_triton.settings import TritonSettings
 
 log = logging.getLogger(__name__)
 
 PYTHON = "python"
-ENSEMBLE = ""
+NO_BACKEND = ""
+"""An ensemble's."""
 
 UNNOTICED_S = 5.0
 """Triton notices a stub's end within two seconds, save before the stub's first message and while the stub completes the
@@ -77,6 +76,8 @@ class Session:
     own: bool = True
     """It is ours: its stubs may be ended."""
     backends: tuple[str, ...] = ()
+    python_based: frozenset[str] = frozenset({"python"})
+    """Backends whose models run in processes of their own."""
     tail: Callable[[int], list[str]] = lambda lines: []
     lingering: set[str] = field(default_factory=set)
     """Models that were loading or unloading when we came."""
@@ -110,7 +111,7 @@ class Session:
         """Learn how many processes a Python model has, all being well."""
         told = [await self.client.backend(name, version) for version in versions]
         self.used_backends |= {backend for backend, _ in told if backend}
-        if any(backend == PYTHON for backend, _ in told):
+        if any(backend in self.python_based for backend, _ in told):
             self.stubs[name] = sum(count for _, count in told)
 
     async def _in_flux(self) -> set[str]:
@@ -167,15 +168,18 @@ class Session:
         Until the attempt has begun, the task may as well be cancelled.
         """
         async with self.turns[request.name]:
-            if request.name in self.stuck and request.name in await self._in_flux():
-                raise DriverError(self.stuck[request.name], code="runtime_stuck")
-            self.stuck.pop(request.name, None)
+            await self._check_stuck(request.name)
             backend = await asyncio.to_thread(self._check_files, request)
             with self._busy_with(request.name, "loading"):
-                if backend in (PYTHON, ENSEMBLE):
+                if backend == NO_BACKEND or backend in self.python_based:
                     return await self._load(request, report, attempt, native=False)
                 async with self.alone:
                     return await self._load(request, report, attempt, native=True)
+
+    async def _check_stuck(self, name: str) -> None:
+        if name in self.stuck and name in await self._in_flux():
+            raise DriverError(self.stuck[name], code="runtime_stuck")
+        self.stuck.pop(name, None)
 
     async def _load(self, request: LoadRequest, report: Report, attempt: Attempt, native: bool) -> LoadOutcome:
         name = request.name
@@ -211,13 +215,13 @@ class Session:
         return LoadOutcome(memory=self._measured(name, before, after, native), load_s=load_s)
 
     def _measured(self, name: str, before: Family, after: Family, native: bool) -> dict[str, int]:
-        if native:
+        old = {stub.key for stub in before.stubs}
+        stubs = after.of(name)
+        if native and not stubs:
             if growth := less(after.server, before.server):
                 self.native[name] = growth
                 self._save()
             return dict(self.native.get(name, {}))
-        old = {stub.key for stub in before.stubs}
-        stubs = after.of(name)
         new = [stub for stub in stubs if stub.key not in old]  # those of the revision that it replaces may linger
         return added(stub.memory for stub in new or stubs)
 
@@ -281,7 +285,9 @@ class Session:
         while not call.done() and time.monotonic() < deadline:
             if self.own:
                 mine = [s for s in (await self.look()).of(name) if s.key not in old and not s.completing]
-                _kill([stub for stub in mine if await asyncio.to_thread(has_shaken_hands, stub)])
+                for stub in mine:
+                    if await asyncio.to_thread(has_shaken_hands, stub):
+                        kill(stub)
             await asyncio.wait({call}, timeout=0.2)
         if not call.done():
             call.cancel()
@@ -348,6 +354,7 @@ class Session:
 
     async def unload(self, name: str) -> UnloadOutcome:
         async with self.turns[name]:
+            await self._check_stuck(name)
             with self._busy_with(name, "unloading"):
                 if name not in self.native:
                     await self._remove(name)
@@ -395,7 +402,8 @@ class Session:
                 return
             if stubs and self.own and time.monotonic() - began > LINGERING_S and not await self._alive(name):
                 log.warning("%s: ending %d processes that outlived its unload", name, len(stubs))
-                _kill(stubs)
+                for stub in stubs:
+                    kill(stub)
             await asyncio.sleep(pause)
             pause = min(pause * 1.5, 0.5)
 
@@ -419,11 +427,3 @@ def _by_name(counted: Iterable[Counted]) -> dict[str, list[Counted]]:
     for version in counted:
         models.setdefault(version.name, []).append(version)
     return models
-
-
-def _kill(stubs: Iterable[Stub]) -> None:
-    for stub in stubs:
-        with contextlib.suppress(psutil.Error):
-            process = psutil.Process(stub.key[0])
-            if process.create_time() == stub.key[1]:
-                process.kill()

@@ -11,7 +11,10 @@ Port = Annotated[int, Field(ge=0, le=65535)]
 
 
 class TritonSettings(BaseModel):
-    """How Triton is found, started and talked to. Without `endpoint` Modelium runs its own."""
+    """How Triton is found, started and talked to. Without `endpoint` Modelium runs its own.
+
+    Our own server outlives Modelium: what is said of it here counts when it is next started.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -469,6 +469,20 @@ async def test_changed_files_are_seen_under_the_same_override(driver: TritonDriv
     assert any(stub.key != first.key for stub in await stubs(driver, "placed"))
 
 
+async def test_packs_are_there_before_the_load(driver: TritonDriver, lab: Lab) -> None:
+    requests = []
+    for name in ("first", "second"):
+        request = lab.model(name, code("import onnxruntime; self.version = onnxruntime.__version__"))
+        plan = request.plan.model_copy(update={"settings": {"packs": ["onnx"]}})
+        requests.append(request.model_copy(update={"plan": plan}))
+    await asyncio.gather(*(driver.load(request, silent) for request in requests))
+    assert driver._environment is not None and driver._environment.has("onnx")
+    unknown = requests[0].plan.model_copy(update={"settings": {"packs": ["nonsense"]}})
+    with pytest.raises(DriverError, match="nonsense") as caught:
+        await driver.load(requests[0].model_copy(update={"plan": unknown}), silent)
+    assert caught.value.code == "install_failed"
+
+
 # --------------------------------------------------------------------------- unloading
 
 

@@ -18,9 +18,10 @@ from modelium.api.types import Analysis, Completeness, Inspection, Manifest, Pro
 from modelium.core import events as e
 from modelium.core.world import Failure
 from modelium.engine.catalog import Catalog
+from modelium.engine.files import look_of
 from modelium.engine.loop import Loop
 from modelium.engine.planner import Planner
-from modelium.engine.repository import MANIFEST, Changed, Repository, look_of
+from modelium.engine.repository import MANIFEST, Changed, Repository
 from modelium.engine.store import Quarantined, Store
 from modelium.errors import ConfigError, ModelConflict, ModelError, ModeliumError, PluginError
 

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 
 from modelium.api.driver import RuntimeContext
-from modelium.api.types import Device, LoadRequest, Progress, Report, Situation
+from modelium.api.types import Device, Progress, Report, Situation
 from modelium.config import Config
 from modelium.core import events as e
-from modelium.core import instructions as i
-from modelium.core.states import RuntimeState, State
+from modelium.core.states import RuntimeState
 from modelium.core.world import Failure, Policy, World
-from modelium.engine.admission import Admission, Route
+from modelium.engine.admission import Admission
 from modelium.engine.catalog import Catalog
+from modelium.engine.effects import Effects
 from modelium.engine.ingest import Ingest
 from modelium.engine.journal import Journal
 from modelium.engine.loop import Clock, Loop
@@ -32,18 +32,8 @@ from modelium.engine.store import Quarantined, Store
 from modelium.engine.usage import UsageBook
 from modelium.engine.watcher import Watcher
 from modelium.errors import (
-    CapacityError,
     ConfigError,
-    DeadlinePassed,
-    DriverError,
-    LoadRejected,
     ModelConflict,
-    ModelError,
-    ModelFailed,
-    ModeliumError,
-    ModelNotFound,
-    NeverFits,
-    QueueFull,
     RuntimeUnavailable,
 )
 from modelium.host import PluginHost
@@ -58,24 +48,6 @@ USAGE_EVERY_S = 2.0
 JOURNAL_EVERY_S = 1.0
 LOADED_EVERY_S = 3.0
 """How often the files of loaded models are compared with what was loaded."""
-
-_ERRORS: Mapping[str, type[ModeliumError]] = {
-    t.code: t
-    for t in (
-        CapacityError,
-        ConfigError,
-        DeadlinePassed,
-        DriverError,
-        LoadRejected,
-        ModelConflict,
-        ModelError,
-        ModelFailed,
-        ModelNotFound,
-        NeverFits,
-        QueueFull,
-        RuntimeUnavailable,
-    )
-}
 
 
 def policy_of(config: Config, host: PluginHost) -> Policy:
@@ -145,14 +117,17 @@ class Orchestrator:
                 report=self._runtime_report(backend.name),
             )
             self.running[backend.name] = Running(backend, backend.create(context))
+        self.effects = Effects(self)
         world = World(next_id=self.journal.last_decision + 1)
-        self.loop = Loop(world, policy_of(config, host), self.usage, self._execute, clock)
+        self.loop = Loop(world, policy_of(config, host), self.usage, self.effects.execute, clock)
         self.admission.on_idle = self._became_idle
         self.inspector = inspector
         self.repository = Repository(
             paths.repository, state=paths.state, quarantine=paths.quarantine, trash=paths.trash
         )
-        self.runtimes = Runtimes(self.running, lambda: self.loop, self._request_for, self._report_for, self._measured)
+        self.runtimes = Runtimes(
+            self.running, lambda: self.loop, self.effects.request_for, self._report_for, self.effects.measured
+        )
         self.planner = Planner(
             host.brain(config.brain.name, config.brain.settings), self.running, self.situation, self.store
         )
@@ -185,9 +160,6 @@ class Orchestrator:
         self._tasks: list[asyncio.Task[Any]] = []
         self._idle_due = False
         self._tickets = 0
-        self._forgotten: dict[str, list[asyncio.Future[None]]] = {}
-        self._measured_as: dict[str, str] = {}
-        """What each model that loads, or was loaded here, is measured as: its files may be others by then."""
 
     @property
     def owns_repository(self) -> bool:
@@ -219,7 +191,7 @@ class Orchestrator:
     async def forget(self, name: str) -> None:
         """Let nobody want a model any more; return when it is unloaded and forgotten. Its folder may then be moved."""
         gone = asyncio.get_running_loop().create_future()
-        self._forgotten.setdefault(name, []).append(gone)
+        self.effects.forgotten.setdefault(name, []).append(gone)
         self.catalog.leave(name, True)
         self.loop.post(e.ModelRemoved(self.clock(), name))
         try:
@@ -407,93 +379,6 @@ class Orchestrator:
             self.journal.progress(self.clock(), f"runtime:{name}", progress)
 
         return report
-
-    # ------------------------------------------------------------------ instructions
-
-    def _execute(self, order: i.Instruction) -> None:
-        match order:
-            case i.Tell(transition):
-                self._tell(transition)
-            case i.Grant(ticket, name):
-                self.admission.grant(ticket, name)
-            case i.Refuse(ticket, name, code, message, retry_after_s):
-                kind = _ERRORS.get(code, ModelFailed)
-                self.admission.refuse(ticket, kind(message, code=code, retry_after_s=retry_after_s, model=name))
-            case i.OpenRoute(name, runtime):
-                self._open(name, runtime)
-            case i.CloseRoute(name, 0):
-                self.admission.close(name, None)
-            case i.CloseRoute(name, op):
-                self.admission.close(name, lambda: self.loop.post(e.Drained(self.clock(), name, op)))
-            case i.Load():
-                self.runtimes.load(order)
-            case i.Unload():
-                self.runtimes.unload(order)
-            case i.StartRuntime():
-                self.runtimes.start(order)
-            case i.Forget(name):
-                for waiter in self._forgotten.pop(name, []):
-                    if not waiter.done():
-                        waiter.set_result(None)
-                self.usage.forget(name)
-                self.journal.forget(name)
-                self.progress.pop(name, None)
-                self._measured_as.pop(name, None)
-                self.store.set_loaded(name, None)
-            case _:
-                raise AssertionError(f"no effect for {order!r}")
-        self.admission.watch_queue(bool(self.loop.world.queue))
-
-    def _tell(self, transition: Any) -> None:
-        self.journal.add(transition)
-        self.usage.observe(transition)
-        self.host.transition(transition)
-        name = transition.subject
-        if transition.after != State.LOADING:
-            self.progress.pop(name, None)
-        if transition.before in (State.READY, State.DRAINING, State.UNLOADING) and transition.after in (
-            State.COLD,
-            State.FAILED,
-        ):
-            self.store.set_loaded(name, None)
-
-    def _open(self, name: str, runtime: str) -> None:
-        running, known = self.running[runtime], self.catalog.known.get(name)
-        endpoints = {e.protocol: e.address for e in running.info.endpoints} if running.info else {}
-        decoupled = known.decoupled if known else False
-        self.admission.open(Route(name, runtime, endpoints, decoupled, self.usage.model(name)))
-        self._remember(name, runtime)
-
-    def _remember(self, name: str, runtime: str) -> None:
-        """Called when a model is READY, loaded or reloaded: keep what was measured, and that it is loaded."""
-        known, model = self.catalog.known.get(name), self.loop.world.models.get(name)
-        if known is None or model is None:
-            return
-        revision = model.loaded_revision or known.revision
-        self.store.set_loaded(name, revision)
-
-    def _measured(self, name: str, memory_bytes: int, load_s: float | None) -> None:
-        known = self.catalog.known.get(name)
-        key = self._measured_as.get(name) or (known.measured_as if known is not None else None)
-        if key is not None and memory_bytes:
-            self.store.measure(key, memory_bytes, load_s)
-
-    def _request_for(self, order: i.Load) -> LoadRequest:
-        known = self.catalog.known[order.name]
-        self._measured_as[order.name] = known.measured_as
-        analysis = self.catalog.manifest(order.name).inspection.analysis
-        if analysis is None:
-            raise ModelError(f"the manifest of {order.name} has no analysis")
-        return LoadRequest(
-            name=order.name,
-            path=known.path,
-            plan=known.plan,
-            analysis=analysis,
-            devices=tuple(d for d, _ in order.booking),
-            memory_bytes=sum(n for _, n in order.booking),
-            replace=order.replace,
-            parameters=order.parameters,
-        )
 
 
 def _make(folder: Path) -> None:

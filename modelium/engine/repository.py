@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
 import shutil
-import stat
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from modelium.api.types import Layout, Manifest
+from modelium.engine.files import Moved, check_space, explained, free_name, hash_of, look_of, move, move_aside
 from modelium.engine.store import replace_file
 from modelium.errors import ConfigError, ModelConflict, ModelError
 
@@ -25,12 +23,6 @@ log = logging.getLogger(__name__)
 MANIFEST = "modelium.json"
 JOURNAL = "journal.json"
 _IGNORED = frozenset({MANIFEST, "__pycache__"})
-
-MAX_FILES = 100_000
-"""Of one drop."""
-
-Moved = Callable[[int, int], None]
-"""Told bytes done and bytes in all while files are copied; from another thread."""
 
 
 class Changed(ModelConflict):
@@ -57,11 +49,7 @@ def revision_of(path: Path) -> str:
     """
     rows: list[tuple[str, int, int]] = []
     _walk(path, "", rows, set())
-    return _hash(rows)
-
-
-def _hash(rows: list[tuple[str, int, int]]) -> str:
-    return sha256(repr(sorted(rows)).encode()).hexdigest()[:16]
+    return hash_of(rows)
 
 
 def _walk(path: Path, prefix: str, rows: list[tuple[str, int, int]], seen: set[tuple[int, int]]) -> None:
@@ -81,38 +69,6 @@ def _walk(path: Path, prefix: str, rows: list[tuple[str, int, int]], seen: set[t
                     rows.append((prefix + entry.name, found.st_size, found.st_mtime_ns))
             except OSError as exc:  # gone meanwhile, a link to nowhere, unreadable
                 rows.append((prefix + entry.name, -(exc.errno or 1), 0))
-
-
-def look_of(drop: Path) -> tuple[str, float]:
-    """A hash over a drop's names, sizes and times, and when anything in it last changed; no link is followed.
-
-    The drop's own name and, of a folder, its own times don't count: a rename changes nothing in it. Raises
-    `FileNotFoundError` when it is gone, `ModelError` when it can't be read or has too many files.
-    """
-    try:
-        top = os.lstat(drop)
-        if not stat.S_ISDIR(top.st_mode):
-            return _hash([("", top.st_size, top.st_mtime_ns)]), top.st_ctime
-        rows: list[tuple[str, int, int]] = []
-        newest = 0.0
-        todo = [(str(drop), "")]
-        while todo:
-            folder, prefix = todo.pop()
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    found = entry.stat(follow_symlinks=False)
-                    newest = max(newest, found.st_ctime)
-                    rows.append((prefix + entry.name, found.st_size, found.st_mtime_ns))
-                    if stat.S_ISDIR(found.st_mode):
-                        rows[-1] = (prefix + entry.name + "/", 0, 0)
-                        todo.append((entry.path, f"{prefix}{entry.name}/"))
-                    if len(rows) > MAX_FILES:
-                        raise ModelError(f"{drop.name} holds more than {MAX_FILES} files, which no model does")
-        return _hash(rows), newest
-    except FileNotFoundError:
-        raise
-    except OSError as exc:
-        raise ModelError(f"{drop.name} can't be read: {exc.strerror}: {exc.filename}", code="unreadable") from exc
 
 
 class Repository:
@@ -202,14 +158,14 @@ class Repository:
                 f"{manifest.name} is in the repository already: choose another name, or remove it first"
             )
         folder = self._staging()
-        _check_space(drop, folder)
+        check_space(drop, folder)
         kept = False
         try:
             staging = Path(tempfile.mkdtemp(prefix=f"{manifest.name}-", dir=folder))
             written = [*layout.texts, *([MANIFEST] if managed else [])]
             journal = {"drop": str(drop), "files": dict(layout.files), "target": str(target), "written": written}
             replace_file(staging / JOURNAL, json.dumps(journal).encode())
-            _move(drop, staging / "drop", moved)
+            move(drop, staging / "drop", moved)
             try:
                 if looked is not None and look_of(staging / "drop")[0] != looked:
                     raise Changed(f"{drop.name} changed while it was being taken in")
@@ -222,7 +178,7 @@ class Repository:
                 raise
         except OSError as exc:
             where = f"; it lies in {staging} and is put back at the next start" if kept else ""
-            raise _explained(exc, f"could not be moved into the repository{where}") from exc
+            raise explained(exc, f"could not be moved into the repository{where}") from exc
         finally:
             if not kept:
                 self._discard(staging, manifest.name)
@@ -274,7 +230,7 @@ class Repository:
 
     def quarantine(self, drop: Path) -> Path:
         """Take a refused drop out of the way, whole; returns its new place, or the old one if it can't be moved."""
-        return _move_aside(drop, self._quarantine)
+        return move_aside(drop, self._quarantine)
 
     def remove(self, name: str) -> Path:
         """Take a model's folder out of the repository; returns where it lies now."""
@@ -286,10 +242,10 @@ class Repository:
         """Move to the trash; nothing is ever deleted. Returns where it lies now."""
         try:
             self._trash.mkdir(parents=True, exist_ok=True)
-            place = _free_name(self._trash, path.name)
-            _move(path, place)
+            place = free_name(self._trash, path.name)
+            move(path, place)
         except OSError as exc:
-            raise _explained(exc, f"{path} could not be moved to {self._trash}") from exc
+            raise explained(exc, f"{path} could not be moved to {self._trash}") from exc
         return place
 
     def _stagings(self) -> Iterator[Path]:
@@ -345,92 +301,6 @@ def _undo(staging: Path) -> Path | None:
                 os.rename(place, back)
     if not os.path.lexists(drop):
         return None
-    place = origin if not os.path.lexists(origin) else _free_name(origin.parent, origin.name)
-    _move(drop, place)
+    place = origin if not os.path.lexists(origin) else free_name(origin.parent, origin.name)
+    move(drop, place)
     return place
-
-
-def _move(source: Path, target: Path, moved: Moved | None = None) -> None:
-    """Rename, or copy to another file system and then remove the source."""
-    try:
-        os.rename(source, target)
-        return
-    except OSError as exc:
-        if exc.errno != errno.EXDEV:
-            raise
-    total = size_of(source)
-    done = 0
-
-    def copy(src: str, dst: str) -> str:
-        nonlocal done
-        shutil.copy2(src, dst, follow_symlinks=False)
-        done += os.lstat(dst).st_size
-        if moved is not None:
-            moved(done, total)
-        return dst
-
-    partial = target.with_name(f".{target.name}.partial")
-    try:
-        if source.is_dir() and not source.is_symlink():
-            shutil.copytree(source, partial, symlinks=True, copy_function=copy)
-        else:
-            copy(str(source), str(partial))
-        os.rename(partial, target)
-    except BaseException:
-        _delete(partial)
-        raise
-    _delete(source)
-
-
-def _delete(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _move_aside(path: Path, folder: Path) -> Path:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        place = _free_name(folder, path.name)
-        _move(path, place)
-    except OSError:
-        return path
-    return place
-
-
-def _free_name(folder: Path, name: str) -> Path:
-    place, number = folder / name, 1
-    while os.path.lexists(place):
-        number += 1
-        place = folder / f"{name}.{number}"
-    return place
-
-
-def size_of(path: Path) -> int:
-    """Bytes of a file, or of all files under a folder."""
-    found = os.lstat(path)
-    if not stat.S_ISDIR(found.st_mode):
-        return found.st_size
-    return sum(os.lstat(os.path.join(root, f)).st_size for root, _, files in os.walk(path) for f in files)
-
-
-def _check_space(drop: Path, folder: Path) -> None:
-    """A copy that can't end is not begun."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if os.lstat(drop).st_dev == os.stat(folder).st_dev:
-        return
-    need, free = size_of(drop), shutil.disk_usage(folder).free
-    if need > free:
-        raise ConfigError(f"{drop.name} needs {need} bytes on the disk of {folder}, which has {free} free: make room")
-
-
-def _explained(exc: OSError, what: str) -> ConfigError:
-    advice = {
-        errno.ENOSPC: "the disk is full: make room and drop it again",
-        errno.EDQUOT: "the quota is used up: make room and drop it again",
-        errno.EACCES: "permission denied: let the user that runs Modelium write there",
-        errno.EPERM: "permission denied: let the user that runs Modelium write there",
-        errno.EROFS: "the file system is read-only",
-    }.get(exc.errno or 0, exc.strerror or str(exc))
-    return ConfigError(f"{what}: {advice} ({exc.filename or ''})")

@@ -64,8 +64,10 @@ class Store:
     # ------------------------------------------------------------------ what callers say
 
     def pin(self, name: str, pinned: bool) -> None:
-        (self.pins.add if pinned else self.pins.discard)(name)
-        self._touch("pins")
+        """Written at once, since it is a person's word: a few bytes."""
+        if pinned is not (name in self.pins):
+            (self.pins.add if pinned else self.pins.discard)(name)
+            self._write({"pins": json.dumps(sorted(self.pins), indent=0).encode()})
 
     def set_loaded(self, name: str, revision: str | None) -> None:
         if self.loaded.get(name) == revision:
@@ -132,7 +134,6 @@ class Store:
 
     def _content(self) -> Mapping[str, bytes]:
         values: dict[str, Any] = {
-            "pins": sorted(self.pins),
             "loaded": dict(self.loaded),
             "measurements": {k: v.model_dump() for k, v in self.measured.items()},
             "quarantine": {k: v.model_dump() for k, v in self.quarantined.items()},

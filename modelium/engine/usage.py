@@ -77,7 +77,7 @@ class ModelUsage:
     """One model's use since the service started."""
 
     __slots__ = (
-        "_book", "_buckets", "_external", "_results", "_second", "_window",
+        "_book", "_buckets", "_external", "_results", "_second", "_told", "_window",
         "failures", "in_flight", "last_used", "latency", "name", "requests",
     )  # fmt: skip
 
@@ -95,6 +95,7 @@ class ModelUsage:
         self._buckets: list[int] | None = None  # made at the first use: most of many models are idle
         self._second = 0  # the newest second that the buckets know
         self._window = 0  # the buckets' sum
+        self._told = 0  # the sum that the core was last told
         self._external: dict[str, tuple[int, int]] | None = None  # source -> (requests, in flight) as last read
 
     def begin(self, now: float) -> None:
@@ -263,6 +264,8 @@ class UsageBook:
         self.touched: set[str] = set()
         """Models with something to tell since the last `drain`."""
         self._models: dict[str, ModelUsage] = {}
+        self._falling: set[str] = set()  # models whose rate is not zero, and so falls by itself
+        self._second = 0  # of the last drain
 
     def model(self, name: str) -> ModelUsage:
         """The model's record, made when there is none: to be asked only for models that exist."""
@@ -299,15 +302,29 @@ class UsageBook:
         self.transitions.observe(transition)
 
     def drain(self, now: float) -> list[Use]:
-        """What the core should know anew: models used since the last call, and those whose rate is still falling."""
-        uses = []
-        touched = self.touched
-        for name in list(touched):
-            usage = self._models[name]
-            uses.append(Use(name, usage.in_flight, usage.requests, usage.last_used, usage.qps(now)))
-            if not usage._window:
-                touched.discard(name)
+        """What the core should know anew: models used since the last call, and those whose rate fell since then.
+
+        Rates fall from one second to the next, so within a second this takes the time of what was used in it.
+        """
+        touched, self.touched = self.touched, set()
+        uses = [self._told(self._models[name], now) for name in touched]
+        if int(now) != self._second:
+            self._second = int(now)
+            for name in self._falling - touched:
+                usage = self._models[name]
+                usage.qps(now)
+                if usage._window != usage._told:
+                    uses.append(self._told(usage, now))
         return uses
+
+    def _told(self, usage: ModelUsage, now: float) -> Use:
+        use = Use(usage.name, usage.in_flight, usage.requests, usage.last_used, usage.qps(now))
+        usage._told = usage._window
+        if usage._window:
+            self._falling.add(usage.name)
+        else:
+            self._falling.discard(usage.name)
+        return use
 
     def forget(self, name: str) -> None:
         """Drop all that is known of a model; requests that still end are counted nowhere."""
@@ -315,4 +332,5 @@ class UsageBook:
         if usage is not None:
             usage._book = None
         self.touched.discard(name)
+        self._falling.discard(name)
         self.transitions.forget(name)

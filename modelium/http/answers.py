@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import secrets
 from collections.abc import Awaitable, Callable, Mapping
 from http import HTTPStatus
@@ -67,6 +68,19 @@ class UpstreamFailed(ModeliumError):
     """The runtime took a request and did not answer it; it is not sent again, since it may have been worked on."""
 
     code = "upstream_failed"
+
+
+_DEAD = re.compile(rb"Stub process '[^']*' is not healthy")
+"""What Triton answers, under 500, for a Python model whose process has ended (seen on 2.51)."""
+
+
+def check_process(answer: bytes, model: str) -> None:
+    """Raise `UpstreamFailed` when a runtime's error says that the model's own process is gone."""
+    if _DEAD.search(answer):
+        raise UpstreamFailed(
+            f"the process of {model} has ended; the request was not sent again, since it may have been worked on, and "
+            "the next one loads the model anew"
+        )
 
 
 def json_answer(

@@ -9,7 +9,7 @@ from urllib.parse import quote
 from modelium.api import Tensor
 from modelium.engine.admission import Lease
 from modelium.http.admission import GRPC, HTTP, endpoint
-from modelium.http.answers import UpstreamFailed
+from modelium.http.answers import UpstreamFailed, check_process
 from modelium.http.bodies import HEADER_LENGTH
 from modelium.http.messages import InferRequest, InferResponse, decode_response, encode_request
 from modelium.http.streams import InferenceFailed, Streams, join
@@ -34,6 +34,7 @@ class Inference:
             "POST", url, lease.model, body=body, header_length=header_length
         )
         if status != 200:
+            check_process(answer, lease.model)
             raise _failed(status, answer)
         length = headers.get(HEADER_LENGTH)
         return decode_response(answer, int(length) if length is not None else None)

@@ -27,7 +27,14 @@ from modelium.engine.admission import Lease
 from modelium.errors import LoadRejected, ModelFailed, ModeliumError, ModelNotFound, RuntimeUnavailable
 from modelium.http.admin import views
 from modelium.http.admission import GRPC, HTTP, acquire, deadline_of, endpoint
-from modelium.http.answers import BadRequest, NotSupported, UpstreamFailed, error_answer, json_answer
+from modelium.http.answers import (
+    BadRequest,
+    NotSupported,
+    UpstreamFailed,
+    check_process,
+    error_answer,
+    json_answer,
+)
 from modelium.http.bodies import HEADER_LENGTH, header_length, read_body, read_object
 from modelium.http.messages import decode_request, encode_response
 from modelium.http.settings import HttpSettings
@@ -138,8 +145,10 @@ class KServe:
         response = await self._upstream.forward(request, endpoint(lease, HTTP), lease.model)
         if response.status == 500 and isinstance(response, web.Response):
             body = response.body
-            if isinstance(body, bytes) and body.startswith(_UNPARSABLE):
-                response.set_status(400)
+            if isinstance(body, bytes):
+                check_process(body, lease.model)
+                if body.startswith(_UNPARSABLE):
+                    response.set_status(400)
         return response
 
     async def _infer_decoupled(self, request: web.Request, lease: Lease) -> web.StreamResponse:

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from modelium.errors import ModeliumError, RuntimeUnavailable
-from modelium.http.answers import BadRequest, UpstreamFailed
+from modelium.http.answers import BadRequest, UpstreamFailed, check_process
 from modelium.http.messages import InferRequest, InferResponse
 from modelium.http.tensors import Parameters, TensorValue, join_bytes, split_bytes, to_raw
 
@@ -79,6 +79,7 @@ class Streams:
         finally:
             call.cancel()  # when the client left; else it is over
         if failure:
+            check_process(failure.encode(), model)
             raise InferenceFailed(failure, _status(failure))
         return responses
 

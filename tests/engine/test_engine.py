@@ -371,7 +371,7 @@ async def test_what_a_cut_off_installation_took_is_brought_back(
             raise OSError(5, "Input/output error", "x")  # the undoing never comes either
 
         monkeypatch.setattr("modelium.engine.repository._undo", killed)
-        monkeypatch.setattr("modelium.engine.repository.os.rename", _rename_but_into(tmp_path / "repository"))
+        monkeypatch.setattr("os.rename", _rename_but_into(tmp_path / "repository"))
         r.drop("a", size=MB)
         await r.until(lambda: not (tmp_path / "incoming/a").exists())
     monkeypatch.undo()

@@ -11,6 +11,7 @@ import pytest
 
 from modelium.api import Analysis, Inspection, Layout, Manifest, Plan
 from modelium.engine import repository as module
+from modelium.engine.files import look_of
 from modelium.engine.repository import MANIFEST, Repository, revision_of
 from modelium.errors import ConfigError, ModelConflict, ModelError
 
@@ -69,7 +70,7 @@ def test_a_drop_moves_in_or_stays_whole(
     drop = drop_for(layout, tmp_path)
     before = files(tmp_path / "incoming")
     if across:
-        monkeypatch.setattr("modelium.engine.repository.os.rename", refuse_across(tmp_path / "incoming"))
+        monkeypatch.setattr("os.rename", refuse_across(tmp_path / "incoming"))
     told: list[tuple[int, int]] = []
 
     # first a disk that fails at the last moment, then one that does not
@@ -138,7 +139,7 @@ def test_an_installation_that_was_killed_is_undone_at_the_next_start(
         real(source, target)  # type: ignore[arg-type]
 
     with monkeypatch.context() as dying, contextlib.suppress(Killed):
-        dying.setattr("modelium.engine.repository.os.rename", rename)
+        dying.setattr("os.rename", rename)
         dying.setattr(module, "_undo", die)
         place.install(drop, layout, manifest("m"))
         assert place.names() == ["m"]
@@ -232,7 +233,7 @@ def test_an_installation_that_cannot_be_undone_loses_nothing(
 
 def test_a_drop_that_changed_since_it_was_looked_at_is_not_installed(place: Repository, tmp_path: Path) -> None:
     drop = folder_drop(tmp_path)
-    looked, _ = module.look_of(drop)
+    looked, _ = look_of(drop)
     (drop / "sub/late.pkl").write_text("late")
     with pytest.raises(module.Changed):
         place.install(drop, LAYOUTS["a folder as a whole"], manifest("m"), looked=looked)
@@ -247,9 +248,9 @@ def test_links_in_circles_are_followed_once_and_in_drops_never(tmp_path: Path) -
     (tmp_path / "d/up").symlink_to("..")
     (tmp_path / "d/self").symlink_to("self")
     assert revision_of(tmp_path / "d") == revision_of(tmp_path / "d")
-    assert module.look_of(tmp_path / "d")[0] == module.look_of(tmp_path / "d")[0]
+    assert look_of(tmp_path / "d")[0] == look_of(tmp_path / "d")[0]
     (tmp_path / "link").symlink_to(tmp_path / "d")
-    assert module.look_of(tmp_path / "link") is not None
+    assert look_of(tmp_path / "link") is not None
 
 
 def test_a_missing_repository_is_no_empty_one(place: Repository, tmp_path: Path) -> None:

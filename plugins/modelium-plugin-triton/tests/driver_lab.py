@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from textwrap import dedent, indent
 from typing import Any
 
 from modelium_plugin_triton.driver import TritonDriver
+from modelium_plugin_triton.server import sweep_shm
 from modelium_plugin_triton.settings import TritonSettings
 
 from modelium.api import LoadRequest, Progress, RuntimeContext
@@ -98,6 +98,4 @@ class Lab:
     async def end(self) -> None:
         for name in self.processes.names():
             await self.processes.stop(name, grace_s=5)
-
-
-Crash = Callable[[], None]
+        sweep_shm(self.repository.resolve())

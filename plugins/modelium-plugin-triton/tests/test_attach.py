@@ -73,6 +73,7 @@ class ByHand:
             for stub in stubs:
                 stub.kill() if stub.is_running() else None
             self.process = None
+        server.sweep_shm(self.repository)
 
 
 @pytest_asyncio.fixture

@@ -39,6 +39,8 @@ UNNOTICED_S = 5.0
 configuration: then it never does."""
 LINGERING_S = 10.0
 """A stub that outlives its model's unload by this much is ended."""
+UNENDED_S = 3.0
+"""How long to wait for the end of an unload that Triton perhaps never ends; where it does, one second is enough."""
 BACK_S = 2.0
 """How long memory of a native backend may take to come back before it counts as kept."""
 SMALL_BYTES = 4 << 20
@@ -378,10 +380,11 @@ class Session:
     async def _remove(self, name: str) -> None:
         """Unload it and wait until it is gone, processes and all."""
         limit = self.settings.unload_timeout_s
+        lost = self.measurer is not None and len((await self.look()).of(name)) < self.stubs.get(name, 0)
         try:
             async with asyncio.timeout(limit):
                 await self.client.unload(name)
-                await self._until_gone(name)
+                await self._until_gone(name, lost)
         except CallFailed as error:
             raise DriverError(f"Triton did not unload {name}: {error.details}", code="unload_failed") from error
         except TimeoutError as error:
@@ -393,23 +396,31 @@ class Session:
         self.stubs.pop(name, None)
         self.lingering.discard(name)
 
-    async def _until_gone(self, name: str) -> None:
+    async def _until_gone(self, name: str, lost: bool) -> None:
+        """`lost`: one of its processes had died before. When it was asked something after that, Triton never ends its
+        unload; it serves no more all the same, and can be loaded again."""
         pause, began = 0.02, time.monotonic()
         while True:
             stubs = (await self.look()).of(name)
             # The index costs more, and is asked once the processes are gone.
             if not stubs and not await self._alive(name):
                 return
-            if stubs and self.own and time.monotonic() - began > LINGERING_S and not await self._alive(name):
+            waited = time.monotonic() - began
+            if lost and not stubs and waited > UNENDED_S and not await self._serves(name):
+                return
+            if stubs and self.own and waited > LINGERING_S and not await (self._serves if lost else self._alive)(name):
                 log.warning("%s: ending %d processes that outlived its unload", name, len(stubs))
                 for stub in stubs:
                     kill(stub)
             await asyncio.sleep(pause)
             pause = min(pause * 1.5, 0.5)
 
+    async def _serves(self, name: str) -> bool:
+        return any(c.name == name for c in await self.client.statistics())
+
     async def _alive(self, name: str) -> bool:
         """Whether a version of it is there in any way; one whose folder was removed is not in the index."""
-        if any(c.name == name for c in await self.client.statistics()):
+        if await self._serves(name):
             return True
         return any(m.name == name and m.state in _ALIVE for m in await self.client.index())
 

@@ -1,0 +1,150 @@
+"""What becomes of each instruction of the core: routes, tickets, runtimes, records, and those who are told."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from modelium.api.types import LoadRequest, Transition
+from modelium.core import events as e
+from modelium.core import instructions as i
+from modelium.core.states import State
+from modelium.engine.admission import Route
+from modelium.errors import (
+    CapacityError,
+    ConfigError,
+    DeadlinePassed,
+    DriverError,
+    LoadRejected,
+    ModelConflict,
+    ModelError,
+    ModelFailed,
+    ModeliumError,
+    ModelNotFound,
+    NeverFits,
+    QueueFull,
+    RuntimeUnavailable,
+)
+
+if TYPE_CHECKING:
+    from modelium.engine.orchestrator import Orchestrator
+
+_ERRORS: Mapping[str, type[ModeliumError]] = {
+    t.code: t
+    for t in (
+        CapacityError,
+        ConfigError,
+        DeadlinePassed,
+        DriverError,
+        LoadRejected,
+        ModelConflict,
+        ModelError,
+        ModelFailed,
+        ModelNotFound,
+        NeverFits,
+        QueueFull,
+        RuntimeUnavailable,
+    )
+}
+
+
+class Effects:
+    """Carries out instructions, in the order in which the core gives them; nothing here waits."""
+
+    def __init__(self, engine: Orchestrator):
+        self._engine = engine
+        self.forgotten: dict[str, list[asyncio.Future[None]]] = {}
+        """Who waits for a model to be forgotten."""
+        self._measured_as: dict[str, str] = {}
+        """What each model that loads, or was loaded here, is measured as: its files may be others by then."""
+
+    def execute(self, order: i.Instruction) -> None:
+        match order:
+            case i.Tell(transition):
+                self._tell(transition)
+            case i.Grant(ticket, name):
+                self._engine.admission.grant(ticket, name)
+            case i.Refuse(ticket, name, code, message, retry_after_s):
+                kind = _ERRORS.get(code, ModelFailed)
+                self._engine.admission.refuse(ticket, kind(message, code=code, retry_after_s=retry_after_s, model=name))
+            case i.OpenRoute(name, runtime):
+                self._open(name, runtime)
+            case i.CloseRoute(name, 0):
+                self._engine.admission.close(name, None)
+            case i.CloseRoute(name, op):
+                self._engine.admission.close(
+                    name, lambda: self._engine.loop.post(e.Drained(self._engine.clock(), name, op))
+                )
+            case i.Load():
+                self._engine.runtimes.load(order)
+            case i.Unload():
+                self._engine.runtimes.unload(order)
+            case i.StartRuntime():
+                self._engine.runtimes.start(order)
+            case i.Forget(name):
+                for waiter in self.forgotten.pop(name, []):
+                    if not waiter.done():
+                        waiter.set_result(None)
+                self._engine.usage.forget(name)
+                self._engine.journal.forget(name)
+                self._engine.progress.pop(name, None)
+                self._measured_as.pop(name, None)
+                self._engine.store.set_loaded(name, None)
+            case _:
+                raise AssertionError(f"no effect for {order!r}")
+        self._engine.admission.watch_queue(bool(self._engine.loop.world.queue))
+
+    def _drained(self, name: str, op: int) -> None:
+        self._engine.loop.post(e.Drained(self._engine.clock(), name, op))
+
+    def _tell(self, transition: Transition) -> None:
+        self._engine.journal.add(transition)
+        self._engine.usage.observe(transition)
+        self._engine.host.transition(transition)
+        name = transition.subject
+        if transition.after != State.LOADING:
+            self._engine.progress.pop(name, None)
+        if transition.before in (State.READY, State.DRAINING, State.UNLOADING) and transition.after in (
+            State.COLD,
+            State.FAILED,
+        ):
+            self._engine.store.set_loaded(name, None)
+
+    def _open(self, name: str, runtime: str) -> None:
+        running, known = self._engine.running[runtime], self._engine.catalog.known.get(name)
+        endpoints = {e.protocol: e.address for e in running.info.endpoints} if running.info else {}
+        decoupled = known.decoupled if known else False
+        self._engine.admission.open(Route(name, runtime, endpoints, decoupled, self._engine.usage.model(name)))
+        self._remember(name, runtime)
+
+    def _remember(self, name: str, runtime: str) -> None:
+        """Called when a model is READY, loaded or reloaded: keep what was measured, and that it is loaded."""
+        known, model = self._engine.catalog.known.get(name), self._engine.loop.world.models.get(name)
+        if known is None or model is None:
+            return
+        revision = model.loaded_revision or known.revision
+        self._engine.store.set_loaded(name, revision)
+
+    def measured(self, name: str, memory_bytes: int, load_s: float | None) -> None:
+        known = self._engine.catalog.known.get(name)
+        key = self._measured_as.get(name) or (known.measured_as if known is not None else None)
+        if key is not None and memory_bytes:
+            self._engine.store.measure(key, memory_bytes, load_s)
+
+    def request_for(self, order: i.Load) -> LoadRequest:
+        known = self._engine.catalog.known[order.name]
+        self._measured_as[order.name] = known.measured_as
+        analysis = self._engine.catalog.manifest(order.name).inspection.analysis
+        if analysis is None:
+            raise ModelError(f"the manifest of {order.name} has no analysis")
+        return LoadRequest(
+            name=order.name,
+            path=known.path,
+            plan=known.plan,
+            analysis=analysis,
+            devices=tuple(d for d, _ in order.booking),
+            memory_bytes=sum(n for _, n in order.booking),
+            replace=order.replace,
+            parameters=order.parameters,
+        )

@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 def analyse(path: Path) -> Analysis:
     """What the host would find: the surest claim of all analyzers."""
-    found = [a for a in (m.modelium_analyze(path) for m in (analyzer, huggingface, onnx, torchscript)) if a]
+    found: list[Analysis] = [a for a in (m.modelium_analyze(path) for m in (analyzer, huggingface, onnx, torchscript)) if a]
     return max(found, key=lambda a: a.confidence)
 
 

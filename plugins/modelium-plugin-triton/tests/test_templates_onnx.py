@@ -31,7 +31,7 @@ def tensor(name: str, array: np.ndarray, datatype: str) -> http.InferInput:
 
 
 def linear(triton: Triton, name: str, x: np.ndarray) -> np.ndarray:
-    return triton.client.infer(name, [tensor("x", x, "FP32")]).as_numpy("y")
+    return np.asarray(triton.client.infer(name, [tensor("x", x, "FP32")]).as_numpy("y"))
 
 
 def test_a_file(triton: Triton, tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def load_batching(triton: Triton, name: str, rows: int) -> None:
 def linear_alone(url: str, name: str, x: np.ndarray) -> np.ndarray:
     """With a client of its own: tritonclient's is not made for several threads."""
     with http.InferenceServerClient(url, network_timeout=60) as client:
-        return client.infer(name, [tensor("x", x, "FP32")]).as_numpy("y")
+        return np.asarray(client.infer(name, [tensor("x", x, "FP32")]).as_numpy("y"))
 
 
 def test_all_that_is_less_usual(triton: Triton, tmp_path: Path) -> None:

@@ -83,9 +83,21 @@ class Loop:
 
     def _observe_use(self, now: float) -> None:
         """Before a judgement that may evict: make use exact."""
-        use = [(u.name, Use(u.in_flight, u.requests, u.last_used, round(u.qps, 4))) for u in self._usage.drain(now)]
+        use = self._use(now)
         if use:
-            self._step(e.UseObserved(now, tuple(use)))
+            self._step(e.UseObserved(now, use))
+
+    def exact(self) -> World:
+        """The world with use as it is now, which the real one learns before it judges."""
+        touched, now = set(self._usage.touched), self.clock()
+        world, _ = step(self.world, e.UseObserved(now, self._use(now)), self.policy)
+        self._usage.touched |= touched
+        return world
+
+    def _use(self, now: float) -> tuple[tuple[str, Use], ...]:
+        return tuple(
+            (u.name, Use(u.in_flight, u.requests, u.last_used, round(u.qps, 4))) for u in self._usage.drain(now)
+        )
 
     def tick(self) -> None:
         self.post(e.Ticked(self.clock()))

@@ -48,8 +48,7 @@ async def preview(engine: Orchestrator, path: Path) -> PlanPreview:
     estimate = engine.planner.estimate(inspection, plan)
     spec = Spec(plan.runtime, plan.device_kind, "preview", analysis.depends_on)
     loop = engine.loop
-    loop.tick()  # so that use is known exactly, as before every judgement
-    world, dropped = steps(loop.world, [e.ModelAccepted(now, name, spec, estimate, dropped=True)], loop.policy)
+    world, dropped = steps(loop.exact(), [e.ModelAccepted(now, name, spec, estimate, dropped=True)], loop.policy)
     would_load = any(isinstance(x, i.Load) and x.name == name for x in dropped)
     model = world.models[name]
     asked, orders = steps(world, [e.ReadyAsked(now, -1, name, now + 300.0)], loop.policy)

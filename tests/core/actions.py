@@ -39,7 +39,7 @@ def policy(pick: Pick) -> Policy:
 
 def a_sim(pick: Pick) -> Sim:
     two = pick(3) == 0
-    return Sim(policy(pick), devices=1 + pick(2), runtimes=("r", "s") if two else ("r",))
+    return Sim(policy(pick), devices=1 + pick(2), runtimes=("r", "s") if two else ("r",), blind=pick(6) == 0)
 
 
 def _name(sim: Sim, pick: Pick) -> str:

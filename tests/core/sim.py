@@ -69,8 +69,12 @@ def _brief(model: Model) -> str:
 
 
 class Sim:
-    def __init__(self, policy: Policy | None = None, devices: int = 1, runtimes: Sequence[str] = ("r",)):
+    def __init__(
+        self, policy: Policy | None = None, devices: int = 1, runtimes: Sequence[str] = ("r",), *, blind: bool = False
+    ):
+        """`blind` runtimes can't tell what memory their models take."""
         self.policy = policy or Policy()
+        self.blind = blind
         self.world = World()
         self.now = 1000.0
         self.latest = 0.0
@@ -334,7 +338,7 @@ class Sim:
                     device = booking[0][0] if booking else "cpu:0"
                     memory = ((device, file.real),)
                     real.models[name] = memory
-                    self.happen(e.Loaded(self.now, name, op, memory, took))
+                    self.happen(e.Loaded(self.now, name, op, () if self.blind else memory, took))
             case i.StartRuntime(name, epoch):
                 real = self.real[name]
                 adopted = real.alive
@@ -515,7 +519,8 @@ class Sim:
         return Observation(
             instance=str(real.instance),
             models=tuple(
-                ObservedModel(name=n, ready=True, memory=dict(memory)) for n, memory in sorted(real.models.items())
+                ObservedModel(name=n, ready=True, memory={} if self.blind else dict(memory))
+                for n, memory in sorted(real.models.items())
             ),
         )
 
@@ -761,7 +766,7 @@ class Sim:
                 for d, b in m
                 if d == account.id
             )
-            if account.booked_bytes < held:
+            if account.booked_bytes < held and not self.blind:
                 raise self._foul(f"{account.id} has {account.booked_bytes} booked, and {held} are loaded")
         if self.open != loaded:
             raise self._foul(f"routes are open to {sorted(self.open)}, and loaded are {sorted(loaded)}")

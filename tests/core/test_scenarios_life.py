@@ -204,6 +204,20 @@ def test_changed_files_load_beside_the_old_where_there_is_room() -> None:
     assert sim.loads == ["a", "a"]
 
 
+def test_a_runtime_that_can_not_tell_is_booked_by_estimates() -> None:
+    sim = make()
+    sim.blind = True
+    sim.accept("a", memory=40)
+    sim.load("a")
+    assert booked(sim) == (40, 0, 0)
+    sim.see_runtime()
+    assert booked(sim) == (40, 0, 0)
+    sim.change("a", memory=50)
+    sim.run()
+    assert booked(sim) == (50, 0, 0)
+    assert not sim.world.models["a"].estimate.measured
+
+
 def test_changed_files_load_after_the_old_where_there_is_none() -> None:
     sim = make()
     sim.accept("a", memory=60)
@@ -472,24 +486,37 @@ def test_a_crash_loop_ends_and_a_person_gives_another_chance() -> None:
     sim = make(crash_budget=3)
     sim.accept("a", memory=10)
     sim.load("a")
-    waiting = sim.ask("a")
     sim.crash()
     waiting = sim.ask("a", deadline_s=10_000)
     for _ in range(2):
         sim.wait(70)
-        sim.fail(sim.pending[-1])
+        sim.complete(next(p for p in sim.pending if isinstance(p.order, i.StartRuntime)))
+        sim.crash()
     runtime = sim.world.runtimes["r"]
     assert runtime.given_up
-    assert runtime.reason == "3 failures within 600 s; it does not start"
+    assert runtime.reason == "3 failures within 600 s; it does not answer"
     assert sim.answer(waiting) == "runtime_unavailable"
     assert "r is down: 3 failures" in sim.message(sim.ask("a"))
     sim.wait(5000)
-    assert not sim.pending
+    assert not [p for p in sim.pending if not p.late]
     ticket = sim.ask("a", person=True)
     sim.wait(0.1)
     sim.run()
     assert sim.answer(ticket) == "granted"
     assert sim.world.runtimes["r"].state is RuntimeState.UP
+
+
+def test_a_runtime_that_does_not_come_up_yet_is_tried_for_ever() -> None:
+    sim = make(crash_budget=3)
+    sim.accept("a")
+    sim.crash()
+    ticket = sim.ask("a", deadline_s=10_000)
+    for _ in range(20):
+        sim.wait(61)
+        sim.fail(sim.pending[-1])
+    sim.wait(61)
+    sim.run()
+    assert sim.answer(ticket) == "granted"
 
 
 def test_a_runtime_that_is_set_up_wrongly_is_left_down_at_once() -> None:

@@ -204,6 +204,11 @@ def test_requests_that_wait_are_told_when_it_stops(service: Served, tmp_path: Pa
 # --------------------------------------------------------------------------- Triton goes
 
 
+def comes_back(service: Served, name: str) -> None:
+    """READY again; on the way it is FAILED, since its runtime was lost."""
+    service.until(lambda: service.state(name) == "READY", what=f"{name} to come back")
+
+
 def test_triton_killed_comes_back_with_what_was_in_use(service: Served, drop: Drop) -> None:
     used, unused, busy = drop("used"), drop("unused"), drop("busy")
     infer(service, "used")
@@ -223,7 +228,7 @@ def test_triton_killed_comes_back_with_what_was_in_use(service: Served, drop: Dr
         assert "busy" in got.body and "not sent again" in got.body
     service.until(lambda: triton(service)["info"]["pid"] != before, what="Triton to come back")
     for name in ("used", "busy"):
-        service.until_state(name, "READY")
+        comes_back(service, name)
     assert (used.count("loads"), busy.count("loads")) == (2, 2)
     assert infer(service, "used", [1]) == [2]
     assert service.state("unused") in ("FAILED", "COLD") and unused.count("loads") == 1
@@ -248,7 +253,7 @@ def test_a_request_right_after_the_crash_waits_for_triton(service: Served, drop:
     found = asyncio.run(crash())
     # What reached the dead server's address before its end was noticed is told so; nobody is left without an answer.
     assert {got.status for got in found} <= {200, 502, 503}, found
-    service.until_state("patient", "READY")
+    comes_back(service, "patient")
     assert infer(service, "patient", [1]) == [2]
 
 
@@ -275,7 +280,7 @@ def test_a_killed_stub_is_noticed(service: Served, drop: Drop) -> None:
 
 def _answers(service: Served, name: str) -> bool:
     got: Got = asyncio.run(_ask(service, name))
-    assert got.status in (200, 500, 502, 503), got
+    assert got.status in (200, 502, 503), got  # its process is gone: that is no fault inside
     return got.status == 200
 
 

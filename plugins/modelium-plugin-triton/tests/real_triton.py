@@ -28,7 +28,8 @@ T = TypeVar("T")
 
 def analyse(path: Path) -> Analysis:
     """What the host would find: the surest claim of all analyzers."""
-    found: list[Analysis] = [a for a in (m.modelium_analyze(path) for m in (analyzer, huggingface, onnx, torchscript)) if a]
+    claims = (m.modelium_analyze(path) for m in (analyzer, huggingface, onnx, torchscript))
+    found: list[Analysis] = [a for a in claims if a]
     return max(found, key=lambda a: a.confidence)
 
 

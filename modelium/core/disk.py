@@ -46,6 +46,7 @@ def drop_gone(turn: Turn, event: e.DropGone) -> None:
 def model_accepted(turn: Turn, event: e.ModelAccepted) -> None:
     always = any(fnmatchcase(event.name, pattern) for pattern in turn.policy.always_loaded)
     model = turn.models.get(event.name)
+    before = model.state if model is not None else None
     if model is None:
         held = Held(replace(event.spec, revision=event.loaded_revision or event.spec.revision))
         model = turn.born(
@@ -68,6 +69,22 @@ def model_accepted(turn: Turn, event: e.ModelAccepted) -> None:
         model = want(turn, model, Want.DROPPED, "just dropped in")
     if model.kept:
         keep_resident(turn, model)
+    if before in (None, State.INVALID):
+        _part_is_there(turn, event)
+
+
+def _part_is_there(turn: Turn, event: e.ModelAccepted) -> None:
+    """What is made of it may have failed for want of it; what was dropped with it is loaded with it."""
+    for name in turn.dependents.get(event.name, ()):
+        whole = turn.models.get(name)
+        if whole is None or whole.state is not State.FAILED or whole.held is not None:
+            continue
+        if whole.failure is None or whole.failure.code != "model_invalid":
+            continue
+        reason = f"{event.name}, which it is made of, is there now"
+        whole = turn.move(whole, State.COLD, reason, failure=None, failures=0, retry_at=0.0)
+        if event.dropped or whole.want is not Want.NONE or turn.waiting(whole):
+            want(turn, whole, Want.DROPPED, reason)
 
 
 def _changed(turn: Turn, model: Model, event: e.ModelAccepted, always: bool) -> Model:

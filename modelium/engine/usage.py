@@ -145,6 +145,11 @@ class ModelUsage:
         self._advance(int(now))
         return self._window / WINDOW_S
 
+    def rate_changed(self, now: float) -> bool:
+        """Whether `qps` is another than the core was last told."""
+        self.qps(now)
+        return self._window != self._told
+
     def results(self) -> list[tuple[str, tuple[int, ...]]]:
         """(organisation, counts in the order of `RESULTS`), for each organisation that was counted."""
         return [(organisation, tuple(row)) for organisation, row in self._results.items()]
@@ -306,25 +311,25 @@ class UsageBook:
 
         Rates fall from one second to the next, so within a second this takes the time of what was used in it.
         """
-        touched, self.touched = self.touched, set()
-        uses = [self._told(self._models[name], now) for name in touched]
-        if int(now) != self._second:
-            self._second = int(now)
-            for name in self._falling - touched:
-                usage = self._models[name]
-                usage.qps(now)
-                if usage._window != usage._told:
-                    uses.append(self._told(usage, now))
+        uses = self.peek(now)
+        self.touched.clear()
+        self._second = int(now)
+        for use in uses:
+            usage = self._models[use.name]
+            usage._told = usage._window
+            if usage._window:
+                self._falling.add(use.name)
+            else:
+                self._falling.discard(use.name)
         return uses
 
-    def _told(self, usage: ModelUsage, now: float) -> Use:
-        use = Use(usage.name, usage.in_flight, usage.requests, usage.last_used, usage.qps(now))
-        usage._told = usage._window
-        if usage._window:
-            self._falling.add(usage.name)
-        else:
-            self._falling.discard(usage.name)
-        return use
+    def peek(self, now: float) -> list[Use]:
+        """What `drain` would tell, and will still."""
+        names = set(self.touched)
+        if int(now) != self._second:
+            names |= {name for name in self._falling if self._models[name].rate_changed(now)}
+        used = [self._models[name] for name in names]
+        return [Use(u.name, u.in_flight, u.requests, u.last_used, u.qps(now)) for u in used]
 
     def forget(self, name: str) -> None:
         """Drop all that is known of a model; requests that still end are counted nowhere."""

@@ -48,8 +48,10 @@ def test_counts_follow_what_happened(steps: list[tuple[object, ...]], start: flo
             assert isinstance(values[0], float)
             now += values[0]
         elif what == "drain":
-            for use in book.drain(now):
-                told = use
+            peeked = book.peek(now)
+            assert book.peek(now) == peeked
+            assert book.drain(now) == peeked
+            told = peeked[0] if peeked else told
             assert told == ("m", in_flight, requests, model.last_used, model.qps(now))
         in_window = sum(second > int(now) - WINDOW_S for second in begun)
         assert model.qps(now) == in_window / WINDOW_S

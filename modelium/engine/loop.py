@@ -16,6 +16,7 @@ from modelium.core.instructions import Instruction, Refuse, WakeAt
 from modelium.core.step import step
 from modelium.core.world import Policy, Use, World
 from modelium.engine.usage import UsageBook
+from modelium.engine.usage import Use as Counted
 
 log = logging.getLogger(__name__)
 
@@ -83,21 +84,15 @@ class Loop:
 
     def _observe_use(self, now: float) -> None:
         """Before a judgement that may evict: make use exact."""
-        use = self._use(now)
+        use = _as_core(self._usage.drain(now))
         if use:
             self._step(e.UseObserved(now, use))
 
     def exact(self) -> World:
         """The world with use as it is now, which the real one learns before it judges."""
-        touched, now = set(self._usage.touched), self.clock()
-        world, _ = step(self.world, e.UseObserved(now, self._use(now)), self.policy)
-        self._usage.touched |= touched
+        now = self.clock()
+        world, _ = step(self.world, e.UseObserved(now, _as_core(self._usage.peek(now))), self.policy)
         return world
-
-    def _use(self, now: float) -> tuple[tuple[str, Use], ...]:
-        return tuple(
-            (u.name, Use(u.in_flight, u.requests, u.last_used, round(u.qps, 4))) for u in self._usage.drain(now)
-        )
 
     def tick(self) -> None:
         self.post(e.Ticked(self.clock()))
@@ -117,3 +112,7 @@ class Loop:
         self._events.clear()
         if self._timer is not None:
             self._timer.cancel()
+
+
+def _as_core(used: list[Counted]) -> tuple[tuple[str, Use], ...]:
+    return tuple((u.name, Use(u.in_flight, u.requests, u.last_used, round(u.qps, 4))) for u in used)

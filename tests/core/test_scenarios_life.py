@@ -120,6 +120,28 @@ def test_an_ensemble_fails_with_its_parts_reason() -> None:
     assert "is made of itself" in sim.message(sim.ask("me"))
 
 
+def test_an_ensemble_that_came_before_its_parts_loads_when_the_last_is_there() -> None:
+    sim = make()
+    sim.accept("w", parts=("p", "q"), dropped=True)
+    for name in ("p", "q"):
+        assert sim.state("w") is State.FAILED
+        sim.accept(name, dropped=True)
+    sim.run()
+    assert sim.states() == {"p": "READY", "q": "READY", "w": "READY"}
+
+
+def test_an_ensemble_whose_part_comes_back_is_not_loaded_for_nobody() -> None:
+    sim = make()
+    sim.accept("w", parts=("p",))
+    assert sim.answer(sim.ask("w")) == "model_invalid"
+    sim.accept("p")
+    sim.run()
+    assert sim.states() == {"p": "COLD", "w": "COLD"}
+    ticket = sim.ask("w")
+    sim.run()
+    assert sim.answer(ticket) == "granted"
+
+
 def test_a_part_that_failed_with_its_runtime_is_waited_for() -> None:
     sim = ensemble()
     sim.load("p")
@@ -498,7 +520,7 @@ def test_a_crash_loop_ends_and_a_person_gives_another_chance() -> None:
     assert sim.answer(waiting) == "runtime_unavailable"
     assert "r is down: 3 failures" in sim.message(sim.ask("a"))
     sim.wait(5000)
-    assert not [p for p in sim.pending if not p.late]
+    assert not [p for p in sim.pending if isinstance(p.order, i.StartRuntime)]
     ticket = sim.ask("a", person=True)
     sim.wait(0.1)
     sim.run()

@@ -22,6 +22,9 @@ log = logging.getLogger(__name__)
 
 Clock = Callable[[], float]
 
+_JUDGES_BY_USE = (e.ReadyAsked, e.Ticked, e.RuntimeDown, e.RuntimeObserved)
+"""What may evict, and what may have lost models, of which those in use come back."""
+
 
 class Loop:
     """Holds the world. `execute` starts what an instruction asks for and never waits."""
@@ -60,7 +63,7 @@ class Loop:
     def _happen(self, event: e.Event) -> None:
         if isinstance(event, e.Ticked):
             self._wake_at = None
-        if isinstance(event, e.ReadyAsked | e.Ticked) or self.world.queue:
+        if isinstance(event, _JUDGES_BY_USE) or self.world.queue:
             self._observe_use(event.at)
         self._step(event)
 
@@ -83,7 +86,7 @@ class Loop:
                 log.exception("could not carry out %r; the others of this step go on", instruction)
 
     def _observe_use(self, now: float) -> None:
-        """Before a judgement that may evict: make use exact."""
+        """Before a judgement by use: make it exact."""
         use = _as_core(self._usage.drain(now))
         if use:
             self._step(e.UseObserved(now, use))

@@ -6,7 +6,6 @@ import asyncio
 import fcntl
 import json
 import os
-import select
 import struct
 import sys
 import termios
@@ -83,13 +82,21 @@ async def on_a_terminal(
     )
     os.close(theirs)
     seen = bytearray()
+    loop = asyncio.get_running_loop()
+
+    def take() -> None:
+        try:
+            seen.extend(os.read(ours, 4096))
+        except OSError:  # EIO: the other side is closed
+            loop.remove_reader(ours)
+
+    loop.add_reader(ours, take)  # all the time: a terminal that nobody reads holds up whoever writes to it
 
     def read(text: bytes) -> None:
         ends = time.monotonic() + 30
         while text not in seen:
-            readable, _, _ = select.select([ours], [], [], max(0.0, ends - time.monotonic()))
-            assert readable, f"never shown: {text!r} in {bytes(seen)!r}"
-            seen.extend(os.read(ours, 4096))
+            assert time.monotonic() < ends, f"never shown: {text!r} in {bytes(seen)!r}"
+            time.sleep(0.01)
 
     try:
         yield process, read
@@ -97,6 +104,7 @@ async def on_a_terminal(
         if process.returncode is None:
             process.kill()
             await process.wait()
+        loop.remove_reader(ours)
         os.close(ours)
 
 

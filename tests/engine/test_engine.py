@@ -188,8 +188,9 @@ async def test_a_crash_of_the_runtime_brings_back_what_was_wanted(tmp_path: Path
         await r.add("idle")
         await r.add("pinned")
         await r.service.pin("pinned", True)
-        (await r.service.acquire("used")).release()
-        r.engine.loop.tick()
+        lease = r.service.try_acquire("used")  # an instant before the crash
+        assert lease is not None
+        lease.release()
         r.crash()
         await r.until(lambda: r.state("runtime") == "-" and r.runtime.starts == 1 and r.state("idle") == "FAILED")
         assert r.service.try_acquire("used") is None
@@ -458,6 +459,20 @@ async def test_what_would_happen_is_told_and_not_done(tmp_path: Path) -> None:
         outside.write_text(json.dumps({"size": 3 * MB}))
         told = await r.service.plan(outside)
         assert told.refused is not None and "never fit" in told.refused
+
+
+async def test_what_would_happen_goes_by_use_up_to_this_moment(tmp_path: Path) -> None:
+    async with rig(tmp_path, budget=2 * MB, min_resident_seconds=0) as r:
+        await r.add("a")
+        await r.add("b")
+        outside = tmp_path / "new"
+        outside.write_text(json.dumps({"size": MB}))
+        for used, other in (("a", "b"), ("b", "a")):
+            r.clock.now += 1
+            lease = r.service.try_acquire(used)
+            assert lease is not None
+            lease.release()
+            assert (await r.service.plan(outside)).would_evict == (other,)
 
 
 async def test_why_is_told(tmp_path: Path) -> None:

@@ -164,9 +164,8 @@ class Ingest:
                     return True
             if told is not None and not told.complete and quiet >= STALLED_S:
                 self._mark(drop, ModelError(f"incomplete: {told.reason}; it is looked at again when it changes"))
-                await drop.poke.wait()
+                await self._changed(drop)
                 self._tell(drop, "it changed; being looked at")
-                drop.still_since = time.monotonic()
                 continue
             self._tell_arrival(drop, told)
             wait = self._settle_s - quiet if quiet < self._settle_s else POLL_S
@@ -185,6 +184,14 @@ class Ingest:
             drop.signature = signature
             drop.still_since = time.monotonic()
         return max(now - newest if newest else 0.0, time.monotonic() - drop.still_since)
+
+    async def _changed(self, drop: Drop) -> None:
+        """Until the drop is another than it was, or gone; that somebody only looked is no change."""
+        before = drop.signature
+        while drop.signature == before and os.path.lexists(drop.path):
+            drop.poke.clear()
+            await drop.poke.wait()
+            await asyncio.to_thread(self._quiet_s, drop)
 
     async def _poked(self, drop: Drop, within_s: float) -> None:
         with contextlib.suppress(TimeoutError):

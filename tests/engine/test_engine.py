@@ -687,3 +687,19 @@ async def test_who_asks_while_the_service_ends_is_answered(tmp_path: Path) -> No
         r.engine.shut()
         with pytest.raises(DriverError, match="stopping"):
             await r.service.acquire("a")
+
+
+async def test_a_drop_that_stays_half_stays_marked_until_it_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("modelium.engine.ingest.STALLED_S", 0.05)
+    async with rig(tmp_path) as r:
+        place = r.drop("a", whole=False)
+        await r.is_("incoming/a", "INVALID")
+        before = len(r.service.decisions("incoming/a"))
+        for _ in range(5):
+            await r.engine.ingest.read()  # type: ignore[union-attr]
+            await asyncio.sleep(0.01)
+        assert len(r.service.decisions("incoming/a")) == before
+        place.write_text(json.dumps({"whole": True}))
+        await r.is_("a", "READY")

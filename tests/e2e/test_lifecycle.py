@@ -141,7 +141,7 @@ def test_killed_while_a_model_loads_it_finds_it_loaded(service: Served, tmp_path
 
 
 def test_killed_while_it_takes_a_drop_in_nothing_is_lost(service: Served, tmp_path: Path) -> None:
-    """Wherever it was cut off, the model arrives once and whole."""
+    """Wherever it was cut off, the model arrives once and whole, and answers."""
     for number in range(3):
         model = toy(tmp_path / f"cut-{number}")
         before = fingerprint(model.path)
@@ -150,7 +150,9 @@ def test_killed_while_it_takes_a_drop_in_nothing_is_lost(service: Served, tmp_pa
             service.until(functools.partial(_taken, service, incoming, number), what="it to be noticed")
         service.kill()
         service.start()
-        service.until_state(model.name, "READY")
+        # when it had arrived and its first load was cut off, it loads when it is asked
+        service.until_state(model.name, "READY", "COLD")
+        assert infer(service, model.name, [1]) == [2]
         assert fingerprint(service.root / "repository" / model.name) == before
         assert not list((service.root / "incoming").iterdir())
 

@@ -94,10 +94,15 @@ def _delete(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def shown(name: str) -> str:
+    """A file's name as text that can be stored and sent, also where it is not UTF-8."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
 def move_aside(path: Path, folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        place = free_name(folder, path.name)
+        place = free_name(folder, shown(path.name))
         move(path, place)
     except OSError:
         return path

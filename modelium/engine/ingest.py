@@ -18,7 +18,7 @@ from modelium.api.types import Analysis, Completeness, Inspection, Manifest, Pro
 from modelium.core import events as e
 from modelium.core.world import Failure
 from modelium.engine.catalog import Catalog
-from modelium.engine.files import look_of
+from modelium.engine.files import look_of, shown
 from modelium.engine.loop import Loop
 from modelium.engine.planner import Planner
 from modelium.engine.repository import MANIFEST, Changed, Repository
@@ -103,7 +103,7 @@ class Ingest:
             return
         drop = self._drops.get(entry)
         if drop is None:
-            drop = self._drops[entry] = Drop(self._incoming / entry, f"incoming/{entry}")
+            drop = self._drops[entry] = Drop(self._incoming / entry, f"incoming/{shown(entry)}")
             task = asyncio.get_running_loop().create_task(self._follow(entry, drop), name=f"drop {entry}")
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
@@ -298,9 +298,10 @@ class Ingest:
         place = await asyncio.to_thread(self._repository.quarantine, drop.path)
         kept_as = drop.place if place == drop.path else f"quarantine/{place.name}"
         loop = self._loop()
+        reason = shown(error.message)
         if place != drop.path:
-            self._store.set_quarantined(place.name, Quarantined(reason=error.message, code=error.code, at=loop.clock()))
-        loop.post(e.DropRefused(loop.clock(), drop.place, Failure(error.code, error.message), kept_as))
+            self._store.set_quarantined(place.name, Quarantined(reason=reason, code=error.code, at=loop.clock()))
+        loop.post(e.DropRefused(loop.clock(), drop.place, Failure(error.code, reason), kept_as))
         return place != drop.path
 
     def _mark(self, drop: Drop, error: ModeliumError) -> None:

@@ -207,6 +207,8 @@ class Orchestrator:
 
     async def start(self) -> None:
         """Bring everything up; returns before runtimes answer and before the repository is read."""
+        if not self.owns_repository and not self.paths.repository.is_dir():
+            raise ConfigError(f"{self.paths.repository} is not there: --repository names a folder that exists")
         for folder in (self.paths.repository, self.paths.incoming, self.paths.state):
             if folder is not None:
                 _make(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import threading
 from pathlib import Path
 
@@ -703,3 +704,12 @@ async def test_a_drop_that_stays_half_stays_marked_until_it_changes(
         assert len(r.service.decisions("incoming/a")) == before
         place.write_text(json.dumps({"whole": True}))
         await r.is_("a", "READY")
+
+
+async def test_a_name_that_is_no_text_is_refused_and_can_be_shown(tmp_path: Path) -> None:
+    async with rig(tmp_path) as r:
+        (tmp_path / "incoming" / os.fsdecode(b"\xff\xfe.toy")).write_text("{}")
+        await r.until(lambda: any(n.startswith("quarantine/") for n in r.service.names()))
+        for view in r.service.models():
+            assert view.model_dump_json()
+        assert all(t.model_dump_json() for t in r.service.decisions())

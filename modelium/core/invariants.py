@@ -141,8 +141,8 @@ def _model(world: World, model: Model) -> Iterator[str]:
     if model.coming is not None and state not in (S.READY, S.DRAINING, S.UNLOADING) and not stuck:
         yield "something loads beside it"
 
-    if (model.again is not Want.NONE or model.promised_to is not None) and state not in _RECLAIMING:
-        yield f"again is {model.again}, promised_to {model.promised_to}"
+    if model.again is not Want.NONE and state not in _RECLAIMING:
+        yield f"it should come back: {model.again}"
     if (model.forget or model.invalid is not None) and model.held is None:
         yield "it should be forgotten or INVALID by now"
     if model.want is not Want.NONE and state in _UNWANTED:

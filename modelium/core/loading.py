@@ -94,7 +94,7 @@ def keep_old(turn: Turn, model: Model, failure: Failure, *, blameless: bool = Fa
         op=0,
         extra=(),
         coming=None,
-        rejected=coming.spec if coming is not None and new_files and not blameless else model.rejected,
+        rejected=coming.spec if coming is not None and not blameless else model.rejected,
         retry_at=turn.now + turn.policy.retry_s,
         parameters=held.parameters if held is not None else {},
         reason=reason,
@@ -135,7 +135,6 @@ def unloaded(turn: Turn, event: e.Unloaded) -> None:
             measured=(),
             held=None,
             coming=None,
-            promised_to=None,
             again=Want.NONE,
             use=Use(),
         )
@@ -159,7 +158,6 @@ def stuck(turn: Turn, model: Model, failure: Failure) -> None:
         f"could not be unloaded: {failure.message}",
         op=0,
         failure=failure,
-        promised_to=None,
         again=Want.NONE,
         want=Want.NONE,
     )

@@ -65,15 +65,13 @@ def invalidate(turn: Turn, model: Model, failure: Failure) -> None:
     turn.move(model, State.INVALID, failure.message, failure=failure, invalid=None, want=Want.NONE, promise=())
 
 
-def drain(turn: Turn, model: Model, reason: str, *, promised_to: str | None = None, again: Want = Want.NONE) -> Model:
+def drain(turn: Turn, model: Model, reason: str, *, again: Want = Want.NONE) -> Model:
     """Take a READY model out of use; it is unloaded once nothing of it runs.
 
     What loads beside it to replace it stays booked: only the unload gives that load up.
     """
     op = turn.new_id()
-    model = turn.move(
-        model, State.DRAINING, reason, op=op, op_since=turn.now, promised_to=promised_to, again=again, want=Want.NONE
-    )
+    model = turn.move(model, State.DRAINING, reason, op=op, op_since=turn.now, again=again, want=Want.NONE)
     turn.wake(turn.now + turn.policy.drain_timeout_s)
     turn.out.append(CloseRoute(model.name, op))
     return model
@@ -136,7 +134,7 @@ def reopen(turn: Turn, model: Model) -> bool:
     """Put a draining model back in use, if it may be."""
     if not may_reopen(turn, model):
         return False
-    model = turn.move(model, State.READY, "wanted again before it was unloaded", op=0, promised_to=None)
+    model = turn.move(model, State.READY, "wanted again before it was unloaded", op=0)
     turn.out.append(OpenRoute(model.name, model.home))
     admit(turn, model)
     return True
@@ -179,7 +177,6 @@ def fail(turn: Turn, model: Model, failure: Failure, *, runtime_lost: bool = Fal
         measured=(),
         held=None,
         coming=None,
-        promised_to=None,
         again=Want.NONE,
         want=keep,
         wanted_since=model.wanted_since if model.want is not Want.NONE else turn.now,

@@ -149,7 +149,7 @@ def _adopt(turn: Turn, model: Model, shown: ObservedModel) -> None:
 def _take_back(turn: Turn, part: Model, whole: Model) -> None:
     """It was about to go, and what is made of it turned out to be loaded."""
     part = turn.move(
-        part, State.READY, f"{whole.name} is loaded and made of it", op=0, extra=(), coming=None, promised_to=None,
+        part, State.READY, f"{whole.name} is loaded and made of it", op=0, extra=(), coming=None,
         again=Want.NONE,
     )  # fmt: skip
     turn.out.append(OpenRoute(part.name, part.home))

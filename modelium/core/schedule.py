@@ -260,7 +260,7 @@ def _make_room(turn: Turn, line: Line, model: Model, found: list[Spot]) -> None:
     if best is not None:
         _, spot, chosen = best
         for victim in chosen:
-            drain(turn, turn.models[victim.name], f"evicted for {model.name}", promised_to=model.name)
+            drain(turn, turn.models[victim.name], f"evicted for {model.name}")
         line.moved()
         names = ", ".join(m.name for m in chosen)
         _promise(turn, line, model, spot, f"waits for {names} to make room; {spot.arithmetic}")
@@ -305,14 +305,8 @@ def _give_up(turn: Turn, line: Line, model: Model, reason: str) -> None:
 
 
 def _rescue(turn: Turn) -> None:
-    """Promise nothing to a model that waits no longer, and take back what drains for nobody while it is wanted."""
+    """Take back what drains for nobody while it is wanted."""
     for name in sorted(turn.moving):
         model = turn.models[name]
-        if model.state not in (State.DRAINING, State.UNLOADING):
-            continue
-        if model.promised_to is not None:
-            waiter = turn.models.get(model.promised_to)
-            if waiter is None or waiter.state is not State.QUEUED:
-                model = turn.change(model, promised_to=None)
         if model.state is State.DRAINING and (model.kept or turn.waiting(model)):
             reopen(turn, model)

@@ -118,12 +118,7 @@ def _idle(turn: Turn, model: Model) -> None:
     What is made of others goes alone; its parts are idle by their own count, and go at the next sweep.
     """
     policy = turn.policy
-    if model.state is not State.READY or model.op:
-        return
-    if model.forget and not turn.live_dependents(model.name):
-        drain(turn, model, "removed from the repository")
-        return
-    if model.kept or model.use.in_flight:
+    if model.state is not State.READY or model.op or model.kept or model.use.in_flight:
         return
     if model.use.qps > policy.min_qps:
         return

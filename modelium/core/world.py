@@ -101,8 +101,6 @@ class Model:
     loaded_for: Want = Want.NONE
     """Why it was loaded; NONE when it was found loaded."""
     use: Use = Use()
-    promised_to: str | None = None
-    """While it drains or unloads: who gets the room."""
     again: Want = Want.NONE
     """While it drains or unloads: load it again afterwards, for this reason."""
     forget: bool = False

@@ -95,14 +95,17 @@ def test_a_policy_ranks_and_what_it_leaves_out_stays() -> None:
 
 
 def test_minimum_stay() -> None:
+    """It goes the moment its stay is over, not at the next sweep: the core asks to be woken for that."""
     sim = make(10)
-    for name in ("a", "b"):
+    for name in ("a", "b", "c"):
         sim.accept(name, memory=10)
+    sim.wait(3)
     sim.load("a")
     sim.ask("b")
+    sim.ask("c")
     sim.wait(29)
     assert sim.state("a") is State.READY
-    assert "a stays 10 s more" in sim.world.models["b"].reason
+    assert "a stays 3 s more" in sim.world.models["b"].reason
     sim.wait(1.1)
     assert sim.state("a") is State.DRAINING
 
@@ -153,6 +156,41 @@ def test_tiers_idle_quiet_hot_busy() -> None:
     sim.wait(2)
     assert (sim.state("hot"), sim.state("busy")) == (State.DRAINING, State.DRAINING)
     assert not sim.ready_to_end() or all(getattr(p.order, "name", "") != "busy" for p in sim.ready_to_end())
+
+
+def test_one_who_waits_behind_others_is_woken_for_when_it_has_waited_long() -> None:
+    sim = make(20)
+    for name in ("x", "y", "b", "c"):
+        sim.accept(name, memory=10)
+    sim.load("x", finish=False)
+    sim.load("y", finish=False)
+    sim.wait(31)
+    sim.ask("b")
+    sim.wait(3)
+    sim.ask("c")
+    sim.wait(12.1)
+    assert (sim.state("x"), sim.state("y")) == (State.DRAINING, State.READY)
+    sim.wait(3)
+    assert (sim.state("x"), sim.state("y")) == (State.DRAINING, State.DRAINING)
+
+
+def test_what_was_wanted_idly_waits_anew_once_it_is_asked_for() -> None:
+    """Long in the queue for being dropped in, and only just asked for: no claim on models in use yet."""
+    sim = make(10)
+    sim.accept("busy", memory=10)
+    sim.load("busy", finish=False)
+    sim.happen(e.RuntimeAdded(sim.now, "s"))
+    sim.real["s"] = type(sim.real["r"])()
+    sim.accept("d", memory=10, runtime="s", dropped=True)
+    sim.wait(100)
+    ticket = sim.ask("d")
+    sim.complete(sim.pending[-1])
+    assert sim.states() == {"busy": "READY", "d": "QUEUED"}
+    sim.wait(16)
+    assert sim.states() == {"busy": "DRAINING", "d": "QUEUED"}
+    sim.end("busy")
+    sim.run()
+    assert sim.answer(ticket) == "granted"
 
 
 def test_a_busy_victim_finishes_first_and_is_cut_off_at_the_deadline() -> None:
@@ -277,6 +315,20 @@ def test_growth_over_the_limit_is_relieved_by_what_nobody_uses() -> None:
     assert "15 B over its limit" in sim.world.models["a"].reason
     sim.run()
     assert booked(sim) == (70, 0, 0)
+
+
+def test_memory_grows_on_the_books_and_does_not_shrink() -> None:
+    sim = make()
+    sim.accept("a", memory=10)
+    sim.load("a")
+    for shown, told in ((30, 30), (20, 30), (35, 35)):
+        sim.real["r"].models["a"] = (("cpu:0", shown),)
+        sim.see_runtime()
+        assert booked(sim) == (told, 0, 0)
+    sim.unload("a")
+    sim.run()
+    sim.ask("a")
+    assert booked(sim) == (35, 0, 0)
 
 
 def test_foreign_memory_shrinks_the_limit() -> None:

@@ -183,6 +183,7 @@ def test_the_largest_part_is_placed_first_and_a_small_one_moves_for_it() -> None
     sim.load("w")
     where = {n: sim.world.models[n].booking[0][0] for n in ("a", "z")}
     assert where == {"a": "cpu:1", "z": "cpu:0"}
+    assert sim.loads == ["z", "a", "w"]
     sim.unload("w")
     sim.run()
     for name in ("a", "z"):
@@ -207,6 +208,139 @@ def test_a_removed_part_stays_while_what_is_made_of_it_is_loaded() -> None:
     sim.run()
     assert sim.states() == {"q": "READY", "w": "COLD"}
     assert "no such model" in sim.message(sim.ask("w"))
+
+
+def stuck_whole():  # type: ignore[no-untyped-def]
+    """`w` could not be unloaded, and its part, which was to go with it, waits for it to be gone."""
+    sim = make()
+    sim.accept("p", memory=60)
+    sim.accept("w", memory=5, parts=("p",))
+    sim.load("w")
+    sim.wait(31)
+    sim.accept("big", memory=100)
+    ticket = sim.ask("big")
+    for name in ("p", "w"):
+        sim.complete(next(p for p in sim.pending if p.order.name == name))
+    sim.fail(next(p for p in sim.pending if isinstance(p.order, i.Unload)))
+    assert sim.states() == {"big": "QUEUED", "p": "DRAINING", "w": "FAILED"}
+    return sim, ticket
+
+
+def test_a_part_goes_on_once_a_stuck_whole_turns_out_to_be_gone() -> None:
+    sim, ticket = stuck_whole()
+    sim.wait(60)
+    assert sim.state("p") is State.DRAINING
+    del sim.real["r"].models["w"]
+    sim.see_runtime()
+    assert sim.states() == {"big": "QUEUED", "p": "UNLOADING", "w": "COLD"}
+    sim.run()
+    assert sim.answer(ticket) == "granted"
+
+
+def test_a_part_is_taken_back_once_a_stuck_whole_turns_out_to_be_loaded() -> None:
+    sim, ticket = stuck_whole()
+    part = sim.ask("p")
+    sim.see_runtime()
+    assert sim.answer(part) == "granted"
+    sim.end("p")
+    sim.run()
+    sim.wait(40)
+    sim.run()
+    assert sim.answer(ticket) == "granted"
+
+
+def test_a_part_whose_drain_is_overdue_waits_for_its_whole() -> None:
+    sim = make()
+    sim.accept("p", memory=60)
+    sim.accept("w", memory=5, parts=("p",))
+    sim.load("w", finish=False)
+    sim.use("p")
+    sim.wait(31)
+    sim.accept("big", memory=100)
+    sim.ask("big")
+    sim.wait(16)
+    assert sim.states() == {"big": "QUEUED", "p": "DRAINING", "w": "DRAINING"}
+    sim.wait(31)
+    assert sim.states() == {"big": "QUEUED", "p": "DRAINING", "w": "UNLOADING"}
+    sim.run()
+    sim.wait(11)
+    sim.run()
+    assert sim.state("big") is State.READY
+
+
+def test_a_whole_that_is_wanted_again_is_not_taken_back_without_its_parts() -> None:
+    sim = ensemble()
+    sim.load("w")
+    sim.wait(31)
+    sim.accept("big", memory=90)
+    waiter = sim.ask("big")
+    ticket = sim.ask("w")
+    sim.withdraw(waiter)
+    assert sim.states() == {"big": "COLD", "p": "DRAINING", "q": "DRAINING", "w": "DRAINING"}
+    sim.run()
+    assert sim.answer(ticket) == "granted"
+
+
+def test_a_part_that_drains_for_nobody_is_taken_back_for_its_whole() -> None:
+    sim = ensemble()
+    sim.load("p")
+    sim.wait(601)
+    assert sim.state("p") is State.DRAINING
+    sim.ask("w")
+    assert sim.state("p") is State.READY
+    sim.run()
+    assert sim.loads == ["p", "q", "w"]
+
+
+def test_a_part_that_a_waiting_whole_needs_is_not_let_go() -> None:
+    """Neither for being idle, nor with another whole that it is a part of, nor for who comes later."""
+    sim = make(min_resident_s=0)
+    sim.accept("p", memory=40)
+    sim.accept("v", memory=10, parts=("p",))
+    sim.load("v")
+    sim.accept("used", memory=50)
+    sim.load("used", finish=False)
+    sim.accept("z", memory=50)
+    sim.accept("w", memory=0, parts=("p", "z"))
+    ticket = sim.ask("w", deadline_s=5000)
+    sim.wait(1)
+    sim.accept("late", memory=30)
+    sim.ask("late", deadline_s=5000)
+    sim.wait(13)
+    assert sim.states()["p"] == "READY"
+    sim.end("used")
+    sim.wait(1)
+    sim.run()
+    assert sim.answer(ticket) == "granted"
+    assert sim.loads.count("p") == 1
+
+
+def test_an_idle_part_stays_while_its_whole_waits_for_room() -> None:
+    sim = make()
+    sim.accept("p", memory=10)
+    sim.load("p")
+    sim.accept("kept", memory=80, pinned=True)
+    sim.run()
+    sim.accept("w", memory=20, parts=("p",))
+    sim.ask("w", deadline_s=5000)
+    sim.wait(2000)
+    assert sim.states() == {"kept": "READY", "p": "READY", "w": "QUEUED"}
+
+
+def test_what_fails_lends_its_age_to_nobody() -> None:
+    """A pinned whole that has waited for ever fails each time it is tried, and its part, which somebody has only just
+    asked for, evicts nobody in use for that."""
+    sim = make(10)
+    sim.accept("p", memory=10)
+    sim.accept("w", memory=0, parts=("p", "missing"), pinned=True)
+    sim.accept("busy", memory=10)
+    sim.load("busy", finish=False)
+    sim.wait(100)
+    sim.ask("p")
+    sim.wait(14)
+    assert sim.state("busy") is State.READY
+    sim.wait(2)
+    assert sim.state("busy") is State.DRAINING
 
 
 # --------------------------------------------------------------------------- files that change
@@ -269,6 +403,70 @@ def test_a_failed_replacement_keeps_the_old() -> None:
     sim.change("a")
     sim.run()
     assert sim.world.models["a"].loaded_revision == "3"
+
+
+def test_a_whole_that_gets_another_part_is_loaded_after_it() -> None:
+    sim = ensemble()
+    sim.load("w")
+    sim.accept("z", memory=10)
+    sim.accept("w", memory=5, parts=("p", "z"), revision="2")
+    sim.run()
+    assert sim.loads == ["p", "q", "w", "z", "w"]
+    assert sim.world.models["w"].loaded_revision == "2"
+
+
+def test_a_whole_whose_new_part_is_missing_serves_as_it_was() -> None:
+    sim = ensemble()
+    sim.load("w")
+    sim.accept("w", memory=5, parts=("p", "missing"), revision="2")
+    sim.wait(50)
+    assert sim.state("w") is State.READY
+    assert "not all that they are made of can be loaded" in sim.world.models["w"].reason
+    assert sim.answer(sim.unload("q")) == "model_conflict"
+    sim.accept("missing", memory=1)
+    sim.load("missing")
+    sim.run()
+    assert sim.world.models["w"].loaded_revision == "2"
+    assert sim.answer(sim.unload("q")) == "waits"
+
+
+def test_replacements_wait_for_their_turn() -> None:
+    sim = make(max_concurrent_loads=1)
+    for name in ("a", "b", "c"):
+        sim.accept(name, memory=10)
+        sim.load(name)
+    for name in ("a", "b", "c"):
+        sim.change(name)
+    assert len(sim.pending) == 1
+    assert "wait for their turn" in sim.world.models["b"].reason
+    sim.run()
+    assert {m.loaded_revision for m in sim.world.models.values()} == {"2"}
+
+
+def test_a_replacement_that_is_given_up_with_its_model_is_not_forgotten() -> None:
+    """Somebody unloads a model whose new files are loading, and thinks better of it: only an unload ends that load."""
+    sim = make()
+    sim.accept("a", memory=10)
+    sim.load("a", finish=False)
+    sim.change("a")
+    gone = sim.unload("a")
+    sim.withdraw(gone)
+    ticket = sim.ask("a")
+    assert sim.state("a") is State.DRAINING
+    sim.end("a")
+    sim.run()
+    assert sim.answer(ticket) == "granted"
+    assert sim.world.models["a"].loaded_revision == "2"
+    assert booked(sim) == (10, 0, 0)
+
+
+def test_what_old_files_took_says_nothing_of_new_ones() -> None:
+    sim = make()
+    sim.accept("a", memory=10)
+    sim.ask("a")
+    sim.change("a", memory=50)
+    sim.complete(sim.pending[0])
+    assert sim.world.models["a"].estimate.memory_bytes == 50
 
 
 def test_a_replacement_that_can_never_fit_keeps_the_old() -> None:
@@ -365,6 +563,16 @@ def test_parameters_that_come_while_it_loads_are_loaded_before_they_are_granted(
     assert held is not None and held.parameters == {"config": "x"}
 
 
+def test_a_request_may_bring_parameters_too() -> None:
+    sim = make()
+    sim.accept("a", memory=10)
+    sim.load("a")
+    ticket = sim.ask("a", parameters={"config": "x"})
+    sim.run()
+    assert sim.answer(ticket) == "granted"
+    assert sim.world.models["a"].use.in_flight == 1
+
+
 def test_parameters_that_do_not_load_are_forgotten() -> None:
     sim = make()
     sim.accept("a", memory=10)
@@ -452,12 +660,13 @@ def test_what_is_removed_and_comes_back_before_it_is_unloaded() -> None:
     sim.load("a", finish=False)
     sim.remove("a")
     assert sim.answer(sim.ask("a")) == "model_not_found"
-    sim.accept("a", memory=10, revision="2", dropped=True)
+    sim.accept("a", memory=10, revision="2", dropped=True, pinned=True)
     ticket = sim.ask("a")
     sim.end("a")
     sim.run()
     assert sim.answer(ticket) == "granted"
     assert sim.world.models["a"].loaded_revision == "2"
+    assert sim.world.models["a"].pinned
 
 
 # --------------------------------------------------------------------------- runtimes
@@ -550,6 +759,18 @@ def test_a_runtime_that_is_set_up_wrongly_is_left_down_at_once() -> None:
     assert sim.world.runtimes["r"].given_up
     sim.accept("d", dropped=True)
     assert sim.state("d") is State.FAILED
+
+
+def test_a_model_that_was_lost_with_its_runtime_may_be_asked_for_at_once() -> None:
+    sim = make()
+    sim.accept("a")
+    sim.load("a")
+    sim.crash()
+    ticket = sim.ask("a")
+    assert sim.answer(ticket) == "waits"
+    sim.wait(3)
+    sim.run()
+    assert sim.answer(ticket) == "granted"
 
 
 def test_contact_lost_and_found_again_adopts() -> None:
@@ -680,6 +901,22 @@ def test_retries_come_later_and_later_and_only_for_who_asks() -> None:
         sim.wait(waits[-1] + 1)
         assert not sim.pending
     assert waits == [5, 10, 20, 40, 80, 160, 300, 300]
+
+
+def test_a_load_that_works_ends_the_count_of_failures() -> None:
+    sim = make()
+    sim.accept("a", bad=True)
+    for bad, retry_s in ((True, 5), (True, 10), (False, 0), (True, 5)):
+        sim.files["a"].bad = bad
+        sim.ask("a")
+        sim.run()
+        if bad:
+            assert sim.world.models["a"].retry_at - sim.now == retry_s
+            sim.wait(retry_s)
+        else:
+            sim.end("a")
+            sim.unload("a")
+            sim.run()
 
 
 def test_a_pinned_model_that_fails_is_tried_again() -> None:

@@ -204,95 +204,6 @@ def test_requests_that_wait_are_told_when_it_stops(service: Served, tmp_path: Pa
     assert got.status == 503 and "stopping" in got.body and "Retry-After" in got.headers
 
 
-# --------------------------------------------------------------------------- Triton goes
-
-
-def comes_back(service: Served, name: str) -> None:
-    """READY again; on the way it is FAILED, since its runtime was lost."""
-    service.until(lambda: service.state(name) == "READY", what=f"{name} to come back")
-
-
-def test_a_killed_stub_is_noticed(service: Served, drop: Drop) -> None:
-    model = drop("fragile")
-    (stub,) = stubs_of(service.root, "fragile")
-    kill(stub)
-    service.until(lambda: _answers(service, "fragile"), what="the model to answer again")
-    assert model.count("loads") == 2
-    assert len(stubs_of(service.root, "fragile")) == 1
-
-
-def _answers(service: Served, name: str) -> bool:
-    got: Got = asyncio.run(_ask(service, name))
-    assert got.status in (200, 502, 503), got  # its process is gone: that is no fault inside
-    return got.status == 200
-
-
-async def _ask(service: Served, name: str) -> Got:
-    async with web(service) as ask:
-        got: Got = await ask(f"/v2/models/{name}/infer", x_body())
-        return got
-
-
-def test_triton_killed_comes_back_with_what_was_in_use(service: Served, drop: Drop) -> None:
-    used, unused, busy = drop("used"), drop("unused"), drop("busy")
-    infer(service, "used")
-    before, old = triton(service)["info"]["pid"], processes_of(service.root)
-
-    async def crash() -> list[Got]:
-        async with web(service) as ask:
-            with busy.holding("hold-infer"):
-                held = [asyncio.ensure_future(ask("/v2/models/busy/infer", x_body())) for _ in range(3)]
-                await eventually(lambda: busy.count("requests") >= 1, "a request to be worked on")
-                await eventually(lambda: service.model("busy")["in_flight"] == 3, "three in flight")
-                kill(before)
-                return list(await asyncio.gather(*held))
-
-    for got in asyncio.run(crash()):
-        assert got.status == 502, got
-        assert "busy" in got.body and "not sent again" in got.body
-    service.until(lambda: triton(service)["info"]["pid"] != before, what="Triton to come back")
-    for name in ("used", "busy"):
-        comes_back(service, name)
-    assert (used.count("loads"), busy.count("loads")) == (2, 2)
-    assert infer(service, "used", [1]) == [2]
-    assert service.state("unused") in ("FAILED", "COLD") and unused.count("loads") == 1
-    assert infer(service, "unused", [1]) == [2]  # and it comes when it is asked for
-    assert not alive(old)
-    assert len(stubs_of(service.root)) == 3
-    status = service.get("/status")
-    assert status["waiting"] == 0
-    booked = {d["id"]: d["booked_bytes"] for d in status["devices"]}
-    assert booked["cpu:0"] == sum(m["memory_bytes"] for m in service.ps().values() if m["state"] == "READY")
-
-
-def test_a_request_right_after_the_crash_waits_for_triton(service: Served, drop: Drop) -> None:
-    drop("patient")
-    infer(service, "patient")
-
-    async def crash() -> list[Got]:
-        async with web(service) as ask:
-            kill(triton(service)["info"]["pid"])
-            return list(await asyncio.gather(*(ask("/v2/models/patient/infer", x_body()) for _ in range(20))))
-
-    found = asyncio.run(crash())
-    # What reached the dead server's address before its end was noticed is told so; nobody is left without an answer.
-    assert {got.status for got in found} <= {200, 502, 503}, found
-    comes_back(service, "patient")
-    assert infer(service, "patient", [1]) == [2]
-
-
-def test_both_killed(service: Served, drop: Drop) -> None:
-    model = drop("survivor")
-    infer(service, "survivor")
-    old = processes_of(service.root)
-    service.kill()
-    kill(next(pid for pid, command in old.items() if "tritonserver" in command.split()[0]))
-    service.start()
-    assert infer(service, "survivor", [1]) == [2]
-    assert model.count("loads") == 2
-    assert not alive(old)
-
-
 # --------------------------------------------------------------------------- files change, or go
 
 
@@ -405,6 +316,95 @@ def test_remove_keeps_the_files(service: Served, drop: Drop) -> None:
     (kept,) = (service.root / "trash").glob("trashed*")
     assert str(kept) in moved and fingerprint(kept) == before
     assert not stubs_of(service.root, "trashed")
+
+
+# --------------------------------------------------------------------------- Triton goes
+
+
+def comes_back(service: Served, name: str) -> None:
+    """READY again; on the way it is FAILED, since its runtime was lost."""
+    service.until(lambda: service.state(name) == "READY", what=f"{name} to come back")
+
+
+def test_a_killed_stub_is_noticed(service: Served, drop: Drop) -> None:
+    model = drop("fragile")
+    (stub,) = stubs_of(service.root, "fragile")
+    kill(stub)
+    service.until(lambda: _answers(service, "fragile"), what="the model to answer again")
+    assert model.count("loads") == 2
+    assert len(stubs_of(service.root, "fragile")) == 1
+
+
+def _answers(service: Served, name: str) -> bool:
+    got: Got = asyncio.run(_ask(service, name))
+    assert got.status in (200, 502, 503), got  # its process is gone: that is no fault inside
+    return got.status == 200
+
+
+async def _ask(service: Served, name: str) -> Got:
+    async with web(service) as ask:
+        got: Got = await ask(f"/v2/models/{name}/infer", x_body())
+        return got
+
+
+def test_triton_killed_comes_back_with_what_was_in_use(service: Served, drop: Drop) -> None:
+    used, unused, busy = drop("used"), drop("unused"), drop("busy")
+    infer(service, "used")
+    before, old = triton(service)["info"]["pid"], processes_of(service.root)
+
+    async def crash() -> list[Got]:
+        async with web(service) as ask:
+            with busy.holding("hold-infer"):
+                held = [asyncio.ensure_future(ask("/v2/models/busy/infer", x_body())) for _ in range(3)]
+                await eventually(lambda: busy.count("requests") >= 1, "a request to be worked on")
+                await eventually(lambda: service.model("busy")["in_flight"] == 3, "three in flight")
+                kill(before)
+                return list(await asyncio.gather(*held))
+
+    for got in asyncio.run(crash()):
+        assert got.status == 502, got
+        assert "busy" in got.body and "not sent again" in got.body
+    service.until(lambda: triton(service)["info"]["pid"] != before, what="Triton to come back")
+    for name in ("used", "busy"):
+        comes_back(service, name)
+    assert (used.count("loads"), busy.count("loads")) == (2, 2)
+    assert infer(service, "used", [1]) == [2]
+    assert service.state("unused") in ("FAILED", "COLD") and unused.count("loads") == 1
+    assert infer(service, "unused", [1]) == [2]  # and it comes when it is asked for
+    assert not alive(old)
+    assert len(stubs_of(service.root)) == 3
+    status = service.get("/status")
+    assert status["waiting"] == 0
+    booked = {d["id"]: d["booked_bytes"] for d in status["devices"]}
+    assert booked["cpu:0"] == sum(m["memory_bytes"] for m in service.ps().values() if m["state"] == "READY")
+
+
+def test_a_request_right_after_the_crash_waits_for_triton(service: Served, drop: Drop) -> None:
+    drop("patient")
+    infer(service, "patient")
+
+    async def crash() -> list[Got]:
+        async with web(service) as ask:
+            kill(triton(service)["info"]["pid"])
+            return list(await asyncio.gather(*(ask("/v2/models/patient/infer", x_body()) for _ in range(20))))
+
+    found = asyncio.run(crash())
+    # What reached the dead server's address before its end was noticed is told so; nobody is left without an answer.
+    assert {got.status for got in found} <= {200, 502, 503}, found
+    comes_back(service, "patient")
+    assert infer(service, "patient", [1]) == [2]
+
+
+def test_both_killed(service: Served, drop: Drop) -> None:
+    model = drop("survivor")
+    infer(service, "survivor")
+    old = processes_of(service.root)
+    service.kill()
+    kill(next(pid for pid, command in old.items() if "tritonserver" in command.split()[0]))
+    service.start()
+    assert infer(service, "survivor", [1]) == [2]
+    assert model.count("loads") == 2
+    assert not alive(old)
 
 
 # --------------------------------------------------------------------------- other people's things

@@ -6,6 +6,7 @@ import asyncio
 import fcntl
 import logging
 import os
+import shlex
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -80,7 +81,7 @@ def serve(config: Config, *, stop_runtimes: bool = False, ready: Callable[[str, 
             await ended.wait()
             log.info("stopping")
         if not stop_runtimes and (left := _supervisor(config.paths()).names()):
-            log.info("still running: %s; `modelium down` ends what is left", ", ".join(left))
+            log.info("still running: %s; `%s` ends what is left", ", ".join(left), down_command(config))
 
     with setup(format=config.logging.format, level=config.logging.level):
         uvloop.run(main())
@@ -104,6 +105,17 @@ def down(config: Config) -> list[str]:
     return names
 
 
+def down_command(config: Config) -> str:
+    """What a person types, anywhere, to end the runtimes that this configuration leaves running."""
+    paths, section = config.paths(), config.orchestration
+    words = ["modelium", "down"]
+    if section.model_repository is None or "root" in section.model_fields_set:
+        words += ["--root", str(paths.root)]
+    if section.model_repository is not None:
+        words += ["--repository", str(paths.repository)]
+    return shlex.join(words)
+
+
 def _supervisor(paths: Paths) -> ProcessSupervisor:
     return ProcessSupervisor(paths.root, state_dir=paths.state / "processes", log_dir=paths.state / "logs")
 
@@ -117,7 +129,8 @@ def _only_one(paths: Paths) -> Iterator[None]:
         handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as exc:
         raise ConfigError(
-            f"{file} can't be written: {exc.strerror}; choose another --root, or let this user write there"
+            f"{file} can't be written: {exc.strerror}; choose another --root, or let this user write there",
+            code="storage",
         ) from exc
     try:
         try:
@@ -125,7 +138,8 @@ def _only_one(paths: Paths) -> Iterator[None]:
         except OSError as exc:
             holder = _holder(file)
             raise ConfigError(
-                f"{paths.root} is served already{holder}: end that first, or choose another --root"
+                f"{paths.root} is served already{holder}: end that first, or choose another --root",
+                code="served_already",
             ) from exc
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)

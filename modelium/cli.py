@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from modelium import __version__
-from modelium.errors import ModeliumError
+from modelium.errors import ConfigError, ModeliumError
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "serve": ("serving", "Run the service."),
@@ -124,7 +124,8 @@ def run(args: list[str]) -> int:
         else:
             click.secho("error: ", fg="red", bold=True, nl=False, err=True)
             click.echo(exc.message, err=True)
-        return int(exc.fields.get("exit_code", 1))
+        wrong = isinstance(exc, ConfigError) and exc.code == ConfigError.code
+        return int(exc.fields.get("exit_code", 2 if wrong else 1))
     except (click.Abort, KeyboardInterrupt, asyncio.CancelledError):
         click.echo(err=True)
         return 130

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 import pytest
 
 from modelium import log
+from modelium.api import Transition
+from modelium.engine.journal import Journal
 from modelium.redact import redact, redact_value
 
 
@@ -155,5 +157,10 @@ def test_fields_with_secret_names_are_hidden() -> None:
     assert redact_value("max_tokens", 3) == 3
     out, running = written("json")
     with running:
+        Journal(None).add(
+            Transition(decision=1, at=1.0, subject="token", before="COLD", after="QUEUED", reason="asked")
+        )
         logging.getLogger("x").info("m", extra={"password": "p"})
-    assert json.loads(out.getvalue())["password"] == "***"
+    of_a_model, secret = map(json.loads, out.getvalue().splitlines())
+    assert of_a_model["message"] == "token COLD -> QUEUED: asked"  # a model's name makes no secret of its state
+    assert secret["password"] == "***"

@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from modelium.errors import ConfigError, ModeliumError
+from modelium.errors import ModeliumError
 
 if TYPE_CHECKING:
     from modelium.config import Config
 
 FAILED = 1
-USAGE = 2
 UNREACHABLE = 3
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -63,16 +62,13 @@ def root_options(command: F) -> F:
 
 
 def configured(file: Path | None, *, root: Path | None = None, repository: Path | None = None, **server: Any) -> Config:
-    """The configuration with these flags over it; exits with 2 when it is wrong. `server` are keys of that section."""
+    """The configuration with these flags over it. `server` are keys of that section."""
     from modelium.config import load_config
 
     given = {"orchestration.root": ("--root", root), "orchestration.model_repository": ("--repository", repository)}
     given |= {f"server.{key}": (f"--{key.replace('_', '-')}", value) for key, value in server.items()}
     flags = {key: (flag, value) for key, (flag, value) in given.items() if value is not None}
-    try:
-        return load_config(file, flags=flags)
-    except ConfigError as exc:
-        raise ConfigError(exc.message, exit_code=USAGE) from exc
+    return load_config(file, flags=flags)
 
 
 # --------------------------------------------------------------------------- talking to the service

@@ -15,6 +15,7 @@ from modelium.api.units import human
 from modelium.commands.base import emit, json_option, with_client
 from modelium.commands.client import Client, model_path
 from modelium.commands.text import clock, console, duration, pairs, plain, say, state, table
+from modelium.core.states import State
 
 HOLDING = frozenset({"LOADING", "READY", "DRAINING", "UNLOADING"})
 
@@ -24,7 +25,13 @@ WATCH_S = 1.0
 @click.command()
 @click.argument("names", nargs=-1)
 @click.option("--devices", is_flag=True, help="List devices and runtimes instead.")
-@click.option("--state", "only", metavar="STATE", help="Only models in this state.")
+@click.option(
+    "--state",
+    "only",
+    metavar="STATE",
+    type=click.Choice(list(State), case_sensitive=False),
+    help="Only models in this state.",
+)
 @click.option("--watch", "-w", is_flag=True, help="Keep the list on the screen, up to date.")
 @json_option
 @with_client

@@ -53,12 +53,17 @@ def _preview(preview: dict[str, Any]) -> RenderableType:
             ("not taken", "\n".join(chosen.get("alternatives", ()))),
             ("memory", f"{human(chosen['memory_bytes'])} estimated" if chosen else ""),
             ("load takes", f"about {chosen['load_s']:.0f} s" if chosen else ""),
+            ("before that", _installs(preview["installs"], chosen)),
             ("a request", f"would evict {', '.join(preview['would_evict'])}" if preview["would_evict"] else ""),
             ("room", preview["room"]),
             ("files", "\n".join([*files, *layout.get("texts", {})])),
             ("findings", "\n".join(f"{f['severity']}: {f['message']}" for f in preview["findings"])),
         ]
     )
+
+
+def _installs(packs: list[str], chosen: dict[str, Any]) -> str:
+    return f"{', '.join(packs)} is installed for {chosen['runtime']}, once, which may take minutes" if packs else ""
 
 
 @click.command()

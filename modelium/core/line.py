@@ -27,6 +27,7 @@ class Line:
         """Loads under way, by runtime."""
         self.largest: dict[str, int] = {}
         """The largest budget of a device, by kind."""
+        self._several: set[str] = set()
         self._in_vain: dict[tuple[str, bool], int] = {}
         self._victims: Victims | None = None
         wholes: list[str] = []
@@ -39,6 +40,8 @@ class Line:
         for name in wholes:
             self._inherit(name)
         for account in turn.devices.values():
+            if account.kind in self.largest:
+                self._several.add(account.kind)
             self.largest[account.kind] = max(self.largest.get(account.kind, 0), account.budget_bytes)
         for runtime in loads(turn):
             self.loading[runtime] = self.loading.get(runtime, 0) + 1
@@ -109,9 +112,13 @@ class Line:
         self._victims = None
 
     def in_vain(self, model: Model, kind: str) -> bool:
-        """Whether somebody before it, who needed no more and could take as much, found no room in this look."""
-        least = self._in_vain.get((kind, self.aged(model)))
-        if least is None or model.promise or model.want is Want.PART:
+        """Whether somebody before it, who needed no more and could take as much, found no room in this look.
+
+        Where there are several devices, one who has waited long is looked at all the same: it may claim another one.
+        """
+        old = self.aged(model)
+        least = self._in_vain.get((kind, old))
+        if least is None or model.promise or model.want is Want.PART or (old and kind in self._several):
             return False
         return model.estimate.memory_bytes >= least
 

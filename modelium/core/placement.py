@@ -88,3 +88,22 @@ def never_fits(model: Model, found: Iterable[Spot]) -> str | None:
     )
     how = "measured at its last load" if model.estimate.measured else "estimated"
     return f"can never fit: needs {human(found[0].need)} ({how}); {budgets}"
+
+
+def never_beside(turn: Turn, model: Model, found: Iterable[Spot]) -> str | None:
+    """Why the model can't fit beside what the configuration keeps loaded; None when it can. A pin may go any time."""
+    always = [m for n in sorted(turn.live) if (m := turn.models[n]).always_loaded and n != model.name]
+    rooms: list[str] = []
+    for spot in found:
+        device, budget = spot.account.id, spot.account.budget_bytes
+        holding = [m for m in always if bytes_on(m.booking, device)]
+        held = sum(bytes_on(m.booking, device) for m in holding)
+        if spot.need <= budget - held:
+            return None
+        rooms.append(
+            f"{device} has a budget of {human(budget)} less {human(held)} of {', '.join(m.name for m in holding)}"
+        )
+    if not rooms:
+        return None
+    need = human(model.estimate.memory_bytes)
+    return f"can never fit beside what is always loaded: needs {need}; {'; '.join(rooms)}"

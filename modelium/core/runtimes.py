@@ -9,7 +9,7 @@ from modelium.api.types import ObservedModel
 from modelium.core import events as e
 from modelium.core.instructions import CloseRoute, OpenRoute, StartRuntime
 from modelium.core.loading import footprint
-from modelium.core.moves import admit, drain, fail, onward, unload_parts
+from modelium.core.moves import admit, drain, fail, onward, unload_parts, want
 from modelium.core.states import RuntimeState, State, Want
 from modelium.core.turn import Turn
 from modelium.core.world import Booking, Failure, Held, Model, Runtime, Use
@@ -72,6 +72,9 @@ def _reconcile(turn: Turn, runtime: str, observed: tuple[ObservedModel, ...], ta
             continue
         elif model.state is State.READY and not model.op:
             _lose(turn, model, Failure("runtime_unavailable", f"{runtime} no longer has it loaded"))
+            whole = next((m.name for m in turn.live_dependents(name) if m.state is State.READY), None)
+            if whole is not None and name in turn.models:
+                want(turn, turn.models[name], Want.RESTORE, f"{whole} is made of it")
         elif model.state is State.FAILED:
             _gone(turn, model, "no longer loaded in its runtime")
     for model in lost:

@@ -14,7 +14,7 @@ from modelium.core.eviction import Tier
 from modelium.core.instructions import Load
 from modelium.core.line import Line
 from modelium.core.moves import drain, fail, reopen, want
-from modelium.core.placement import Spot, never_fits, spots
+from modelium.core.placement import Spot, never_beside, never_fits, spots
 from modelium.core.replacing import replace_stale
 from modelium.core.states import RuntimeState, State, Want
 from modelium.core.turn import Turn
@@ -267,6 +267,10 @@ def _make_room(turn: Turn, line: Line, model: Model, found: list[Spot]) -> None:
         return
     if not urgent:
         _give_up(turn, line, model, f"no room to spare: {_first(found)}")
+        return
+    never = never_beside(turn, model, found)
+    if never is not None:
+        fail(turn, model, Failure("never_fits", f"{model.name} {never}"))
         return
     again_at = line.victims.again_at()
     if again_at is not None:

@@ -47,7 +47,7 @@ class Journal:
         self._unwritten.append(transition)
         log.log(
             _level(transition),
-            "%s: %s -> %s: %s",
+            "%s %s -> %s: %s",  # no colon after the name: of a model called `token` the state is no secret
             transition.subject,
             transition.before or "new",
             transition.after or "gone",

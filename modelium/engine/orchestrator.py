@@ -388,7 +388,7 @@ def _make(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as exc:
         raise ConfigError(
-            f"{folder} can't be made: {exc.strerror}; let the user that runs Modelium write there"
+            f"{folder} can't be made: {exc.strerror}; let the user that runs Modelium write there", code="storage"
         ) from exc
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise ConfigError(f"{folder} can't be written: let the user that runs Modelium write there")
+        raise ConfigError(f"{folder} can't be written: let the user that runs Modelium write there", code="storage")

@@ -41,6 +41,7 @@ async def preview(engine: Orchestrator, path: Path) -> PlanPreview:
             raise ModelConflict(f"a model named {name} is there already")
         await engine.runtimes_known()
         plan = engine.planner.plan(name, analysis)
+        offers = engine.planner.offers(analysis)
         layout = engine.planner.layout(name, analysis, plan)
     except ModeliumError as exc:
         return PlanPreview(name=name, analysis=analysis, findings=findings, plan=None, layout=None, refused=exc.message)
@@ -71,4 +72,5 @@ async def preview(engine: Orchestrator, path: Path) -> PlanPreview:
         would_evict=tuple(sorted(evicted)),
         refused=refused,
         room=room,
+        installs=next((o.requires for o in offers if (o.runtime, o.serving) == (plan.runtime, plan.serving)), ()),
     )

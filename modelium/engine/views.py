@@ -91,6 +91,8 @@ class PlanPreview(Frozen):
     refused: str | None = None
     """Why it would be refused; None when it would not."""
     room: str = ""
+    installs: tuple[str, ...] = ()
+    """What its runtime installs before the first load of this kind, which may take minutes."""
 
 
 class DeviceView(Frozen):

@@ -12,7 +12,7 @@ from aiohttp import web
 from pydantic import BaseModel
 
 import modelium
-from modelium.core.states import RuntimeState
+from modelium.core.states import RuntimeState, State
 from modelium.engine.views import EventView, ModelView
 from modelium.errors import ModelNotFound
 from modelium.http.admission import deadline_of
@@ -95,6 +95,8 @@ class Admin:
 
     async def models(self, request: web.Request) -> web.Response:
         state = request.query.get("state", "").upper()
+        if state and state not in list(State):
+            raise BadRequest(f"expected state to be one of {', '.join(State)}, found {state!r:.40}")
         shown = [view.model_dump_json() async for view in views(self._service) if state in ("", view.state)]
         return web.Response(text=f"[{','.join(shown)}]", content_type="application/json")
 

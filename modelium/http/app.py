@@ -83,7 +83,7 @@ async def serving(
         try:
             await site.start()
         except OSError as exc:
-            raise ConfigError(_cannot_bind(exc, host, port), host=host, port=port) from exc
+            raise ConfigError(_cannot_bind(exc, host, port), code="address", host=host, port=port) from exc
         address = runner.addresses[0]
         yield address[0], address[1]
     finally:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import orjson
 from aiohttp import web
 
 from modelium.api import Tensor
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 TEXT_INPUTS = ("text_input", "prompt", "text")
 """What models call the input that takes their text, Triton's own name first."""
 
-PIECE = 2**16
+PIECE = 2**18
 """Elements that are written as JSON at once; more are written in a thread, piece by piece."""
 
 
@@ -220,8 +221,8 @@ def render(response: InferResponse, added: int, is_text: bool) -> bytes:
         array = to_array(tensor)
         for _ in range(added):
             if array.ndim and array.shape[0] == 1:
-                array = array[0]
-        outputs[tensor.name] = _nested(np.asarray(array))
+                array = array.reshape(array.shape[1:])
+        outputs[tensor.name] = _nested(array)
     parts = [f'"model": {json.dumps(response.model)}'.encode()]
     if response.version:
         parts.append(f'"version": {json.dumps(response.version)}'.encode())
@@ -239,13 +240,12 @@ def _text_of(response: InferResponse, outputs: Mapping[str, bytes]) -> bytes | N
 
 
 def _nested(array: npt.NDArray[Any]) -> bytes:
-    """An array as nested lists; a number that is none, or infinite, as null."""
+    """An array as nested lists, numbers in as few digits as their type needs; one that is none, or infinite, as null."""
     if array.ndim and array.size > PIECE:
-        return b"[" + b", ".join(_nested(part) for part in array) + b"]"
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        good, array = np.isfinite(array), array.astype(object)
-        array[~good] = None
-    return json.dumps(array.tolist(), default=_bytes, ensure_ascii=False).encode()
+        return b"[" + b",".join(_nested(part) for part in array) + b"]"
+    if array.dtype.kind == "O":
+        return orjson.dumps(array.tolist(), default=_bytes)
+    return orjson.dumps(np.ascontiguousarray(array) if array.ndim else array[()], option=orjson.OPT_SERIALIZE_NUMPY)
 
 
 def _bytes(element: bytes) -> Any:

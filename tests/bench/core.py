@@ -39,6 +39,7 @@ class Bench:
         self.waiting = waiting
         self.tickets: list[int] = []
         self.asked = 0
+        self.grown = 0
         self.random = random.Random(1)
         self.devices()
         self.happen(e.RuntimeAdded(self.now, "triton"))
@@ -118,13 +119,15 @@ class Bench:
             assert spec is not None
             self.happen(e.ModelAccepted(self.now, name, spec, Estimate(SIZE, 5.0, True)))
         elif kind < 0.96:
-            self.happen(e.LoadFailed(self.now, name_of(some), 0, Failure("driver", "too late to matter")))
+            self.happen(e.LoadFailed(self.now, name_of(some), 10**9, Failure("driver", "too late to matter")))
         else:
             self.happen(e.Ticked(self.now))
 
     def observed(self) -> None:
         ready = [m for n in self.world.live if (m := self.world.models[n]).state is State.READY]
-        shown = tuple(ObservedModel(name=m.name, ready=True, memory={"cuda:0": SIZE + 1000}) for m in ready)
+        self.grown += 1000
+        memory = {"cuda:0": SIZE + self.grown}
+        shown = tuple(ObservedModel(name=m.name, ready=True, memory=memory) for m in ready)
         self.happen(e.RuntimeObserved(self.now, "triton", 1, self.now, Observation(instance="1", models=shown)))
 
 

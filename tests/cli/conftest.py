@@ -6,6 +6,7 @@ import asyncio
 import fcntl
 import json
 import os
+import signal
 import struct
 import sys
 import termios
@@ -23,6 +24,9 @@ from modelium.http.app import build_app, serving
 from tests.engine.harness import Rig, rig
 
 CHECKOUT = Path(__file__).parents[2]
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+"""A shell that runs the tests in the background has them ignore it, and so would the commands that they interrupt."""
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,8 @@ class TestListing:
         assert [m["name"] for m in (await served.modelium("ps", "b.toy", "--json")).json] == ["b.toy"]
         assert (await served.modelium("ps", "--json", "--state", "failed")).json == []
         assert (await served.modelium("ps", "c.toy")).code == 1
+        wrong = await served.modelium("ps", "--state", "raedy")
+        assert (wrong.code, "'READY'" in wrong.err) == (2, True)
 
     async def test_devices_and_runtimes(self, served: Served) -> None:
         await served.rig.add("a.toy", 2 * MB)

@@ -73,6 +73,11 @@ class TestCommandLine:
             assert ran.code == 2
             assert ran.err.startswith("error: modelium.yaml line 2: unknown key server.prot; did you mean 'port'?")
 
+    async def test_a_wrong_section_of_a_plugin(self, alone: Modelium, tmp_path: Path) -> None:
+        (tmp_path / "modelium.yaml").write_text("triton: {enabeld: true}\n")
+        ran = await alone("serve", "--root", "root", "--port", "0")
+        assert (ran.code, "unknown key triton.enabeld" in ran.err) == (2, True)
+
     async def test_plugins_add_commands(self, alone: Modelium, tmp_path: Path) -> None:
         site = install({"says-hello": ("greeter", PLUGIN)}, tmp_path / "work")
         ran = await alone("hello", PYTHONPATH=f"{CHECKOUT}:{site}")

@@ -159,19 +159,40 @@ def test_tiers_idle_quiet_hot_busy() -> None:
 
 
 def test_one_who_waits_behind_others_is_woken_for_when_it_has_waited_long() -> None:
+    """The lower priority came first and ages first, though the look in between ends before it."""
     sim = make(20)
-    for name in ("x", "y", "b", "c"):
+    for name in ("x", "y", "low", "high"):
         sim.accept(name, memory=10)
     sim.load("x", finish=False)
     sim.load("y", finish=False)
     sim.wait(31)
+    sim.ask("low")
+    sim.ask("low", deadline_s=12)
+    sim.wait(1)
+    sim.ask("high", priority=5)
+    sim.wait(14.1)
+    assert sim.state("x") is State.DRAINING
+    assert sim.world.models["x"].reason == "evicted for low"
+
+
+def test_an_old_claim_behind_another_keeps_its_room_too() -> None:
+    """One claims the first device, the next the second: what is free there is nobody else's."""
+    sim = Sim(Policy(budgets={"cpu:0": 100, "cpu:1": 60}), devices=2)
+    sim.run()
+    for name, size in (("x", 60), ("y", 50), ("a", 50), ("b", 55), ("c", 10)):
+        sim.accept(name, memory=size)
+    sim.load("x", finish=False)
+    sim.load("y", finish=False)
+    sim.ask("a")
+    sim.wait(1)
     sim.ask("b")
-    sim.wait(3)
+    sim.wait(16)
+    assert (sim.world.models["a"].promise, sim.world.models["b"].promise) == ((("cpu:0", 50),), (("cpu:1", 55),))
     sim.ask("c")
-    sim.wait(12.1)
-    assert (sim.state("x"), sim.state("y")) == (State.DRAINING, State.READY)
-    sim.wait(3)
-    assert (sim.state("x"), sim.state("y")) == (State.DRAINING, State.DRAINING)
+    assert sim.state("c") is State.QUEUED
+    sim.accept("d", memory=10)
+    sim.ask("d")
+    assert sim.states() == {"a": "QUEUED", "b": "QUEUED", "c": "QUEUED", "d": "QUEUED", "x": "READY", "y": "READY"}
 
 
 def test_what_was_wanted_idly_waits_anew_once_it_is_asked_for() -> None:
@@ -229,14 +250,18 @@ def test_pinned_and_always_loaded_stay() -> None:
 
 
 def test_what_is_always_loaded_and_does_not_fit_stands_in_nobodys_way() -> None:
-    """Two residents of 60 on 100: the second waits for ever, and its claim keeps nobody else out."""
+    """Two residents of 60 on 100: the second is told so, and has no claim that keeps others out."""
     sim = make(always_loaded=("r*",))
     sim.accept("r1", memory=60)
     sim.accept("r2", memory=60)
     sim.accept("a", memory=40)
     sim.run()
     sim.wait(100)
-    assert sim.states() == {"a": "COLD", "r1": "READY", "r2": "QUEUED"}
+    assert sim.states() == {"a": "COLD", "r1": "READY", "r2": "FAILED"}
+    told = "r2 can never fit beside what is always loaded: needs 60 B; cpu:0 has a budget of 100 B less 60 B of r1"
+    assert sim.world.models["r2"].reason == told
+    sim.accept("b", memory=50)
+    assert sim.answer(sim.ask("b")) == "never_fits"
     sim.load("a")
     sim.settle()
 

@@ -239,11 +239,8 @@ def test_a_part_goes_on_once_a_stuck_whole_turns_out_to_be_gone() -> None:
 
 def test_a_part_is_taken_back_once_a_stuck_whole_turns_out_to_be_loaded() -> None:
     sim, ticket = stuck_whole()
-    part = sim.ask("p")
     sim.see_runtime()
-    assert sim.answer(part) == "granted"
-    sim.end("p")
-    sim.run()
+    assert sim.states() == {"big": "QUEUED", "p": "READY", "w": "READY"}
     sim.wait(40)
     sim.run()
     assert sim.answer(ticket) == "granted"
@@ -325,6 +322,7 @@ def test_an_idle_part_stays_while_its_whole_waits_for_room() -> None:
     sim.ask("w", deadline_s=5000)
     sim.wait(2000)
     assert sim.states() == {"kept": "READY", "p": "READY", "w": "QUEUED"}
+    assert sim.world.models["p"].since == 1000.0
 
 
 def test_what_fails_lends_its_age_to_nobody() -> None:
@@ -335,12 +333,26 @@ def test_what_fails_lends_its_age_to_nobody() -> None:
     sim.accept("w", memory=0, parts=("p", "missing"), pinned=True)
     sim.accept("busy", memory=10)
     sim.load("busy", finish=False)
-    sim.wait(100)
+    sim.wait(70)
     sim.ask("p")
+    failures = sim.world.models["w"].failures
     sim.wait(14)
+    assert sim.world.models["w"].failures == failures + 1
     assert sim.state("busy") is State.READY
     sim.wait(2)
     assert sim.state("busy") is State.DRAINING
+
+
+def test_a_lost_part_comes_back_for_what_is_made_of_it() -> None:
+    sim = ensemble()
+    sim.load("w")
+    sim.wait(400)
+    del sim.real["r"].models["p"]
+    sim.see_runtime()
+    assert sim.states() == {"p": "FAILED", "q": "READY", "w": "READY"}
+    sim.wait(2)
+    sim.run()
+    assert sim.states() == {"p": "READY", "q": "READY", "w": "READY"}
 
 
 # --------------------------------------------------------------------------- files that change
@@ -465,8 +477,10 @@ def test_what_old_files_took_says_nothing_of_new_ones() -> None:
     sim.accept("a", memory=10)
     sim.ask("a")
     sim.change("a", memory=50)
+    sim.files["a"].real = 10
     sim.complete(sim.pending[0])
     assert sim.world.models["a"].estimate.memory_bytes == 50
+    assert booked(sim) == (10 + 50, 0, 0)
 
 
 def test_a_replacement_that_can_never_fit_keeps_the_old() -> None:

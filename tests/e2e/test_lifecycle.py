@@ -165,7 +165,7 @@ def test_interrupted_it_leaves_triton_and_down_ends_it(service: Served, drop: Dr
     model = drop("stays")
     pid, address = triton(service)["info"]["pid"], triton_address(service)
     assert service.stop() == 0
-    assert "still running: triton" in service.tail()
+    assert f"still running: triton; `modelium down --root {service.root}` ends what is left" in service.tail()
     assert alive([pid])
     assert infer(Straight(address), "stays", [2]) == [4]
 

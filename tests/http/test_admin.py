@@ -19,6 +19,7 @@ async def test_models(surface: Surface, upstream: Recorder) -> None:
     assert (status, [model["name"] for model in found]) == (200, ["cold", "incoming/x.onnx", "m"])
     assert found[2]["state"] == "READY"
     assert [m["name"] for m in (await ask(surface, "GET", "/models?state=cold"))[1]] == ["cold"]
+    assert (await ask(surface, "GET", "/models?state=clod"))[0] == 400
     status, found, _ = await ask(surface, "GET", "/models/m")
     assert (status, found["path"]) == (200, "/root/repository/m")
     for path in ("/models/incoming/x.onnx", "/models/incoming%2Fx.onnx"):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 from modelium_plugin_triton.backend import TritonBackend
+from modelium_plugin_triton.install import Environment
 from modelium_plugin_triton.modelconfig import parse_config, placed
 from modelium_plugin_triton.servings import SERVINGS
 
@@ -108,7 +110,14 @@ class TestOffers:
     def test_each_task_has_its_serving(self, task: str) -> None:
         (offer,) = offers(model("huggingface", task=task), triton("python"))
         assert offer.serving == f"transformers-{task}"
-        assert offer.requires == ("torch",) and offer.settings["packs"] == ["torch"]
+        assert offer.settings["packs"] == ["torch"]
+
+    def test_what_is_still_to_be_installed_is_told(self, tmp_path: Path) -> None:
+        llm, somebody_elses = model("huggingface", task="text-generation"), triton("python")
+        ours = somebody_elses.model_copy(update={"facts": {"environment": str(tmp_path)}})
+        assert [offers(llm, t)[0].requires for t in (None, somebody_elses, ours)] == [("torch",), (), ("torch",)]
+        Environment(tmp_path).mark("torch")
+        assert offers(llm, ours)[0].requires == ()
 
     @pytest.mark.parametrize(
         ("changes", "reason"),

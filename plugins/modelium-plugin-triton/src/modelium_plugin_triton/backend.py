@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 
 from pydantic import BaseModel
 
 from modelium.api import Analysis, Device, Layout, Offer, Plan, RuntimeContext, RuntimeDriver, RuntimeInfo
 from modelium.errors import ModelError
 from modelium_plugin_triton import servings
+from modelium_plugin_triton.install import Environment
 from modelium_plugin_triton.servings import AS_IS, RUNTIME, SERVINGS
 from modelium_plugin_triton.settings import TritonSettings
 
@@ -44,7 +46,7 @@ class TritonBackend:
             wanted = " or ".join(serving.backend for serving in possible)
             raise ModelError(f"serving it takes Triton's {wanted} backend, and this Triton has {_listed(have)}")
         kinds = _device_kinds(runtime, devices)
-        return [servings.offer(serving, analysis, kinds) for serving in usable]
+        return [servings.offer(serving, analysis, kinds, _missing(serving.packs, runtime)) for serving in usable]
 
     def layout(self, name: str, analysis: Analysis, plan: Plan) -> Layout:
         if plan.serving == AS_IS:
@@ -76,7 +78,7 @@ def as_is(analysis: Analysis, runtime: RuntimeInfo | None, devices: Sequence[Dev
         device_kinds=kinds,
         memory_bytes=memory,
         load_s=like.load_s + analysis.weights_bytes / servings.READ_BYTES_PER_S,
-        requires=tuple(packs),
+        requires=_missing(packs, runtime),
         settings={"packs": packs},
         note="a Triton ensemble" if facts["ensemble"] else f"Triton's {backend} backend, as its directory says",
     )
@@ -87,6 +89,14 @@ def _backends(runtime: RuntimeInfo | None) -> Sequence[str] | None:
     if runtime is None or not runtime.facts.get("backends_known", True):
         return None
     return runtime.backends
+
+
+def _missing(packs: Iterable[str], runtime: RuntimeInfo | None) -> tuple[str, ...]:
+    """Those that are still to be installed: none for another Triton than the wheel's, which has what it has."""
+    if runtime is None:
+        return tuple(packs)
+    folder = runtime.facts.get("environment")
+    return tuple(pack for pack in packs if not Environment(Path(folder)).has(pack)) if folder else ()
 
 
 def _alone(backend: str) -> str:

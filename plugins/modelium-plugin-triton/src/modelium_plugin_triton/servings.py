@@ -154,7 +154,8 @@ def _cache_bytes(analysis: Analysis, device_kind: str) -> int:
     return int(layers * 2 * (facts.get("kv_heads") or heads) * head * size * tokens)
 
 
-def offer(serving: Serving, analysis: Analysis, device_kinds: Sequence[str]) -> Offer:
+def offer(serving: Serving, analysis: Analysis, device_kinds: Sequence[str], requires: tuple[str, ...] = ()) -> Offer:
+    """`requires` are the packs that are not installed yet."""
     return Offer(
         runtime=RUNTIME,
         serving=serving.name,
@@ -162,7 +163,7 @@ def offer(serving: Serving, analysis: Analysis, device_kinds: Sequence[str]) -> 
         device_kinds=tuple(device_kinds),
         memory_bytes=memory_bytes(serving, analysis, device_kinds[0]),
         load_s=serving.load_s + analysis.weights_bytes / READ_BYTES_PER_S,
-        requires=serving.packs,
+        requires=requires,
         settings={
             **serving.settings,
             **_batching(serving, analysis),

@@ -30,8 +30,8 @@ class ModeliumError(Exception):
 
 
 class ConfigError(ModeliumError):
-    """The configuration is wrong, or with a code of its own (`storage`, `address`, `served_already`) a folder, a port or
-    another part of the surroundings is not as it must be."""
+    """The configuration is wrong; or, with a code of its own (`storage`, `address`, `served_already`), a folder, a port
+    or another part of the surroundings is not as it must be."""
 
     code = "config"
 

@@ -100,9 +100,8 @@ def never_beside(turn: Turn, model: Model, found: Iterable[Spot]) -> str | None:
         held = sum(bytes_on(m.booking, device) for m in holding)
         if spot.need <= budget - held:
             return None
-        rooms.append(
-            f"{device} has a budget of {human(budget)} less {human(held)} of {', '.join(m.name for m in holding)}"
-        )
+        names = ", ".join(m.name for m in holding)
+        rooms.append(f"{device} has a budget of {human(budget)} less {human(held)} of {names}")
     if not rooms:
         return None
     need = human(model.estimate.memory_bytes)

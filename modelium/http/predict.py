@@ -240,7 +240,7 @@ def _text_of(response: InferResponse, outputs: Mapping[str, bytes]) -> bytes | N
 
 
 def _nested(array: npt.NDArray[Any]) -> bytes:
-    """An array as nested lists, numbers in as few digits as their type needs; one that is none, or infinite, as null."""
+    """An array as nested lists, numbers in as few digits as their type needs; what is no finite number is null."""
     if array.ndim and array.size > PIECE:
         return b"[" + b",".join(_nested(part) for part in array) + b"]"
     if array.dtype.kind == "O":

@@ -142,7 +142,8 @@ class Policies(Section):
     retry_max_s: Seconds = 300
     """The longest such pause."""
     crash_budget: Count = 5
-    """A runtime that crashes this often within `crash_window_s` is left down until someone sees to it."""
+    """A runtime that crashes this often within `crash_window_s` is left down for as long, or until someone loads one of
+    its models."""
     crash_window_s: Seconds = 600
     """The time in which crashes are counted."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import isfinite
 
 from modelium.api.units import human
 from modelium.core import events as e
@@ -59,7 +60,8 @@ def _hopeless(turn: Turn, model: Model) -> tuple[Failure, float | None] | None:
     if runtime is None and model.state is State.RECOVERING:
         return Failure("plugin", f"no runtime named {model.home}: install its plugin or enable it"), None
     if runtime is not None and runtime.given_up:
-        return Failure("runtime_unavailable", f"{runtime.name} is down: {runtime.reason}"), None
+        again_s = runtime.retry_at - turn.now if isfinite(runtime.retry_at) else None
+        return Failure("runtime_unavailable", f"{runtime.name} is down: {runtime.reason}"), again_s
     if model.state is State.FAILED and model.held is None and model.retry_at > turn.now and not model.blameless:
         return model.failure or Failure("model_failed", model.reason), model.retry_at - turn.now
     policy = turn.policy
@@ -73,7 +75,7 @@ def _hopeless(turn: Turn, model: Model) -> tuple[Failure, float | None] | None:
 
 
 def _another_chance(runtime: Runtime, now: float) -> Runtime:
-    return replace(runtime, crashes=(), retry_at=now)
+    return replace(runtime, crashes=(), retry_at=now, given_up=False)
 
 
 def _unknown(turn: Turn, name: str) -> Failure:

@@ -24,7 +24,8 @@ def runtime_added(turn: Turn, event: e.RuntimeAdded) -> None:
 
 def start(turn: Turn, runtime: Runtime, reason: str) -> None:
     epoch = runtime.epoch + 1
-    turn.move_runtime(runtime, RuntimeState.STARTING, reason, epoch=epoch)
+    crashes = () if runtime.given_up else runtime.crashes
+    turn.move_runtime(runtime, RuntimeState.STARTING, reason, epoch=epoch, crashes=crashes, given_up=False)
     turn.out.append(StartRuntime(runtime.name, epoch))
 
 
@@ -168,15 +169,19 @@ def runtime_down(turn: Turn, event: e.RuntimeDown) -> None:
     permanent = event.failure.code == "config"
     # one that never came up may still be on its way: a sidecar, a network
     spent = runtime.state is RuntimeState.UP and len(crashes) >= policy.crash_budget and not runtime.external
-    if permanent or spent:
+    reason = event.failure.message
+    if permanent:
         retry_at = inf
-        why = f"{len(crashes)} failures within {policy.crash_window_s:.0f} s; " if spent else ""
-        reason = f"{why}{event.failure.message}"
+    elif spent:
+        retry_at = turn.now + policy.crash_window_s
+        reason = f"{len(crashes)} failures within {policy.crash_window_s:.0f} s; {reason}"
     else:
         retry_at = turn.now + max(0.1, min(policy.retry_s * 2 ** min(len(crashes) - 1, 16) / 5, 60.0))
-        reason = event.failure.message
+    if not permanent:
         turn.wake(retry_at)
-    runtime = turn.move_runtime(runtime, RuntimeState.CRASHED, reason, crashes=crashes, retry_at=retry_at)
+    runtime = turn.move_runtime(
+        runtime, RuntimeState.CRASHED, reason, crashes=crashes, retry_at=retry_at, given_up=permanent or spent
+    )
     failure = Failure("runtime_unavailable", f"{runtime.name} is gone: {event.failure.message}")
     _lose_models(turn, runtime.name, failure)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import isfinite
 
 from modelium.api.units import human
 from modelium.core import events as e
@@ -66,10 +67,10 @@ def ticked(turn: Turn, event: e.Ticked) -> None:
         else:
             turn.wake(ticket.deadline_at)
     for runtime in list(turn.runtimes.values()):
-        if runtime.state is RuntimeState.CRASHED and not runtime.given_up:
+        if runtime.state is RuntimeState.CRASHED:
             if runtime.retry_at <= turn.now:
                 start(turn, runtime, "tried again")
-            else:
+            elif isfinite(runtime.retry_at):
                 turn.wake(runtime.retry_at)
     for name in sorted(turn.moving):
         _overdue(turn, turn.models[name])

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import inf
 from typing import Any
 
 from immutables import Map
@@ -218,11 +217,9 @@ class Runtime:
     crashes: tuple[float, ...] = ()
     retry_at: float = 0.0
     """When CRASHED: the next start; infinite when a person has to see to it."""
+    given_up: bool = False
+    """It is CRASHED, and nobody is to wait for it: the next start is far off, or a person has to see to it."""
     foreign: tuple[str, ...] = ()
-
-    @property
-    def given_up(self) -> bool:
-        return self.state is RuntimeState.CRASHED and self.retry_at == inf
 
 
 def least_recently_used(candidates: Sequence[Candidate], now: float) -> Sequence[str]:
@@ -253,7 +250,7 @@ class Policy:
     retry_s: float = 5.0
     retry_max_s: float = 300.0
     crash_budget: int = 5
-    """Crashes of a runtime within `crash_window_s` before it is left down for a person to see to."""
+    """Crashes of a runtime within `crash_window_s` before it is left down for as long."""
     crash_window_s: float = 600.0
     rank: Callable[[Sequence[Candidate], float], Sequence[str]] = least_recently_used
 

@@ -164,10 +164,10 @@ def runtimes(engine: Orchestrator) -> tuple[RuntimeView, ...]:
     for name, runtime in sorted(engine.loop.world.runtimes.items()):
         running = engine.running[name]
         reason = runtime.reason
+        if runtime.retry_at > now and math.isfinite(runtime.retry_at):
+            reason += f"; tried again in {runtime.retry_at - now:.0f} s"
         if runtime.given_up:
             reason += "; it is left down: mend it, then `modelium load` any model of it"
-        elif runtime.retry_at > now and math.isfinite(runtime.retry_at):
-            reason += f"; tried again in {runtime.retry_at - now:.0f} s"
         views.append(
             RuntimeView(
                 name=name,

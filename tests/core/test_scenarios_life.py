@@ -727,7 +727,8 @@ def test_a_model_that_takes_its_runtime_down_again_and_again_is_failed() -> None
     assert sim.world.models["evil"].want is Want.NONE
 
 
-def test_a_crash_loop_ends_and_a_person_gives_another_chance() -> None:
+@pytest.mark.parametrize("person", [False, True])
+def test_a_crash_loop_is_left_alone_for_a_while_or_until_a_person_loads(person: bool) -> None:
     sim = make(crash_budget=3)
     sim.accept("a", memory=10)
     sim.load("a")
@@ -742,13 +743,19 @@ def test_a_crash_loop_ends_and_a_person_gives_another_chance() -> None:
     assert runtime.reason == "3 failures within 600 s; it does not answer"
     assert sim.answer(waiting) == "runtime_unavailable"
     assert "r is down: 3 failures" in sim.message(sim.ask("a"))
-    sim.wait(5000)
+    sim.wait(599)
     assert not [p for p in sim.pending if isinstance(p.order, i.StartRuntime)]
-    ticket = sim.ask("a", person=True)
-    sim.wait(0.1)
+    if person:
+        ticket = sim.ask("a", person=True)
+        sim.wait(0.1)
+    else:
+        sim.wait(2)
+        ticket = sim.ask("a")
     sim.run()
     assert sim.answer(ticket) == "granted"
     assert sim.world.runtimes["r"].state is RuntimeState.UP
+    sim.crash()
+    assert not sim.world.runtimes["r"].given_up  # it has its whole budget again
 
 
 def test_a_runtime_that_does_not_come_up_yet_is_tried_for_ever() -> None:

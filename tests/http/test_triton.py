@@ -72,6 +72,18 @@ async def test_the_answer_is_tritons_own(
     assert through == direct
 
 
+async def test_a_long_body_that_curl_calls_a_form(surface: Surface, real: Triton) -> None:
+    """Triton 2.51 by itself ends with a segmentation fault here."""
+    form = {"Content-Type": "application/x-www-form-urlencoded"}
+    _, before, _ = await ask(surface, "GET", "/v2/models/identity/stats")
+    status, answer, _ = await ask(
+        surface, "POST", "/v2/models/identity/infer", data=FLOATS + b" " * 5_000_000, headers=form
+    )
+    assert (status, answer["outputs"][0]["data"]) == (200, [1, 2, 3])
+    _, after, _ = await ask(surface, "GET", "/v2/models/identity/stats")
+    assert before["model_stats"][0]["inference_count"] + 1 == after["model_stats"][0]["inference_count"]
+
+
 async def test_statistics(surface: Surface, real: Triton) -> None:
     await ask(surface, "POST", "/v2/models/identity/infer", data=FLOATS)
     _, found, _ = await ask(surface, "GET", "/v2/models/stats")

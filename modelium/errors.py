@@ -98,3 +98,10 @@ class RuntimeUnavailable(DriverError):
     """The runtime is not up; `retry_after_s` says when it may be."""
 
     code = "runtime_unavailable"
+
+
+class RuntimeStuck(RuntimeUnavailable):
+    """The runtime answers, and can't do this before it is started anew, which the engine sees to with as little harm as
+    can be: what it holds is drained first, and loaded again where it was in use."""
+
+    code = "runtime_stuck"

@@ -123,6 +123,8 @@ class LoadFailed(Event):
     failure: Failure
     runtime_lost: bool = False
     """The runtime is at fault, not the model."""
+    recycle: bool = False
+    """And it has to be started anew."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,11 +182,19 @@ class RuntimeUp(Event):
 
 @dataclass(frozen=True, slots=True)
 class RuntimeDown(Event):
-    """It could not be started, or it is gone."""
+    """It could not be started or stopped, or it is gone."""
 
     name: str
     epoch: int
     failure: Failure
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeStopped(Event):
+    """It was ended as told, with all that it held."""
+
+    name: str
+    epoch: int
 
 
 @dataclass(frozen=True, slots=True)

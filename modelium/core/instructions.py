@@ -62,6 +62,14 @@ class StartRuntime(Instruction):
 
 
 @dataclass(frozen=True, slots=True)
+class StopRuntime(Instruction):
+    """Becomes RuntimeStopped or RuntimeDown."""
+
+    name: str
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
 class Grant(Instruction):
     ticket: int
     name: str

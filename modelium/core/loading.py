@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from modelium.core import events as e
 from modelium.core.instructions import OpenRoute
-from modelium.core.moves import admit, begin_unload, fail, onward, unload_parts
+from modelium.core.moves import admit, begin_unload, fail, onward, recycle, unload_parts
 from modelium.core.states import State, Want
 from modelium.core.turn import Turn, bytes_on
 from modelium.core.world import Booking, Estimate, Failure, Held, Model, Use
@@ -76,6 +76,8 @@ def load_failed(turn: Turn, event: e.LoadFailed) -> None:
     model = turn.models.get(event.name)
     if model is None or model.op != event.op:
         return
+    if event.recycle:
+        recycle(turn, model.home, event.failure.message)
     if model.state is State.READY:
         keep_old(turn, model, event.failure, blameless=event.runtime_lost)
     elif model.state is State.LOADING:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from modelium.core.instructions import CloseRoute, OpenRoute, Unload
-from modelium.core.states import BASE_PRIORITY, URGENT, State, Want
+from modelium.core.states import BASE_PRIORITY, URGENT, RuntimeState, State, Want
 from modelium.core.turn import Turn
 from modelium.core.world import Failure, Model, Use
 
@@ -115,6 +115,9 @@ def may_reopen(turn: Turn, model: Model) -> bool:
         or turn.asked_gone(model)
     ):
         return False
+    runtime = turn.runtimes.get(model.home)
+    if runtime is not None and runtime.recycle:
+        return False
     for name in model.parts:
         part = turn.models.get(name)
         if part is None or part.state is not State.READY:
@@ -185,3 +188,11 @@ def fail(turn: Turn, model: Model, failure: Failure, *, runtime_lost: bool = Fal
         model = turn.refuse_all(model, failure, model.retry_at - turn.now)
     turn.wake(model.retry_at)
     return model
+
+
+def recycle(turn: Turn, name: str, reason: str) -> None:
+    """Have a runtime started anew, unless it is somebody else's."""
+    runtime = turn.runtimes.get(name)
+    if runtime is None or runtime.state is not RuntimeState.UP or runtime.external or runtime.recycle:
+        return
+    turn.move_runtime(runtime, RuntimeState.UP, f"to be started anew: {reason}", recycle=reason)

@@ -25,7 +25,7 @@ def replace_stale(turn: Turn) -> None:
             turn.wake(model.retry_at)
             continue
         runtime = turn.runtimes.get(spec.runtime)
-        if runtime is None or runtime.state is not RuntimeState.UP:
+        if runtime is None or runtime.state is not RuntimeState.UP or runtime.recycle:
             continue
         _bring_up_to_date(turn, model, spec)
 

@@ -44,7 +44,7 @@ def runtime_observed(turn: Turn, event: e.RuntimeObserved) -> None:
     if runtime is None or runtime.epoch != event.epoch or runtime.state is not RuntimeState.UP:
         return
     if runtime.instance != event.observation.instance:
-        _lose_models(turn, runtime.name, Failure("runtime_unavailable", f"{runtime.name} was restarted by somebody"))
+        lose_models(turn, runtime.name, Failure("runtime_unavailable", f"{runtime.name} was restarted by somebody"))
         turn.runtimes = turn.runtimes.set(runtime.name, replace(runtime, instance=event.observation.instance))
     _reconcile(turn, event.name, event.observation.models, event.taken_at)
 
@@ -160,9 +160,15 @@ def _take_back(turn: Turn, part: Model, whole: Model) -> None:
     admit(turn, part)
 
 
+def runtime_stopped(turn: Turn, event: e.RuntimeStopped) -> None:
+    runtime = turn.runtimes.get(event.name)
+    if runtime is not None and runtime.epoch == event.epoch and runtime.state is RuntimeState.STOPPING:
+        start(turn, turn.move_runtime(runtime, RuntimeState.DOWN, "stopped"), runtime.reason)
+
+
 def runtime_down(turn: Turn, event: e.RuntimeDown) -> None:
     runtime = turn.runtimes.get(event.name)
-    if runtime is None or runtime.epoch != event.epoch or runtime.state not in (RuntimeState.STARTING, RuntimeState.UP):
+    if runtime is None or runtime.epoch != event.epoch or runtime.state not in _ANSWERABLE:
         return
     policy = turn.policy
     crashes = (*(c for c in runtime.crashes if turn.now - c < policy.crash_window_s), turn.now)
@@ -180,13 +186,17 @@ def runtime_down(turn: Turn, event: e.RuntimeDown) -> None:
     if not permanent:
         turn.wake(retry_at)
     runtime = turn.move_runtime(
-        runtime, RuntimeState.CRASHED, reason, crashes=crashes, retry_at=retry_at, given_up=permanent or spent
-    )
+        runtime, RuntimeState.CRASHED, reason, crashes=crashes, retry_at=retry_at, given_up=permanent or spent,
+        recycle="",
+    )  # fmt: skip
     failure = Failure("runtime_unavailable", f"{runtime.name} is gone: {event.failure.message}")
-    _lose_models(turn, runtime.name, failure)
+    lose_models(turn, runtime.name, failure)
 
 
-def _lose_models(turn: Turn, runtime: str, failure: Failure) -> None:
+_ANSWERABLE = frozenset({RuntimeState.STARTING, RuntimeState.UP, RuntimeState.STOPPING})
+
+
+def lose_models(turn: Turn, runtime: str, failure: Failure) -> None:
     given_up = turn.runtimes[runtime].given_up
     lost = [m for n in sorted(turn.live) if (m := turn.models[n]).home == runtime]
     for model in lost:
@@ -207,8 +217,7 @@ def _lose(turn: Turn, model: Model, failure: Failure) -> None:
     again = model.again
     if model.state is State.READY:
         turn.out.append(CloseRoute(model.name, 0))
-        recent = model.use.requests > 0 and turn.now - model.busy_since < turn.policy.idle_s
-        if model.use.in_flight or recent:
+        if turn.used_lately(model):
             again = Want.RESTORE
     if model.state is not State.LOADING:
         model = turn.change(model, failures=0, use=Use())

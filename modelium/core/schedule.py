@@ -15,6 +15,7 @@ from modelium.core.instructions import Load
 from modelium.core.line import Line
 from modelium.core.moves import drain, fail, reopen, want
 from modelium.core.placement import Spot, never_beside, never_fits, spots
+from modelium.core.recycling import go_on
 from modelium.core.replacing import replace_stale
 from modelium.core.states import RuntimeState, State, Want
 from modelium.core.turn import Turn
@@ -47,6 +48,7 @@ def schedule(turn: Turn) -> None:
                         break  # its parts wait for it no longer: look anew
         replace_stale(turn)
         _rescue(turn)
+        go_on(turn)
 
 
 def _prune(turn: Turn) -> None:
@@ -115,6 +117,9 @@ def _serve(turn: Turn, line: Line, model: Model) -> None:
             return
     if runtime.state is not RuntimeState.UP:
         _wait(turn, model, f"waits for {runtime.name}, which is {runtime.state}: {runtime.reason}")
+        return
+    if runtime.recycle:
+        _wait(turn, model, f"waits for {runtime.name}, which is to be started anew: {runtime.recycle}")
         return
     if model.parts and not _parts_ready(turn, line, model):
         return

@@ -55,7 +55,7 @@ R = RuntimeState
 RUNTIME_TRANSITIONS: Mapping[RuntimeState, frozenset[RuntimeState]] = {
     R.DOWN: frozenset({R.STARTING}),
     R.STARTING: frozenset({R.UP, R.CRASHED, R.STOPPING}),
-    R.UP: frozenset({R.CRASHED, R.STOPPING}),
+    R.UP: frozenset({R.UP, R.CRASHED, R.STOPPING}),
     R.STOPPING: frozenset({R.DOWN, R.CRASHED}),
     R.CRASHED: frozenset({R.STARTING, R.STOPPING}),
 }

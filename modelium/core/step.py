@@ -38,6 +38,7 @@ _HANDLERS: dict[type[e.Event], Callable[[Turn, Any], None]] = {
     e.RuntimeAdded: runtimes.runtime_added,
     e.RuntimeUp: runtimes.runtime_up,
     e.RuntimeDown: runtimes.runtime_down,
+    e.RuntimeStopped: runtimes.runtime_stopped,
     e.RuntimeObserved: runtimes.runtime_observed,
 }
 

@@ -157,6 +157,11 @@ class Turn:
         found = (self.models.get(n) for n in self.dependents.get(name, ()))
         return [m for m in found if m is not None and m.held is not None]
 
+    def used_lately(self, model: Model) -> bool:
+        """Whether it should come back when it is lost through no fault of its own."""
+        recent = model.use.requests > 0 and self.now - model.busy_since < self.policy.idle_s
+        return bool(model.use.in_flight) or recent
+
     # ------------------------------------------------------------------ devices
 
     def _settle(self, old: Model | None, new: Model) -> None:

@@ -154,7 +154,7 @@ class Model:
     @property
     def blameless(self) -> bool:
         """It failed with its runtime."""
-        return self.failure is not None and self.failure.code == "runtime_unavailable"
+        return self.failure is not None and self.failure.code in ("runtime_unavailable", "runtime_stuck")
 
     @property
     def busy_since(self) -> float:
@@ -219,6 +219,8 @@ class Runtime:
     """When CRASHED: the next start; infinite when a person has to see to it."""
     given_up: bool = False
     """It is CRASHED, and nobody is to wait for it: the next start is far off, or a person has to see to it."""
+    recycle: str = ""
+    """It is UP, and why it is to be started anew as soon as nothing that it holds is in use."""
     foreign: tuple[str, ...] = ()
 
 

@@ -82,6 +82,8 @@ class Effects:
                 self._engine.runtimes.unload(order)
             case i.StartRuntime():
                 self._engine.runtimes.start(order)
+            case i.StopRuntime():
+                self._engine.runtimes.stop(order)
             case i.Forget(name):
                 for waiter in self.forgotten.pop(name, []):
                     if not waiter.done():

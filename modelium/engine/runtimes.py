@@ -16,7 +16,7 @@ from modelium.core import instructions as i
 from modelium.core.states import RuntimeState
 from modelium.core.world import Failure
 from modelium.engine.loop import Loop
-from modelium.errors import ConfigError, ModeliumError, RuntimeUnavailable
+from modelium.errors import ConfigError, ModeliumError, RuntimeStuck, RuntimeUnavailable
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +85,9 @@ class Runtimes:
     def start(self, order: i.StartRuntime) -> None:
         self._start(self._bring_up(order), f"start {order.name}")
 
+    def stop(self, order: i.StopRuntime) -> None:
+        self._start(self._bring_down(order), f"stop {order.name}")
+
     def poke(self, name: str) -> None:
         """Something went wrong with it: look soon."""
         if name in self.running:
@@ -116,7 +119,7 @@ class Runtimes:
     async def _load(self, order: i.Load) -> None:
         loop = self._loop()
         failure: Failure
-        lost = False
+        lost = stuck = False
         try:
             driver = self.running[order.runtime].driver
             request = await asyncio.to_thread(self._request_for, order)
@@ -128,14 +131,14 @@ class Runtimes:
         except asyncio.CancelledError:
             raise  # what follows tells the outcome
         except RuntimeUnavailable as exc:
-            failure, lost = Failure(exc.code, exc.message), True
+            failure, lost, stuck = Failure(exc.code, exc.message), True, isinstance(exc, RuntimeStuck)
             self.poke(order.runtime)
         except ModeliumError as exc:
             failure = Failure(exc.code, exc.message)
         except Exception as exc:
             log.exception("the driver of %s failed while it loaded %s", order.runtime, order.name)
             failure = Failure("driver", f"the driver of {order.runtime} failed: {type(exc).__name__}: {exc}")
-        loop.post(e.LoadFailed(loop.clock(), order.name, order.op, failure, lost))
+        loop.post(e.LoadFailed(loop.clock(), order.name, order.op, failure, lost, stuck))
 
     async def _unload(self, order: i.Unload) -> None:
         loop = self._loop()
@@ -182,6 +185,19 @@ class Runtimes:
             else:
                 log.exception("the driver of %s failed to start it", order.name)
                 failure = Failure("driver", f"its driver failed: {type(exc).__name__}: {exc}")
+            loop.post(e.RuntimeDown(loop.clock(), order.name, order.epoch, failure))
+
+    async def _bring_down(self, order: i.StopRuntime) -> None:
+        loop = self._loop()
+        try:
+            await self.running[order.name].driver.stop()
+            self.measured.pop(order.name, None)
+            loop.post(e.RuntimeStopped(loop.clock(), order.name, order.epoch))
+        except asyncio.CancelledError:
+            raise
+        except Exception as exc:
+            log.exception("%s could not be stopped", order.name)
+            failure = Failure("driver", f"it could not be stopped: {exc}")
             loop.post(e.RuntimeDown(loop.clock(), order.name, order.epoch, failure))
 
     # ------------------------------------------------------------------ watching

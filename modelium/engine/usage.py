@@ -192,6 +192,7 @@ UNLOAD_REASONS = (
     ("asked", re.compile("unload asked for")),
     ("evicted", re.compile("evicted for ")),
     ("idle", re.compile("idle for ")),
+    ("recycled", re.compile("its runtime is to be started anew")),
     ("removed", re.compile("removed from ")),
     ("changed", re.compile("its (files|plan) changed")),
     ("pressure", re.compile(".* over its limit")),

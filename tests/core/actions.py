@@ -214,7 +214,8 @@ def complete(sim: Sim, pick: Pick) -> None:
 def fail(sim: Sim, pick: Pick) -> None:
     ready = sim.ready_to_end()
     if ready:
-        sim.fail(ready[pick(len(ready))], runtime_lost=pick(2) == 0, config=pick(8) == 0)
+        lost = pick(2) == 0
+        sim.fail(ready[pick(len(ready))], runtime_lost=lost, config=pick(8) == 0, recycle=lost and pick(3) == 0)
 
 
 def lose(sim: Sim, pick: Pick) -> None:
@@ -287,7 +288,7 @@ def unload_behind_its_back(sim: Sim, pick: Pick) -> None:
 
 
 def _worked_on(sim: Sim, name: str) -> bool:
-    return any(not isinstance(p.order, i.StartRuntime) and p.order.name == name for p in sim.pending)
+    return any(not isinstance(p.order, i.StartRuntime | i.StopRuntime) and p.order.name == name for p in sim.pending)
 
 
 def load_foreign(sim: Sim, pick: Pick) -> None:

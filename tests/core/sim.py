@@ -42,7 +42,7 @@ class RealRuntime:
 class Pending:
     """An instruction that is being carried out."""
 
-    order: i.Load | i.Unload | i.CloseRoute | i.StartRuntime
+    order: i.Load | i.Unload | i.CloseRoute | i.StartRuntime | i.StopRuntime
     instance: int = 0
     late: bool = False
     """Given up: nobody waits for its result any more, which may come nevertheless."""
@@ -189,10 +189,16 @@ class Sim:
                     raise self._foul(f"{name} is to be loaded in {runtime}, which is not up")
                 if self.world.models[name].op != op:
                     raise self._foul(f"the load of {name} is not its operation")
+                if self.world.runtimes[runtime].recycle:
+                    raise self._foul(f"{name} is to be loaded in {runtime}, which is to be started anew")
             case i.Unload(name, op, runtime):
                 self._check_unload(before, event, name, runtime)
                 if self.world.models[name].op != op:
                     raise self._foul(f"the unload of {name} is not its operation")
+            case i.StopRuntime(runtime):
+                used = [n for n in self.real[runtime].models if self.in_flight.get(n) and n in self.open]
+                if used:
+                    raise self._foul(f"{runtime} is to be stopped while {used} are in use")
             case _:
                 pass
 
@@ -213,7 +219,13 @@ class Sim:
         if state is not State.DRAINING or model is None or name not in self.world.models:
             return
         kept = model.kept and self.world.models[name].kept
-        if kept and not reason.startswith(("its files changed", "its plan changed", "its parameters changed")):
+        forced = (
+            "its files changed",
+            "its plan changed",
+            "its parameters changed",
+            "its runtime is to be started anew",
+        )
+        if kept and not reason.startswith(forced):
             raise self._foul(f"{name} is kept, and was drained: {reason}")
         if reason.startswith("evicted for "):
             self._check_victim(name, reason.removeprefix("evicted for "))
@@ -289,7 +301,7 @@ class Sim:
                     self.pending.append(Pending(order))
             case i.OpenRoute(name, _):
                 self._give_up(name, drains=True)
-            case i.StartRuntime():
+            case i.StartRuntime() | i.StopRuntime():
                 self.pending.append(Pending(order))
             case i.Forget(name):
                 self.in_flight.pop(name, None)
@@ -302,7 +314,7 @@ class Sim:
     def _give_up(self, name: str, *, drains: bool = False) -> None:
         """A new operation takes the place of the former one, whose result may still come, too late."""
         for n, p in enumerate(self.pending):
-            if isinstance(p.order, i.StartRuntime) or p.order.name != name or p.late:
+            if isinstance(p.order, i.StartRuntime | i.StopRuntime) or p.order.name != name or p.late:
                 continue
             if isinstance(p.order, i.CloseRoute) or not drains:
                 self.pending[n] = replace(p, late=True)
@@ -339,6 +351,10 @@ class Sim:
                     memory = ((device, file.real),)
                     real.models[name] = memory
                     self.happen(e.Loaded(self.now, name, op, () if self.blind else memory, took))
+            case i.StopRuntime(name, epoch):
+                self.real[name].alive = False
+                self.real[name].models.clear()
+                self.happen(e.RuntimeStopped(self.now, name, epoch))
             case i.StartRuntime(name, epoch):
                 real = self.real[name]
                 adopted = real.alive
@@ -352,7 +368,7 @@ class Sim:
                     )
                 )
 
-    def fail(self, p: Pending, *, runtime_lost: bool = False, config: bool = False) -> None:
+    def fail(self, p: Pending, *, runtime_lost: bool = False, config: bool = False, recycle: bool = False) -> None:
         """An operation fails."""
         self.pending.remove(p)
         match p.order:
@@ -361,8 +377,10 @@ class Sim:
             case i.Unload(name, op):
                 self.happen(e.UnloadFailed(self.now, name, op, Failure("driver", "it does not go")))
             case i.Load(name, op):
-                code = "runtime_unavailable" if runtime_lost else "load_rejected"
-                self.happen(e.LoadFailed(self.now, name, op, Failure(code, "it failed"), runtime_lost))
+                code = "runtime_stuck" if recycle else "runtime_unavailable" if runtime_lost else "load_rejected"
+                self.happen(e.LoadFailed(self.now, name, op, Failure(code, "it failed"), runtime_lost, recycle))
+            case i.StopRuntime(name, epoch):
+                self.happen(e.RuntimeDown(self.now, name, epoch, Failure("driver", "it does not stop")))
             case i.StartRuntime(name, epoch):
                 self.real[name].alive = False
                 code = "config" if config else "driver"
@@ -370,8 +388,8 @@ class Sim:
 
     def lose(self, p: Pending, *, done: bool = False) -> None:
         """An operation's result never comes; with `done`, it was carried out."""
-        if isinstance(p.order, i.StartRuntime):
-            return  # starting may take for ever and is never given up
+        if isinstance(p.order, i.StartRuntime | i.StopRuntime):
+            return  # it may take for ever and is never given up
         self.pending.remove(p)
         if not done or p.late:
             return
@@ -689,7 +707,8 @@ class Sim:
                     found.append(f"{model.name}: {model.state}, {model.reason}")
                 case _:
                     pass
-        found.extend(r.name for r in self.world.runtimes.values() if r.state is RuntimeState.STARTING)
+        restless = (RuntimeState.STARTING, RuntimeState.STOPPING)
+        found.extend(r.name for r in self.world.runtimes.values() if r.state in restless or r.recycle)
         return found
 
     def _can_be_replaced(self, model: Model) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -983,3 +984,41 @@ def test_the_same_events_give_the_same_instructions_in_every_process() -> None:
     ]
     assert told[0] == told[1]
     assert told[0].count("Load(") > 10
+
+
+def test_a_runtime_that_is_stuck_is_started_anew_without_a_lost_request() -> None:
+    sim = make()
+    for name in ("busy", "idle", "kept", "wedged"):
+        sim.accept(name, memory=20, pinned=name == "kept")
+    sim.run()
+    sim.load("idle")
+    sim.wait(400)
+    sim.load("busy", finish=False)
+    ticket = sim.ask("wedged")
+    sim.fail(sim.pending[-1], runtime_lost=True, recycle=True)
+    assert sim.world.runtimes["r"].recycle == "it failed"
+    assert set(sim.states().values()) == {"DRAINING", "FAILED"}
+    late = sim.ask("idle")
+    sim.wait(1)
+    sim.run()
+    assert sim.states() == {"busy": "DRAINING", "idle": "QUEUED", "kept": "QUEUED", "wedged": "QUEUED"}
+    assert "waits for r, which is to be started anew: it failed" in sim.world.models["wedged"].reason
+    sim.end("busy")
+    sim.run()
+    assert sim.world.runtimes["r"].state is RuntimeState.UP
+    assert sim.real["r"].instance == 2
+    sim.wait(1)
+    sim.run()
+    assert set(sim.states().values()) == {"READY"}
+    assert (sim.answer(ticket), sim.answer(late)) == ("granted", "granted")
+
+
+def test_a_stuck_runtime_of_somebody_else_is_left_alone() -> None:
+    sim = make()
+    sim.accept("a")
+    sim.world = replace(
+        sim.world, runtimes=sim.world.runtimes.set("r", replace(sim.world.runtimes["r"], external=True))
+    )
+    sim.ask("a")
+    sim.fail(sim.pending[-1], runtime_lost=True, recycle=True)
+    assert sim.world.runtimes["r"].state is RuntimeState.UP and not sim.world.runtimes["r"].recycle

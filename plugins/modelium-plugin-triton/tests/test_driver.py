@@ -19,7 +19,7 @@ from modelium_plugin_triton.server import SHM, shm_prefix
 from modelium.api import LoadRequest, ObservedModel, Progress, RuntimeDriver
 from modelium.api.testing import DriverContract, eventually, silent
 from modelium.engine.processes import look
-from modelium.errors import DriverError, LoadRejected, RuntimeUnavailable
+from modelium.errors import DriverError, LoadRejected, RuntimeStuck, RuntimeUnavailable
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.timeout(300)]
 
@@ -284,16 +284,27 @@ async def test_a_process_that_ends_while_loading_may_be_tried_again(driver: Trit
 
 
 async def test_a_process_that_ends_while_imported_does_not_hang(driver: TritonDriver, lab: Lab) -> None:
-    """Triton itself waits for it without end; other models go on."""
+    """Triton itself waits for it without end; other models go on. A new start mends it, once for the same files."""
+    dies = lab.model("dies", code(head="import os, time; time.sleep(1); os._exit(3)"))
     with pytest.raises(LoadRejected, match="ended before"):
-        await driver.load(lab.model("dies", code(head="import os, time; time.sleep(1); os._exit(3)")), silent)
-    with pytest.raises(DriverError) as caught:
-        await driver.load(lab.model("dies"), silent)
-    assert caught.value.code == "runtime_stuck"
+        await driver.load(dies, silent)
+    with pytest.raises(RuntimeStuck, match="waits without end"):
+        await driver.load(dies, silent)
     await driver.load(lab.model("good"), silent)
     seen = await shown(driver, "dies")
-    assert seen is not None and not seen.ready and "restart" in seen.reason
-    await driver.stop()  # nothing else ends it
+    assert seen is not None and not seen.ready and "waits without end" in seen.reason
+    await driver.stop()
+    await driver.start()
+    with pytest.raises(LoadRejected, match="ended before"):
+        await driver.load(dies, silent)
+    with pytest.raises(DriverError, match="after a new start") as caught:
+        await driver.load(dies, silent)
+    assert caught.value.code == "runtime_stuck" and not isinstance(caught.value, RuntimeStuck)
+    with pytest.raises(RuntimeStuck):
+        await driver.load(lab.model("dies"), silent)
+    await driver.stop()
+    await driver.start()
+    await driver.load(lab.model("dies"), silent)
 
 
 async def test_memory_that_is_not_there_may_be_tried_again(driver: TritonDriver, lab: Lab) -> None:

@@ -49,6 +49,7 @@ class TritonDriver:
         self._environment: Environment | None = None
         self._epoch: attach.Epoch | None = None
         self._gpus: Gpus | None = None
+        self._culprits: dict[str, int | None] = {}
         self._starting = asyncio.Lock()
         self._installs: dict[str, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -152,6 +153,7 @@ class TritonDriver:
                     backends=backends,
                     python_based=await asyncio.to_thread(locate.python_based, folder),
                     tail=lambda lines: processes.tail(name, lines),
+                    culprits=self._culprits,
                 )
             )
         _, version, _ = await session.client.metadata()

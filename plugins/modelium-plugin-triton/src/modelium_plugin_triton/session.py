@@ -22,7 +22,7 @@ from modelium.api import (
     Report,
     UnloadOutcome,
 )
-from modelium.errors import DriverError, LoadRejected, ModelError
+from modelium.errors import DriverError, LoadRejected, ModelError, RuntimeStuck
 from modelium_plugin_triton import modelconfig, reasons
 from modelium_plugin_triton.client import CallFailed, Counted, TritonClient
 from modelium_plugin_triton.measure import Family, Measurer, Stub, added, has_shaken_hands, kill, less
@@ -45,6 +45,8 @@ BACK_S = 2.0
 """How long memory of a native backend may take to come back before it counts as kept."""
 SMALL_BYTES = 4 << 20
 """Below this a server's size changes for reasons of its own."""
+
+RESTART = "it can be loaded after a new start of Triton (for Modelium's own: `modelium down`, then `modelium serve`)"
 
 _ALIVE = {"LOADING", "READY", "UNLOADING"}
 """States in the repository index of versions that hold memory."""
@@ -88,6 +90,9 @@ class Session:
     missing_backends: set[str] = field(default_factory=set)
     busy: dict[str, str] = field(default_factory=dict)
     stuck: dict[str, str] = field(default_factory=dict)
+    """Models that Triton never gets done with, and why."""
+    culprits: dict[str, int | None] = field(default_factory=dict)
+    """Models for whose sake a server was started anew, with what told their files; outlives the session."""
     native: dict[str, dict[str, int]] = field(default_factory=dict)
     stubs: dict[str, int] = field(default_factory=dict)
     """How many stubs each Python model has when it is well."""
@@ -170,7 +175,7 @@ class Session:
         Until the attempt has begun, the task may as well be cancelled.
         """
         async with self.turns[request.name]:
-            await self._check_stuck(request.name)
+            await self._check_stuck(request.name, files=await asyncio.to_thread(_newest, request.path))
             backend = await asyncio.to_thread(self._check_files, request)
             with self._busy_with(request.name, "loading"):
                 if backend == NO_BACKEND or backend in self.python_based:
@@ -178,9 +183,16 @@ class Session:
                 async with self.alone:
                     return await self._load(request, report, attempt, native=True)
 
-    async def _check_stuck(self, name: str) -> None:
+    async def _check_stuck(self, name: str, *, files: int | None = None) -> None:
+        """Raise what is to be said of a model that Triton never gets done with; `files` tells its files from others.
+
+        A new start of Triton mends that, and is worth it once: not for files that did it before.
+        """
         if name in self.stuck and name in await self._in_flux():
-            raise DriverError(self.stuck[name], code="runtime_stuck")
+            if self.own and self.culprits.get(name) != files:
+                self.culprits[name] = files
+                raise RuntimeStuck(self.stuck[name])
+            raise DriverError(f"{self.stuck[name]}; {RESTART}", code="runtime_stuck")
         self.stuck.pop(name, None)
 
     async def _load(self, request: LoadRequest, report: Report, attempt: Attempt, native: bool) -> LoadOutcome:
@@ -210,6 +222,7 @@ class Session:
             raise
         load_s = time.monotonic() - began
         await self._until_ready(name)
+        self.culprits.pop(name, None)
         with contextlib.suppress(CallFailed):
             versions = [c.version for c in await self.client.statistics() if c.name == name]
             await self._count_instances(name, versions)
@@ -265,10 +278,7 @@ class Session:
 
     def _wedged(self, name: str) -> LoadRejected:
         said = [line for line in reasons.since_load(name, self.tail(400)) if "Failed to" in line][-1:]
-        self.stuck[name] = (
-            f"{name}: Triton waits without end for a process of it that has died; it can be loaded again after a "
-            "restart of Triton (`modelium down`, then `modelium serve`)"
-        )
+        self.stuck[name] = f"{name}: Triton waits without end for a process of it that has died"
         return LoadRejected(
             f"{name}: its Python process ended before it had read model.py: "
             + (said[0] if said else "it was killed, or the module ended it while it was imported"),
@@ -431,6 +441,15 @@ class Session:
             yield
         finally:
             self.busy.pop(name, None)
+
+
+def _newest(folder: Path) -> int:
+    """When a file of the model last changed, in nanoseconds."""
+    newest = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):  # it is being changed
+            newest = max(newest, path.stat().st_mtime_ns)
+    return newest
 
 
 def _by_name(counted: Iterable[Counted]) -> dict[str, list[Counted]]:

@@ -79,7 +79,7 @@ def _part_is_there(turn: Turn, event: e.ModelAccepted) -> None:
         whole = turn.models.get(name)
         if whole is None or whole.state is not State.FAILED or whole.held is not None:
             continue
-        if whole.failure is None or whole.failure.code != "model_invalid":
+        if whole.failure is None or whole.failure.code != "part_missing":
             continue
         reason = f"{event.name}, which it is made of, is there now"
         whole = turn.move(whole, State.COLD, reason, failure=None, failures=0, retry_at=0.0)

@@ -165,7 +165,7 @@ def _parts_ready(turn: Turn, line: Line, model: Model) -> bool:
         part = turn.models.get(name)
         if part is None or part.forget or part.state in _BROKEN:
             why = "there is no such model in the repository" if part is None else part.reason
-            fail(turn, model, Failure("model_invalid", f"{model.name} is made of {name}: {why}"))
+            fail(turn, model, Failure("part_missing", f"{model.name} is made of {name}: {why}"))
             return False
         if part.state is State.READY:
             continue

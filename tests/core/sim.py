@@ -758,6 +758,7 @@ class Sim:
             "never_fits",
             "plugin",
             "model_invalid",
+            "part_missing",
             "runtime_unavailable",
         )
 

@@ -134,7 +134,7 @@ def test_an_ensemble_that_came_before_its_parts_loads_when_the_last_is_there() -
 def test_an_ensemble_whose_part_comes_back_is_not_loaded_for_nobody() -> None:
     sim = make()
     sim.accept("w", parts=("p",))
-    assert sim.answer(sim.ask("w")) == "model_invalid"
+    assert sim.answer(sim.ask("w")) == "part_missing"
     sim.accept("p")
     sim.run()
     assert sim.states() == {"p": "COLD", "w": "COLD"}

@@ -71,7 +71,7 @@ class UpstreamFailed(ModeliumError):
 
 
 _DEAD = re.compile(rb"Stub process '[^']*' is not healthy")
-"""What Triton answers, under 500, for a Python model whose process has ended (seen on 2.51)."""
+"""What Triton answers, under 500, or 400 to `generate_stream`, for a Python model whose process has ended (2.51)."""
 
 
 def check_process(answer: bytes, model: str) -> None:

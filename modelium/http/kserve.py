@@ -143,12 +143,10 @@ class KServe:
 
     async def _passed(self, request: web.Request, lease: Lease) -> web.StreamResponse:
         response = await self._upstream.forward(request, endpoint(lease, HTTP), lease.model)
-        if response.status == 500 and isinstance(response, web.Response):
-            body = response.body
-            if isinstance(body, bytes):
-                check_process(body, lease.model)
-                if body.startswith(_UNPARSABLE):
-                    response.set_status(400)
+        if response.status >= 400 and isinstance(response, web.Response) and isinstance(response.body, bytes):
+            check_process(response.body, lease.model)
+            if response.status == 500 and response.body.startswith(_UNPARSABLE):
+                response.set_status(400)
         return response
 
     async def _infer_decoupled(self, request: web.Request, lease: Lease) -> web.StreamResponse:

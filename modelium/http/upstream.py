@@ -193,11 +193,15 @@ class Upstream:
         headers = CIMultiDict(answer.headers)
         _drop_hop_by_hop(headers, HOP_BY_HOP)
         declared = headers.get(hdrs.CONTENT_LENGTH)
-        if declared is not None and int(declared) <= WHOLE_BYTES:
+        chunked = declared is None and request.version >= aiohttp.HttpVersion11
+        if answer.status >= 400 or (declared is not None and int(declared) <= WHOLE_BYTES):  # errors are short
             body = await _read(answer, model)
-            return web.Response(status=answer.status, reason=answer.reason, headers=headers, body=body)
+            whole = web.Response(status=answer.status, reason=answer.reason, headers=headers, body=body)
+            if chunked:
+                whole.enable_chunked_encoding()
+            return whole
         response = web.StreamResponse(status=answer.status, reason=answer.reason, headers=headers)
-        if declared is None and request.version >= aiohttp.HttpVersion11:
+        if chunked:
             response.enable_chunked_encoding()
         await response.prepare(request)
         content = answer.content

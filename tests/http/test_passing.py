@@ -211,6 +211,23 @@ async def test_status_and_words_pass(surface: Surface, upstream: Recorder, statu
     assert (usage.in_flight, usage.requests, usage.failures) == (0, 1, int(status >= 500))
 
 
+@pytest.mark.parametrize("status", [400, 500])
+async def test_a_process_that_died_is_no_fault_of_the_client(surface: Surface, upstream: Recorder, status: int) -> None:
+    """As Triton tells it: in an answer to `infer`, or as the first event of a stream."""
+
+    async def answer(request: web.Request, body: bytes) -> web.StreamResponse:
+        response = web.StreamResponse(status=status, headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        await response.write(b'data: {"error":"Stub process \'m_0_0\' is not healthy."}\n\n')
+        return response
+
+    upstream.answer = answer
+    async with surface.client.post(f"{surface.url}/v2/models/m/generate_stream", data=b"{}") as response:
+        assert response.status == 502
+        assert "the process of m has ended" in (await response.json())["error"]
+    assert surface.service.poked == ["triton"]
+
+
 async def test_paths_pass_as_they_are_written(surface: Surface, upstream: Recorder) -> None:
     surface.service.add("a b")
     target = "/v2/models/a%20b/versions/1/infer?x=%2F+%2f"

@@ -324,7 +324,10 @@ class TritonDriver:
     async def stop(self) -> None:
         """End our server with all its models; somebody else's is left alone."""
         if self._settings.endpoint is None:
-            await self._context.processes.stop(self._context.name, grace_s=server.EXIT_TIMEOUT_S + 15)
+            # A load that never ends is not waited for.
+            stuck = self._session is not None and bool(self._session.stuck)
+            grace_s = server.STUCK_EXIT_S if stuck else server.EXIT_TIMEOUT_S + 15
+            await self._context.processes.stop(self._context.name, grace_s=grace_s)
             await asyncio.to_thread(server.sweep_shm, self._repository)
         await self._let_go()
 

@@ -20,6 +20,8 @@ from modelium_plugin_triton.settings import TritonSettings
 HOST = "127.0.0.1"
 EXIT_TIMEOUT_S = 15
 """How long it waits for requests in flight when it is told to end."""
+STUCK_EXIT_S = 3
+"""How long one gets that would wait for its own wedged load."""
 LOAD_THREADS = 16
 """How many models it loads at a time; 4 unless told. A load that never ends keeps its thread."""
 

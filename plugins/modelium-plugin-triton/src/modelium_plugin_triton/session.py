@@ -27,6 +27,7 @@ from modelium_plugin_triton import modelconfig, reasons
 from modelium_plugin_triton.client import CallFailed, Counted, TritonClient
 from modelium_plugin_triton.measure import Family, Measurer, Stub, added, has_shaken_hands, kill, less
 from modelium_plugin_triton.settings import TritonSettings
+from modelium_plugin_triton.watch import LoadWatch
 
 log = logging.getLogger(__name__)
 
@@ -34,9 +35,6 @@ PYTHON = "python"
 NO_BACKEND = ""
 """An ensemble's."""
 
-UNNOTICED_S = 5.0
-"""Triton notices a stub's end within two seconds, save before the stub's first message and while the stub completes the
-configuration: then it never does."""
 LINGERING_S = 10.0
 """A stub that outlives its model's unload by this much is ended."""
 UNENDED_S = 3.0
@@ -204,13 +202,14 @@ class Session:
         parameters = await asyncio.to_thread(self._parameters, request)
         attempt.begun = True
         began = time.monotonic()
+        watch = LoadWatch(name, before)
         call = asyncio.ensure_future(self.client.load(name, parameters))
         try:
-            await self._follow(call, request, before, report, attempt.given_up)
+            await self._follow(call, request, watch, report, attempt.given_up)
         except CallFailed as error:
             raise self._failure(name, error.details) from error
         except (GivenUp, TimeoutError) as ended:
-            await self._abandon(request, call, before)
+            await self._abandon(request, call, watch)
             if isinstance(ended, GivenUp):
                 raise
             limit = self._limit(request)
@@ -241,14 +240,15 @@ class Session:
         return added(stub.memory for stub in new or stubs)
 
     async def _follow(
-        self, call: asyncio.Future[None], request: LoadRequest, before: Family, report: Report, given_up: asyncio.Event
+        self,
+        call: asyncio.Future[None],
+        request: LoadRequest,
+        watch: LoadWatch,
+        report: Report,
+        given_up: asyncio.Event,
     ) -> None:
         """Wait for the load, telling how far it is by the memory that its processes hold."""
-        name = request.name
         started = time.monotonic()
-        old = {stub.key for stub in before.stubs}
-        pids: set[int] = set()
-        unnoticed: dict[int, float] = {}
         stop = asyncio.ensure_future(given_up.wait())
         both: list[asyncio.Future[Any]] = [call, stop]
         report(Progress(stage="loading", total=request.memory_bytes or None, unit="bytes"))
@@ -259,22 +259,19 @@ class Session:
                     return call.result()
                 if stop.done():
                     raise GivenUp
-                now = time.monotonic()
-                if now - started > self._limit(request):
+                if time.monotonic() - started > self._limit(request):
                     raise TimeoutError
                 family = await self.look()
-                mine = [stub for stub in family.of(name) if stub.key not in old]
-                pids |= {stub.key[0] for stub in mine}
-                held = sum(added(stub.memory for stub in mine).values())
+                held = sum(added(stub.memory for stub in watch.mine(family)).values())
                 report(Progress(stage="loading", done=held, total=request.memory_bytes or None, unit="bytes"))
-                only = len(self.busy) == 1  # then a process that ended too soon to be seen was this model's
-                dead = {z for z in family.zombies if z in pids or (only and z not in before.zombies)}
-                unnoticed = {pid: unnoticed.get(pid, now) for pid in dead}
-                if any(now - since > UNNOTICED_S for since in unnoticed.values()):
+                if self._in_vain(watch, family):
                     call.cancel()
-                    raise self._wedged(name)
+                    raise self._wedged(request.name)
         finally:
             stop.cancel()
+
+    def _in_vain(self, watch: LoadWatch, family: Family) -> bool:
+        return watch.is_in_vain(family, time.monotonic(), alone=len(self.busy) == 1)
 
     def _wedged(self, name: str) -> LoadRejected:
         said = [line for line in reasons.since_load(name, self.tail(400)) if "Failed to" in line][-1:]
@@ -285,21 +282,21 @@ class Session:
             code="process_died",
         )
 
-    async def _abandon(self, request: LoadRequest, call: asyncio.Future[None], before: Family) -> None:
+    async def _abandon(self, request: LoadRequest, call: asyncio.Future[None], watch: LoadWatch) -> None:
         """End a load that is under way. Triton has no call for that; without its process a Python model's load fails.
 
         A process for which Triton would wait without end is let live until it is past that.
         """
         name = request.name
         self.busy[name] = "unloading"
-        old = {stub.key for stub in before.stubs}
         deadline = time.monotonic() + self.settings.unload_timeout_s
         while not call.done() and time.monotonic() < deadline:
-            if self.own:
-                mine = [s for s in (await self.look()).of(name) if s.key not in old and not s.completing]
-                for stub in mine:
-                    if await asyncio.to_thread(has_shaken_hands, stub):
-                        kill(stub)
+            family = await self.look()
+            if self._in_vain(watch, family):
+                break
+            for stub in watch.mine(family) if self.own else ():
+                if not stub.completing and await asyncio.to_thread(has_shaken_hands, stub):
+                    kill(stub)
             await asyncio.wait({call}, timeout=0.2)
         if not call.done():
             call.cancel()

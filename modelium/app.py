@@ -22,7 +22,8 @@ from modelium.engine.processes import ProcessSupervisor
 from modelium.engine.service import Service
 from modelium.errors import ConfigError
 from modelium.host import PluginHost
-from modelium.http.app import build_app, serving
+from modelium.http.app import UPSTREAM, build_app, serving
+from modelium.http.rpc.server import serving_rpc
 from modelium.http.settings import HttpSettings
 from modelium.log import setup
 from modelium.paths import Paths
@@ -51,7 +52,11 @@ async def running(config: Config, *, stop_runtimes: bool = False) -> AsyncIterat
             metrics=config.metrics.enabled,
         )
         try:
-            async with serving(build_app(service, settings), config.server.host, config.server.port) as (_, port):
+            app = build_app(service, settings)
+            async with (
+                serving(app, config.server.host, config.server.port) as (_, port),
+                serving_rpc(service, settings, app[UPSTREAM], config.server.host, config.server.grpc_port),
+            ):
                 url = config.server.model_copy(update={"port": port}).url
                 try:
                     await engine.start()

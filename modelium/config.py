@@ -85,7 +85,7 @@ class Server(Section):
     port: Port = 8000
     """HTTP: KServe v2, OpenAI, administration, metrics. 0 takes a free one."""
     grpc_port: Port = 8001
-    """Reserved for KServe v2 over gRPC; nothing answers there yet."""
+    """gRPC: KServe v2. 0 takes a free one."""
     allowed_hosts: tuple[str, ...] = ()
     """Further names, without a port, that clients may call this service by while it is bound to a loopback address."""
     allowed_origins: tuple[str, ...] = ()

@@ -111,7 +111,7 @@ class Admin:
         return web.Response(text="".join(f"{line}\n" for line in lines))
 
     async def load(self, request: web.Request) -> web.Response:
-        name, deadline_s = request.match_info["name"], deadline_of(request, self._settings.max_deadline_s)
+        name, deadline_s = request.match_info["name"], deadline_of(request.headers, self._settings.max_deadline_s)
         await self._service.load(name, deadline_s=deadline_s)
         return _shown(self._service.view(name))
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from aiohttp import web
 from multidict import istr
 
 from modelium.engine.admission import Lease
@@ -31,8 +31,8 @@ MAX_ORGANISATION = 64
 MAX_PRIORITY = 10
 
 
-def organisation_of(request: web.Request) -> str:
-    organisation = request.headers.get(ORGANISATION)
+def organisation_of(headers: Mapping[str, str]) -> str:
+    organisation = headers.get(ORGANISATION)
     if not organisation:
         return ""
     if len(organisation) > MAX_ORGANISATION or not organisation.isprintable():
@@ -42,9 +42,9 @@ def organisation_of(request: web.Request) -> str:
     return organisation
 
 
-def deadline_of(request: web.Request, longest_s: float) -> float | None:
+def deadline_of(headers: Mapping[str, str], longest_s: float) -> float | None:
     """Seconds, `longest_s` at most; None where the request leaves it to the service."""
-    text = request.headers.get(DEADLINE)
+    text = headers.get(DEADLINE)
     if text is None:
         return None
     try:
@@ -56,8 +56,8 @@ def deadline_of(request: web.Request, longest_s: float) -> float | None:
     return min(deadline_s, longest_s)
 
 
-def priority_of(request: web.Request) -> int:
-    text = request.headers.get(PRIORITY)
+def priority_of(headers: Mapping[str, str]) -> int:
+    text = headers.get(PRIORITY)
     if text is None:
         return 0
     try:
@@ -67,13 +67,13 @@ def priority_of(request: web.Request) -> int:
     return max(-MAX_PRIORITY, min(MAX_PRIORITY, priority))
 
 
-async def acquire(service: Service, settings: HttpSettings, request: web.Request, name: str) -> Lease:
+async def acquire(service: Service, settings: HttpSettings, headers: Mapping[str, str], name: str) -> Lease:
     """A hold on `name`, loaded first when it is not ready. To be released."""
-    organisation = organisation_of(request)
+    organisation = organisation_of(headers)
     lease = service.try_acquire(name, organisation)
     if lease is not None:
         return lease
-    deadline_s, priority = deadline_of(request, settings.max_deadline_s), priority_of(request)
+    deadline_s, priority = deadline_of(headers, settings.max_deadline_s), priority_of(headers)
     try:
         return await service.acquire(name, deadline_s=deadline_s, priority=priority, organisation=organisation)
     except ModeliumError:

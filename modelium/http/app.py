@@ -23,6 +23,8 @@ from modelium.http.settings import SETTINGS, HttpSettings
 from modelium.http.streams import Streams
 from modelium.http.upstream import Upstream
 
+UPSTREAM: web.AppKey[Upstream] = web.AppKey("upstream", Upstream)
+
 if TYPE_CHECKING:
     from modelium.engine.service import Service
 
@@ -39,6 +41,7 @@ def build_app(service: Service, settings: HttpSettings | None = None) -> web.App
     admin = Admin(service, settings)
     app = web.Application(middlewares=[errors, make_guard(settings)])
     app[SETTINGS] = settings
+    app[UPSTREAM] = upstream
     app.add_routes(KServe(service, settings, upstream, streams).routes())
     app.add_routes(Predict(service, settings, Inference(upstream, streams)).routes())
     app.add_routes(admin.routes())

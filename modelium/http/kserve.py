@@ -13,19 +13,15 @@ Asking for readiness or statistics is no use of a model: a dashboard keeps nothi
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
 import modelium
-from modelium.api import RuntimeInfo
-from modelium.core.states import RuntimeState, State
+from modelium.core.states import State
 from modelium.engine.admission import Lease
 from modelium.errors import LoadRejected, ModelFailed, ModeliumError, ModelNotFound, RuntimeUnavailable
-from modelium.http.admin import views
 from modelium.http.admission import GRPC, HTTP, acquire, deadline_of, endpoint
 from modelium.http.answers import (
     BadRequest,
@@ -37,31 +33,13 @@ from modelium.http.answers import (
 )
 from modelium.http.bodies import HEADER_LENGTH, header_length, read_body, read_object
 from modelium.http.messages import decode_request, encode_response
+from modelium.http.repository import EXTENSIONS, NOT_SERVABLE, ModelRepository
 from modelium.http.settings import HttpSettings
 from modelium.http.streams import InferenceFailed, Streams, join
 from modelium.http.upstream import StreamBroken, Upstream
 
 if TYPE_CHECKING:
     from modelium.engine.service import Service
-
-EXTENSIONS = (
-    "classification", "sequence", "model_repository", "model_repository(unload_dependents)", "schedule_policy",
-    "model_configuration", "system_shared_memory", "cuda_shared_memory", "binary_tensor_data", "parameters",
-    "statistics", "trace", "logging",
-)  # fmt: skip
-
-INDEX_STATES: Mapping[str, str] = {
-    State.QUEUED: "LOADING",
-    State.LOADING: "LOADING",
-    State.RECOVERING: "LOADING",
-    State.READY: "READY",
-    State.DRAINING: "UNLOADING",
-    State.UNLOADING: "UNLOADING",
-}
-"""In Triton's words; every other state is UNAVAILABLE."""
-
-NOT_SERVABLE = frozenset({State.DISCOVERED, State.INVALID, State.FAILED})
-"""States in which a request would not be answered, now or after waiting."""
 
 _UNPARSABLE = (
     b'{"error":"failed to parse the request JSON',
@@ -79,6 +57,7 @@ class KServe:
         self._settings = settings
         self._upstream = upstream
         self._streams = streams
+        self._repository = ModelRepository(service, upstream)
 
     def routes(self) -> list[web.RouteDef]:
         get, post = web.get, web.post
@@ -117,14 +96,14 @@ class KServe:
 
     async def infer(self, request: web.Request) -> web.StreamResponse:
         name = request.match_info["model"]
-        lease = await acquire(self._service, self._settings, request, name)
+        lease = await acquire(self._service, self._settings, request.headers, name)
         if lease.decoupled and GRPC in lease.endpoints:
             return await self._held(lease, self._infer_decoupled(request, lease))
         return await self._held(lease, self._passed(request, lease))
 
     async def forward(self, request: web.Request) -> web.StreamResponse:
         """Pass on to the model's runtime as it is."""
-        lease = await acquire(self._service, self._settings, request, request.match_info["model"])
+        lease = await acquire(self._service, self._settings, request.headers, request.match_info["model"])
         return await self._held(lease, self._passed(request, lease))
 
     async def _held(self, lease: Lease, answering: Any) -> web.StreamResponse:
@@ -171,7 +150,7 @@ class KServe:
         except ModelNotFound as exc:
             return error_answer(request, exc, 400)
         if model.state == State.READY and "version" in request.match_info:
-            return await self._upstream.forward(request, self._runtime_of(model.runtime), model.name)
+            return await self._upstream.forward(request, self._repository.address_of(model.runtime), model.name)
         headers = {"x-modelium-state": model.state}
         if model.state in NOT_SERVABLE:
             return json_answer({"error": f"{model.name} is {model.state}: {model.reason}"}, 400, headers)
@@ -181,12 +160,12 @@ class KServe:
         model = self._service.view(request.match_info["model"])
         if model.state not in (State.READY, State.DRAINING):
             raise BadRequest(f"{model.name} is {model.state}: only a loaded model has statistics")
-        return await self._upstream.forward(request, self._runtime_of(model.runtime), model.name)
+        return await self._upstream.forward(request, self._repository.address_of(model.runtime), model.name)
 
     async def all_statistics(self, request: web.Request) -> web.StreamResponse:
         """What each runtime tells of its models, in one list."""
         found: list[Any] = []
-        for info in self._runtimes():
+        for info in self._repository.runtimes():
             status, _, body = await self._upstream.ask("GET", f"{info.endpoint(HTTP)}/v2/models/stats", info.name)
             if status != 200:
                 raise UpstreamFailed(f"{info.name} answered {status} when asked for statistics: {body[:200]!r}")
@@ -195,7 +174,7 @@ class KServe:
 
     async def runtime_setting(self, request: web.Request) -> web.StreamResponse:
         """Shared memory, trace and logging belong to a runtime: passed on where there is no doubt which one."""
-        runtimes = self._runtimes()
+        runtimes = self._repository.runtimes()
         if len(runtimes) != 1:
             names = ", ".join(info.name for info in runtimes) or "none"
             raise NotSupported(
@@ -223,76 +202,24 @@ class KServe:
         only_ready = wanted.get("ready", False)
         if not isinstance(only_ready, bool):
             raise BadRequest(f"expected 'ready' to be true or false, found {only_ready!r:.40}")
-        versions = await self._versions()
-        entries: list[dict[str, str]] = []
-        async for model in views(self._service):
-            state = INDEX_STATES.get(model.state, "UNAVAILABLE")
-            if "/" in model.name or (only_ready and state != "READY"):
-                continue  # a name with a slash is a drop that is no model yet
-            entry = {"name": model.name, "state": state}
-            if state != "READY":
-                entry["reason"] = model.reason
-            for version in versions.get(model.name, [""]) if state == "READY" else [""]:
-                entries.append({**entry, "version": version} if version else entry)
-        return json_answer(entries)
+        return json_answer(await self._repository.index(only_ready))
 
     async def load(self, request: web.Request) -> web.Response:
-        """Load, and answer when it is done; the `config` parameter overrides the configuration, as in Triton."""
         name = request.match_info["model"]
         parameters = (await read_object(request)).get("parameters", {})
         if not isinstance(parameters, dict):
             raise BadRequest("expected 'parameters' to be an object")
-        if files := [key for key in parameters if key.startswith("file:")]:
-            raise BadRequest(
-                f"{files[0]!r} would load {name} from the request, and models are served from the repository only: "
-                "put the files there, or add them with `modelium add`"
-            )
-        config = parameters.get("config")
-        if config is not None and not isinstance(config, str):
-            raise BadRequest(f"expected 'config' to be a text that holds JSON, found {type(config).__name__}")
-        deadline_s = deadline_of(request, self._settings.max_deadline_s)
+        deadline_s = deadline_of(request.headers, self._settings.max_deadline_s)
         try:
-            await self._service.load(name, deadline_s=deadline_s, parameters=parameters)
+            await self._repository.load(name, parameters, deadline_s)
         except ModeliumError as exc:
             refused = isinstance(exc, ModelFailed | LoadRejected) or exc.code == "model_invalid"
             return error_answer(request, exc, 400 if refused else None)  # 400 as Triton has it
         return web.Response(content_type="application/json")
 
     async def unload(self, request: web.Request) -> web.Response:
-        """Unload, and answer when it is done. A model that is not there is unloaded already, as Triton has it.
-
-        Parts of an ensemble go when nobody uses them, so `unload_dependents` is accepted and changes nothing.
-        """
         parameters = (await read_object(request)).get("parameters", {})
         if not isinstance(parameters, dict) or not isinstance(parameters.get("unload_dependents", False), bool):
             raise BadRequest("expected 'parameters' to be an object, in it at most 'unload_dependents', true or false")
-        with contextlib.suppress(ModelNotFound):
-            await self._service.unload(request.match_info["model"])
+        await self._repository.unload(request.match_info["model"])
         return web.Response(content_type="application/json")
-
-    # ------------------------------------------------------------------ inside
-
-    def _runtimes(self) -> list[RuntimeInfo]:
-        """Those that are up and speak KServe over HTTP."""
-        views = self._service.status().runtimes
-        return [v.info for v in views if v.state == RuntimeState.UP and v.info is not None and v.info.endpoint(HTTP)]
-
-    def _runtime_of(self, name: str | None) -> str:
-        for info in self._runtimes():
-            if info.name == name and (address := info.endpoint(HTTP)):
-                return address
-        raise RuntimeUnavailable(f"the runtime {name} is not up")
-
-    async def _versions(self) -> dict[str, list[str]]:
-        """The loaded versions of each model, where its runtime tells."""
-        versions: dict[str, list[str]] = {}
-        for info in self._runtimes():
-            url = f"{info.endpoint(HTTP)}/v2/repository/index"
-            try:
-                status, _, body = await self._upstream.ask("POST", url, info.name, body=b'{"ready":true}')
-            except (UpstreamFailed, RuntimeUnavailable):
-                continue
-            for entry in json.loads(body) if status == 200 else []:
-                if entry.get("version"):
-                    versions.setdefault(entry["name"], []).append(entry["version"])
-        return versions

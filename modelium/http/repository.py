@@ -1,0 +1,113 @@
+"""The model repository extension, whatever protocol asks: index, load and unload, over all runtimes together.
+
+https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_model_repository.md
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from modelium.api import RuntimeInfo
+from modelium.core.states import RuntimeState, State
+from modelium.errors import ModelNotFound, RuntimeUnavailable
+from modelium.http.admin import views
+from modelium.http.admission import HTTP
+from modelium.http.answers import BadRequest, UpstreamFailed
+from modelium.http.upstream import Upstream
+
+if TYPE_CHECKING:
+    from modelium.engine.service import Service
+
+EXTENSIONS = (
+    "classification", "sequence", "model_repository", "model_repository(unload_dependents)", "schedule_policy",
+    "model_configuration", "system_shared_memory", "cuda_shared_memory", "binary_tensor_data", "parameters",
+    "statistics", "trace", "logging",
+)  # fmt: skip
+"""What the server's metadata names, in the order in which Triton names them."""
+
+INDEX_STATES: Mapping[str, str] = {
+    State.QUEUED: "LOADING",
+    State.LOADING: "LOADING",
+    State.RECOVERING: "LOADING",
+    State.READY: "READY",
+    State.DRAINING: "UNLOADING",
+    State.UNLOADING: "UNLOADING",
+}
+"""In Triton's words; every other state is UNAVAILABLE."""
+
+NOT_SERVABLE = frozenset({State.DISCOVERED, State.INVALID, State.FAILED})
+"""States in which a request would not be answered, now or after waiting."""
+
+
+class ModelRepository:
+    def __init__(self, service: Service, upstream: Upstream):
+        self._service = service
+        self._upstream = upstream
+
+    async def index(self, only_ready: bool) -> list[dict[str, str]]:
+        """An entry for each model, with each loaded version: `name`, `state`, and where there is one `version` and
+        `reason`."""
+        versions = await self._versions()
+        entries: list[dict[str, str]] = []
+        async for model in views(self._service):
+            state = INDEX_STATES.get(model.state, "UNAVAILABLE")
+            if "/" in model.name or (only_ready and state != "READY"):
+                continue  # a name with a slash is a drop that is no model yet
+            entry = {"name": model.name, "state": state}
+            if state != "READY":
+                entry["reason"] = model.reason
+            for version in versions.get(model.name, [""]) if state == "READY" else [""]:
+                entries.append({**entry, "version": version} if version else entry)
+        return entries
+
+    async def load(self, name: str, parameters: Mapping[str, Any], deadline_s: float | None) -> None:
+        """Return when it is loaded; the parameter `config` overrides the configuration, as in Triton."""
+        if files := [key for key in parameters if key.startswith("file:")]:
+            raise BadRequest(
+                f"{files[0]!r} would load {name} from the request, and models are served from the repository only: "
+                "put the files there, or add them with `modelium add`"
+            )
+        config = parameters.get("config")
+        if config is not None and not isinstance(config, str):
+            raise BadRequest(f"expected 'config' to be a text that holds JSON, found {type(config).__name__}")
+        await self._service.load(name, deadline_s=deadline_s, parameters=parameters)
+
+    async def unload(self, name: str) -> None:
+        """Return when it is unloaded. A model that is not there is unloaded already, as Triton has it.
+
+        Parts of an ensemble go when nobody uses them, so Triton's `unload_dependents` changes nothing.
+        """
+        with contextlib.suppress(ModelNotFound):
+            await self._service.unload(name)
+
+    # ------------------------------------------------------------------ runtimes
+
+    def runtimes(self, protocol: str = HTTP) -> list[RuntimeInfo]:
+        """Those that are up and speak `protocol`."""
+        shown = self._service.status().runtimes
+        return [
+            v.info for v in shown if v.state == RuntimeState.UP and v.info is not None and v.info.endpoint(protocol)
+        ]
+
+    def address_of(self, runtime: str | None, protocol: str = HTTP) -> str:
+        for info in self.runtimes(protocol):
+            if info.name == runtime and (address := info.endpoint(protocol)):
+                return address
+        raise RuntimeUnavailable(f"the runtime {runtime} is not up")
+
+    async def _versions(self) -> dict[str, list[str]]:
+        """The loaded versions of each model, where its runtime tells."""
+        versions: dict[str, list[str]] = {}
+        for info in self.runtimes():
+            url = f"{info.endpoint(HTTP)}/v2/repository/index"
+            try:
+                status, _, body = await self._upstream.ask("POST", url, info.name, body=b'{"ready":true}')
+            except (UpstreamFailed, RuntimeUnavailable):
+                continue
+            for entry in json.loads(body) if status == 200 else []:
+                if entry.get("version"):
+                    versions.setdefault(entry["name"], []).append(entry["version"])
+        return versions

@@ -1,0 +1,61 @@
+"""gRPC channels to runtimes, one for each address, opened when first needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+import grpc.aio
+
+OPTIONS = (
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    # else a new channel to an address waits as long as the last one that failed to reach it
+    ("grpc.use_local_subchannel_pool", 1),
+)
+
+
+class Channels:
+    """Calls take and give messages as the bytes that they are."""
+
+    def __init__(self) -> None:
+        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._calls: dict[tuple[str, str], Callable[..., Any]] = {}
+
+    def unary(self, address: str, method: str) -> Callable[..., Any]:
+        """A function that calls `method` (`/package.Service/Name`) with one message for one message."""
+        call = self._calls.get((address, method))
+        if call is None:
+            call = self._calls[address, method] = self._channel(address).unary_unary(method)
+        return call
+
+    def stream(self, address: str, method: str) -> Callable[..., Any]:
+        """The same with streams both ways."""
+        call = self._calls.get((address, method))
+        if call is None:
+            call = self._calls[address, method] = self._channel(address).stream_stream(method)
+        return call
+
+    def _channel(self, address: str) -> grpc.aio.Channel:
+        channel = self._channels.get(address)
+        if channel is None:
+            if address.startswith("grpcs://"):
+                target = address.removeprefix("grpcs://")
+                channel = grpc.aio.secure_channel(target, grpc.ssl_channel_credentials(), OPTIONS)
+            else:
+                channel = grpc.aio.insecure_channel(address.removeprefix("grpc://"), OPTIONS)
+            self._channels[address] = channel
+        return channel
+
+    async def drop(self, address: str) -> None:
+        """Let go of an address where nobody answers: its runtime may never come back there."""
+        for key in [key for key in self._calls if key[0] == address]:
+            del self._calls[key]
+        channel = self._channels.pop(address, None)
+        if channel is not None:
+            await channel.close(None)
+
+    async def close(self) -> None:
+        for address in list(self._channels):
+            await self.drop(address)

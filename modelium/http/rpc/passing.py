@@ -1,0 +1,227 @@
+"""Calls about one model, passed on to its runtime; the model is loaded first when it has to be.
+
+What is sent is sent once, as over HTTP: a runtime that is lost while it works on a call is the client's to hear of.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import grpc.aio
+
+from modelium.engine.admission import Lease
+from modelium.errors import ModeliumError, RuntimeUnavailable
+from modelium.http.admission import DEADLINE, GRPC, acquire, endpoint
+from modelium.http.answers import BadRequest, UpstreamFailed, check_process
+from modelium.http.rpc.channels import Channels
+from modelium.http.rpc.status import refuse
+from modelium.http.rpc.wire import text_field
+from modelium.http.settings import HttpSettings
+
+if TYPE_CHECKING:
+    from modelium.engine.service import Service
+
+Context = Any
+"""A `grpc.aio.ServicerContext`: gRPC brings no types."""
+
+_OF_THE_CONNECTION = ("grpc-", "content-type", "te", "user-agent")
+"""Beginnings of metadata that speak of one connection, or that every client sets for itself."""
+
+_LOST = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED})
+
+
+class Passing:
+    def __init__(self, service: Service, settings: HttpSettings, channels: Channels):
+        self._service = service
+        self._settings = settings
+        self._channels = channels
+
+    # ------------------------------------------------------------------ one message for one
+
+    async def unary(self, method: str, message: bytes, context: Context) -> bytes:
+        """A call on the model that is named in the message's first field."""
+        try:
+            lease = await self.lease(message, context)
+        except ModeliumError as exc:
+            await refuse(context, exc)
+        ok = True  # also when the client leaves: that is no failure of the model's
+        try:
+            return await self.forward(endpoint(lease, GRPC), method, message, context, lease.model)
+        except UpstreamFailed as exc:
+            ok = False
+            self._service.poke(lease.runtime)
+            await refuse(context, exc)
+        except RuntimeUnavailable as exc:
+            ok = False
+            self._service.poke(lease.runtime)
+            await refuse(context, exc)
+        except ModeliumError as exc:
+            await refuse(context, exc)
+        finally:
+            lease.release(ok=ok)
+
+    async def lease(self, message: bytes, context: Context) -> Lease:
+        """A hold on the model that a message names, loaded first when it is not ready."""
+        headers = metadata_of(context)
+        left_s = context.time_remaining()
+        if left_s is not None:
+            headers = {DEADLINE: repr(max(0.0, left_s)), **headers}
+        return await acquire(self._service, self._settings, headers, name_in(message))
+
+    async def forward(self, address: str, method: str, message: bytes, context: Context, model: str) -> bytes:
+        """Pass on a call and its answer, metadata and status included. `model` is for messages."""
+        call = self._channels.unary(address, method)(
+            message, timeout=context.time_remaining(), metadata=passed_on(context)
+        )
+        try:
+            answer: bytes = await call
+        except grpc.aio.AioRpcError as exc:
+            await self._failed(exc, address, context, model)
+        initial, trailing = await call.initial_metadata(), await call.trailing_metadata()
+        if initial:
+            await context.send_initial_metadata(tuple(initial))
+        if trailing:
+            context.set_trailing_metadata(tuple(trailing))
+        return answer
+
+    async def _failed(self, exc: grpc.aio.AioRpcError, address: str, context: Context, model: str) -> None:
+        code, details = exc.code(), exc.details() or ""
+        if code in _LOST:
+            if code is grpc.StatusCode.UNAVAILABLE and "failed to connect" in details:
+                await self._channels.drop(address)
+                raise RuntimeUnavailable(
+                    f"the runtime of {model} at {address} can't be reached ({details}); nothing was sent to it",
+                    retry_after_s=1.0,
+                ) from exc
+            raise UpstreamFailed(
+                f"the runtime of {model} at {address} took the call and did not answer ({details})"
+            ) from exc
+        check_process(details.encode(), model)
+        await context.abort(code, details, tuple(exc.trailing_metadata() or ()))
+
+    # ------------------------------------------------------------------ streams
+
+    async def stream(self, method: str, messages: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
+        """`ModelStreamInfer`: each message names its model; all models of one stream are of one runtime.
+
+        The models are held until the stream ends. What is wrong with one message is told in band, as Triton does.
+        """
+        leases: dict[str, Lease] = {}
+        answers: asyncio.Queue[bytes | BaseException | None] = asyncio.Queue(1)
+        incoming: asyncio.Queue[bytes | None] = asyncio.Queue(1)
+        upstream: asyncio.Task[None] | None = None
+        ok = True
+
+        async def pump(address: str) -> None:
+            """Everything that the runtime answers."""
+
+            async def feed() -> AsyncIterator[bytes]:
+                while (message := await incoming.get()) is not None:
+                    yield message
+
+            call = self._channels.stream(address, method)(
+                feed(), timeout=context.time_remaining(), metadata=passed_on(context)
+            )
+            try:
+                async for answer in call:
+                    await answers.put(answer)
+                await answers.put(None)
+            except BaseException as exc:
+                call.cancel()
+                if isinstance(exc, asyncio.CancelledError):
+                    raise
+                await answers.put(exc)
+
+        async def read() -> None:
+            nonlocal upstream
+            async for message in messages:
+                try:
+                    address = await self._let_in(message, context, leases)
+                except ModeliumError as exc:
+                    await answers.put(_in_band(message, exc))
+                    continue
+                if upstream is None:
+                    upstream = asyncio.ensure_future(pump(address))
+                await incoming.put(message)
+            if upstream is None:
+                await answers.put(None)
+            else:
+                await incoming.put(None)
+
+        reading = asyncio.ensure_future(read())
+        try:
+            while True:
+                answer = await answers.get()
+                if answer is None:
+                    return
+                if isinstance(answer, grpc.aio.AioRpcError):
+                    ok = answer.code() not in _LOST
+                    address = next(iter(leases.values())).endpoints[GRPC]
+                    await self._failed(answer, address, context, ", ".join(leases))
+                elif isinstance(answer, BaseException):
+                    raise answer
+                else:
+                    yield answer
+        except (UpstreamFailed, RuntimeUnavailable) as exc:
+            ok = False
+            await refuse(context, exc)
+        finally:
+            for task in (reading, upstream):
+                if task is not None:
+                    task.cancel()
+            for lease in leases.values():
+                if not ok:
+                    self._service.poke(lease.runtime)
+                lease.release(ok=ok)
+
+    async def _let_in(self, message: bytes, context: Context, leases: dict[str, Lease]) -> str:
+        """Where a message of a stream goes. The first that names a model takes hold of it."""
+        name = name_in(message)
+        lease = leases.get(name)
+        if lease is None:
+            lease = await self.lease(message, context)
+            address = endpoint(lease, GRPC)
+            before = next(iter(leases.values()), None)
+            if before is not None and before.endpoints.get(GRPC) != address:
+                lease.release()
+                raise BadRequest(
+                    f"{name} is served by {lease.runtime}, and this stream began with {before.model} on "
+                    f"{before.runtime}: one stream goes to one runtime, so open another for {name}"
+                )
+            leases[name] = lease
+        return endpoint(lease, GRPC)
+
+
+def name_in(message: bytes) -> str:
+    try:
+        name = text_field(message, 1)
+    except ValueError as exc:
+        raise BadRequest(f"expected a message of the inference protocol, found something else: {exc}") from None
+    if not name:
+        raise BadRequest("expected the name of a model, found none")
+    return name
+
+
+def metadata_of(context: Context) -> dict[str, str]:
+    """The call's metadata that is text."""
+    found: Any = context.invocation_metadata() or ()
+    return {key: value for key, value in found if isinstance(value, str)}
+
+
+def passed_on(context: Context) -> tuple[tuple[str, str | bytes], ...]:
+    found: Any = context.invocation_metadata() or ()
+    return tuple((key, value) for key, value in found if not key.startswith(_OF_THE_CONNECTION))
+
+
+def _in_band(message: bytes, error: ModeliumError) -> bytes:
+    from tritonclient.grpc import service_pb2 as pb
+
+    try:
+        name, id = text_field(message, 1), text_field(message, 3)
+    except ValueError:
+        name = id = ""
+    response = pb.ModelInferResponse(model_name=name, id=id)
+    return bytes(pb.ModelStreamInferResponse(error_message=error.message, infer_response=response).SerializeToString())

@@ -1,0 +1,241 @@
+"""The gRPC surface: which call goes where, and how it is served."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import grpc.aio
+
+import modelium
+from modelium.core.states import State
+from modelium.errors import ConfigError, ModeliumError, ModelNotFound
+from modelium.http.admission import GRPC, deadline_of
+from modelium.http.answers import BadRequest, NotSupported
+from modelium.http.repository import EXTENSIONS, NOT_SERVABLE, ModelRepository
+from modelium.http.rpc.channels import OPTIONS, Channels
+from modelium.http.rpc.passing import Context, Passing, metadata_of
+from modelium.http.rpc.status import refuse
+from modelium.http.settings import HttpSettings
+from modelium.http.upstream import Upstream
+
+if TYPE_CHECKING:
+    from modelium.engine.service import Service
+
+log = logging.getLogger(__name__)
+
+INFERENCE = "/inference.GRPCInferenceService/"
+HEALTH = "/grpc.health.v1.Health/"
+"""https://github.com/grpc/grpc/blob/master/doc/health-checking.md"""
+
+Unary = Callable[[bytes, Context], Awaitable[bytes]]
+
+_RUNTIMES_OWN = (
+    "SystemSharedMemoryStatus", "SystemSharedMemoryRegister", "SystemSharedMemoryUnregister", "CudaSharedMemoryStatus",
+    "CudaSharedMemoryRegister", "CudaSharedMemoryUnregister", "TraceSetting", "LogSettings",
+)  # fmt: skip
+
+
+class Rpc(grpc.GenericRpcHandler):  # type: ignore[misc]  # gRPC brings no types
+    """Every method of `GRPCInferenceService`, and of the health service."""
+
+    def __init__(self, service: Service, settings: HttpSettings, repository: ModelRepository, channels: Channels):
+        from tritonclient.grpc import service_pb2
+
+        self._pb: Any = service_pb2
+        self._service = service
+        self._settings = settings
+        self._repository = repository
+        self._channels = channels
+        self._passing = Passing(service, settings, channels)
+        unary: dict[str, Unary] = {
+            "ServerLive": self.live,
+            "ServerReady": self.ready,
+            "ServerMetadata": self.server,
+            "ModelReady": self.model_ready,
+            "ModelStatistics": self.statistics,
+            "RepositoryIndex": self.index,
+            "RepositoryModelLoad": self.load,
+            "RepositoryModelUnload": self.unload,
+        }
+        for name in ("ModelInfer", "ModelMetadata", "ModelConfig"):
+            unary[name] = self._to_model(INFERENCE + name)
+        for name in _RUNTIMES_OWN:
+            unary[name] = self._to_runtime(INFERENCE + name)
+        self._handlers = {
+            INFERENCE + name: grpc.unary_unary_rpc_method_handler(_guarded(method)) for name, method in unary.items()
+        }
+        self._handlers[INFERENCE + "ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(self.stream)
+        self._handlers[HEALTH + "Check"] = grpc.unary_unary_rpc_method_handler(_guarded(self.check))
+
+    def service(self, handler_call_details: Any) -> Any:
+        return self._handlers.get(handler_call_details.method)
+
+    # ------------------------------------------------------------------ bound to a model
+
+    def _to_model(self, method: str) -> Unary:
+        async def call(message: bytes, context: Context) -> bytes:
+            return await self._passing.unary(method, message, context)
+
+        return call
+
+    async def stream(self, messages: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
+        async for answer in self._passing.stream(INFERENCE + "ModelStreamInfer", messages, context):
+            yield answer
+
+    # ------------------------------------------------------------------ no use of a model
+
+    async def model_ready(self, message: bytes, context: Context) -> bytes:
+        """True when a request would be answered, if need be after a load; a version is asked of the runtime."""
+        asked = self._parsed("ModelReadyRequest", message)
+        try:
+            model = self._service.view(asked.name)
+        except ModelNotFound:
+            return self._made("ModelReadyResponse", ready=False)
+        if model.state == State.READY and asked.version:
+            address = self._repository.address_of(model.runtime, GRPC)
+            return await self._passing.forward(address, INFERENCE + "ModelReady", message, context, model.name)
+        return self._made("ModelReadyResponse", ready=model.state not in NOT_SERVABLE)
+
+    async def statistics(self, message: bytes, context: Context) -> bytes:
+        method = INFERENCE + "ModelStatistics"
+        asked = self._parsed("ModelStatisticsRequest", message)
+        if asked.name:
+            model = self._service.view(asked.name)
+            if model.state not in (State.READY, State.DRAINING):
+                raise BadRequest(f"{model.name} is {model.state}: only a loaded model has statistics")
+            address = self._repository.address_of(model.runtime, GRPC)
+            return await self._passing.forward(address, method, message, context, model.name)
+        found = self._pb.ModelStatisticsResponse()
+        for info in self._repository.runtimes(GRPC):
+            answer = await self._passing.forward(info.endpoint(GRPC) or "", method, message, context, info.name)
+            found.MergeFromString(answer)
+        return bytes(found.SerializeToString())
+
+    def _to_runtime(self, method: str) -> Unary:
+        """Shared memory, trace and logging belong to a runtime: passed on where there is no doubt which one."""
+
+        async def call(message: bytes, context: Context) -> bytes:
+            runtimes = self._repository.runtimes(GRPC)
+            if len(runtimes) != 1:
+                names = ", ".join(info.name for info in runtimes) or "none"
+                raise NotSupported(
+                    f"{method} is a runtime's own, and passed on where exactly one runtime speaks {GRPC}; up are: "
+                    f"{names}"
+                )
+            address = runtimes[0].endpoint(GRPC) or ""
+            return await self._passing.forward(address, method, message, context, runtimes[0].name)
+
+        return call
+
+    # ------------------------------------------------------------------ the server
+
+    async def live(self, message: bytes, context: Context) -> bytes:
+        return self._made("ServerLiveResponse", live=True)
+
+    async def ready(self, message: bytes, context: Context) -> bytes:
+        return self._made("ServerReadyResponse", ready=self._service.ready())
+
+    async def server(self, message: bytes, context: Context) -> bytes:
+        return self._made(
+            "ServerMetadataResponse", name="modelium", version=modelium.__version__, extensions=EXTENSIONS
+        )
+
+    async def check(self, message: bytes, context: Context) -> bytes:
+        """Of the server, or of a model named as the service."""
+        from grpc_health.v1 import health_pb2 as pb
+
+        name = pb.HealthCheckRequest.FromString(message).service
+        serving = self._service.ready()
+        if name and name != INFERENCE.strip("/"):
+            try:
+                serving = self._service.view(name).state not in NOT_SERVABLE
+            except ModelNotFound:
+                await context.abort(grpc.StatusCode.NOT_FOUND, f"there is no model named {name}")
+        status = pb.HealthCheckResponse.SERVING if serving else pb.HealthCheckResponse.NOT_SERVING
+        return bytes(pb.HealthCheckResponse(status=status).SerializeToString())
+
+    # ------------------------------------------------------------------ the repository
+
+    async def index(self, message: bytes, context: Context) -> bytes:
+        asked = self._parsed("RepositoryIndexRequest", message)
+        entry = self._pb.RepositoryIndexResponse.ModelIndex
+        models = [entry(**found) for found in await self._repository.index(asked.ready)]
+        return self._made("RepositoryIndexResponse", models=models)
+
+    async def load(self, message: bytes, context: Context) -> bytes:
+        asked = self._parsed("RepositoryModelLoadRequest", message)
+        parameters = {
+            key: getattr(value, value.WhichOneof("parameter_choice")) for key, value in asked.parameters.items()
+        }
+        deadline_s = deadline_of(metadata_of(context), self._settings.max_deadline_s)
+        if deadline_s is None:
+            deadline_s = context.time_remaining()
+        await self._repository.load(asked.model_name, parameters, deadline_s)
+        return self._made("RepositoryModelLoadResponse")
+
+    async def unload(self, message: bytes, context: Context) -> bytes:
+        await self._repository.unload(self._parsed("RepositoryModelUnloadRequest", message).model_name)
+        return self._made("RepositoryModelUnloadResponse")
+
+    # ------------------------------------------------------------------ messages
+
+    def _parsed(self, kind: str, message: bytes) -> Any:
+        from google.protobuf.message import DecodeError
+
+        try:
+            return getattr(self._pb, kind).FromString(message)
+        except DecodeError as exc:
+            raise BadRequest(f"expected a {kind}, found something else: {exc}") from None
+
+    def _made(self, kind: str, **fields: Any) -> bytes:
+        return bytes(getattr(self._pb, kind)(**fields).SerializeToString())
+
+
+def _guarded(method: Unary) -> Unary:
+    """Errors become statuses; what nobody expected is logged once under an id that the client is given."""
+
+    async def call(message: bytes, context: Context) -> bytes:
+        try:
+            return await method(message, context)
+        except ModeliumError as exc:
+            await refuse(context, exc)
+        except (grpc.aio.AbortError, grpc.aio.BaseError):
+            raise
+        except Exception:
+            request_id = secrets.token_hex(8)
+            log.exception("call %s failed unexpectedly", request_id)
+            await context.abort(
+                grpc.StatusCode.INTERNAL,
+                f"something went wrong inside Modelium; its log tells more under request {request_id}",
+            )
+            raise AssertionError("unreachable") from None
+
+    return call
+
+
+@asynccontextmanager
+async def serving_rpc(
+    service: Service, settings: HttpSettings, upstream: Upstream, host: str, port: int, *, grace_s: float = 10.0
+) -> AsyncIterator[int]:
+    """Serve gRPC while the context lasts; gives the port bound. Raises `ConfigError` when it can't be."""
+    channels = Channels()
+    server = grpc.aio.server(options=(*OPTIONS, ("grpc.so_reuseport", 0)))
+    server.add_generic_rpc_handlers((Rpc(service, settings, ModelRepository(service, upstream), channels),))
+    try:
+        bound = server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+    except RuntimeError as exc:
+        raise ConfigError(
+            f"port {port} on {host} can't be bound for gRPC: end what uses it, or choose another with --grpc-port",
+            code="address",
+        ) from exc
+    await server.start()
+    try:
+        yield bound
+    finally:
+        await server.stop(grace_s)
+        await channels.close()

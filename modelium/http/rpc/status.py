@@ -1,0 +1,42 @@
+"""Errors as gRPC tells them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any, NoReturn
+
+import grpc
+
+from modelium.errors import ModeliumError
+from modelium.http.answers import RETRY_AFTER_S, status_of
+
+CODES: Mapping[int, grpc.StatusCode] = {
+    HTTPStatus.BAD_REQUEST: grpc.StatusCode.INVALID_ARGUMENT,
+    HTTPStatus.FORBIDDEN: grpc.StatusCode.PERMISSION_DENIED,
+    HTTPStatus.NOT_FOUND: grpc.StatusCode.NOT_FOUND,
+    HTTPStatus.CONFLICT: grpc.StatusCode.FAILED_PRECONDITION,
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    HTTPStatus.TOO_MANY_REQUESTS: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    HTTPStatus.NOT_IMPLEMENTED: grpc.StatusCode.UNIMPLEMENTED,
+    HTTPStatus.BAD_GATEWAY: grpc.StatusCode.UNAVAILABLE,
+    HTTPStatus.SERVICE_UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,
+    HTTPStatus.INSUFFICIENT_STORAGE: grpc.StatusCode.RESOURCE_EXHAUSTED,
+}
+"""By the status that the same error has over HTTP; INTERNAL for any other. The meanings of the codes:
+https://grpc.io/docs/guides/status-codes/"""
+
+
+def code_of(error: ModeliumError) -> grpc.StatusCode:
+    return CODES.get(status_of(error), grpc.StatusCode.INTERNAL)
+
+
+async def refuse(context: Any, error: ModeliumError) -> NoReturn:
+    """End the call with the error; `retry-after` in the trailing metadata says when to ask again, in seconds."""
+    retry_after_s = error.retry_after_s if error.retry_after_s is not None else RETRY_AFTER_S.get(error.code)
+    trailing = [("x-modelium-code", error.code)]
+    if retry_after_s is not None:
+        trailing.append(("retry-after", str(max(1, math.ceil(retry_after_s)))))
+    await context.abort(code_of(error), error.message, tuple(trailing))
+    raise AssertionError("unreachable")

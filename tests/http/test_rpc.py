@@ -1,0 +1,328 @@
+"""gRPC: the same answers as Triton's own, tritonclient unchanged, and a model's state told as over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import grpc.aio
+import numpy as np
+import pytest
+import tritonclient.grpc as sync_client
+import tritonclient.grpc.aio as aio_client
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from hypothesis import given
+from hypothesis import strategies as st
+from tritonclient.grpc import service_pb2 as pb
+from tritonclient.grpc import service_pb2_grpc
+from tritonclient.utils import InferenceServerException
+
+from modelium.errors import CapacityError, ModelFailed, QueueFull
+from modelium.http.rpc.server import serving_rpc
+from modelium.http.rpc.wire import text_field
+from modelium.http.settings import HttpSettings
+from modelium.http.upstream import Upstream
+from tests.http.fakes import FakeService
+from tests.http.tritonserver import MODELS, Triton
+
+
+@dataclass
+class Rpc:
+    address: str
+    stub: Any
+    health: Any
+
+
+@pytest.fixture
+async def rpc(service: FakeService, settings: HttpSettings) -> AsyncIterator[Rpc]:
+    upstream = Upstream(settings)
+    await upstream.open()
+    serving = serving_rpc(service, settings, upstream, "127.0.0.1", 0, grace_s=0.1)  # type: ignore[arg-type]
+    async with serving as port, grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        yield Rpc(
+            f"127.0.0.1:{port}",
+            service_pb2_grpc.GRPCInferenceServiceStub(channel),
+            health_pb2_grpc.HealthStub(channel),
+        )
+    await upstream.close()
+
+
+def floats(name: str = "identity", *values: float) -> Any:
+    request = pb.ModelInferRequest(model_name=name)
+    values = values or (1, 2, 3)
+    request.inputs.add(name="INPUT0", datatype="FP32", shape=[1, len(values)])
+    request.raw_input_contents.append(np.array(values, np.float32).tobytes())
+    return request
+
+
+def text(value: bytes, count: int | None = None) -> Any:
+    request = pb.ModelInferRequest(model_name="pieces", id=value.decode())
+    request.inputs.add(name="text_input", datatype="BYTES", shape=[1]).contents.bytes_contents.append(value)
+    if count is not None:
+        request.inputs.add(name="count", datatype="INT32", shape=[1]).contents.int_contents.append(count)
+    return request
+
+
+def read(answer: Any) -> list[float]:
+    return list(np.frombuffer(answer.raw_output_contents[0], np.float32))
+
+
+async def rest(call: Any) -> list[Any]:
+    answers = []
+    while (answer := await call.read()) is not grpc.aio.EOF:
+        answers.append(answer)
+    return answers
+
+
+# --------------------------------------------------------------------------- as Triton
+
+
+SAME = [
+    ("ModelInfer", floats()),
+    ("ModelInfer", pb.ModelInferRequest(model_name="identity", model_version="7")),
+    ("ModelInfer", pb.ModelInferRequest(model_name="identity")),
+    ("ModelMetadata", pb.ModelMetadataRequest(name="identity")),
+    ("ModelConfig", pb.ModelConfigRequest(name="identity")),
+    ("ModelReady", pb.ModelReadyRequest(name="identity")),
+    ("ModelReady", pb.ModelReadyRequest(name="identity", version="1")),
+    ("ServerLive", pb.ServerLiveRequest()),
+    ("ServerReady", pb.ServerReadyRequest()),
+    ("SystemSharedMemoryStatus", pb.SystemSharedMemoryStatusRequest()),
+    ("CudaSharedMemoryStatus", pb.CudaSharedMemoryStatusRequest()),
+    ("SystemSharedMemoryUnregister", pb.SystemSharedMemoryUnregisterRequest()),
+    ("TraceSetting", pb.TraceSettingRequest()),
+    ("LogSettings", pb.LogSettingsRequest()),
+]
+
+
+@pytest.mark.parametrize(("method", "request_"), SAME)
+async def test_the_answer_is_tritons_own(rpc: Rpc, real: Triton, method: str, request_: Any) -> None:
+    answers = []
+    async with grpc.aio.insecure_channel(real.grpc) as channel:
+        for stub in (service_pb2_grpc.GRPCInferenceServiceStub(channel), rpc.stub):
+            try:
+                answers.append(await getattr(stub, method)(request_))
+            except grpc.aio.AioRpcError as exc:
+                answers.append((exc.code(), exc.details()))
+    assert answers[0] == answers[1]
+
+
+async def test_tritonclient(rpc: Rpc, real: Triton) -> None:
+    def use() -> None:
+        with sync_client.InferenceServerClient(rpc.address) as client:
+            assert client.is_server_live() and client.is_server_ready() and client.is_model_ready("identity")
+            assert client.get_server_metadata().name == "modelium"
+            assert "model_repository" in client.get_server_metadata().extensions
+            assert {m.name for m in client.get_model_repository_index().models} == set(MODELS)
+            given = sync_client.InferInput("INPUT0", [1, 4], "FP32")
+            given.set_data_from_numpy(np.arange(4, dtype=np.float32).reshape(1, 4))
+            answer = client.infer("identity", [given], compression_algorithm="gzip", headers={"x-own": "1"})
+            assert answer.as_numpy("OUTPUT0").tolist() == [[0, 1, 2, 3]]
+            counts = client.get_inference_statistics().model_stats
+            assert {stats.name for stats in counts} == set(MODELS)
+            with pytest.raises(InferenceServerException, match="no model named nobody"):
+                client.infer("nobody", [given])
+
+    await asyncio.to_thread(use)
+
+
+async def test_tritonclient_aio_streams(rpc: Rpc, real: Triton) -> None:
+    async def asked() -> AsyncIterator[dict[str, Any]]:
+        for word in (b"a", b"b"):
+            given = aio_client.InferInput("text_input", [1], "BYTES")
+            given.set_data_from_numpy(np.array([word], dtype=object))
+            yield {"model_name": "pieces", "inputs": [given], "request_id": word.decode()}
+
+    async with aio_client.InferenceServerClient(rpc.address) as client:
+        said = [
+            (result.get_response().id, result.as_numpy("text_output")[0])
+            async for result, error in client.stream_infer(asked())
+            if error is None
+        ]
+    assert sorted(said) == [(w, f"{w} {n}.".encode()) for w in "ab" for n in range(3)]
+
+
+async def test_sixty_four_mib_pass(rpc: Rpc, real: Triton) -> None:
+    request = floats("identity", *np.arange(16 * 2**20, dtype=np.float32))
+    async with grpc.aio.insecure_channel(
+        rpc.address, [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+    ) as channel:
+        answer = await service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer(request)
+    assert answer.raw_output_contents[0] == request.raw_input_contents[0]
+
+
+# --------------------------------------------------------------------------- streams
+
+
+async def test_pieces_come_as_they_are_made(rpc: Rpc, real: Triton, service: FakeService) -> None:
+    call = rpc.stub.ModelStreamInfer()
+    await call.write(text(b"one", 2))
+    first = await call.read()
+    assert first.infer_response.raw_output_contents or first.infer_response.outputs
+    usage = service.usage.get("pieces")
+    assert usage is not None and usage.in_flight == 1
+    await call.write(text(b"two", 1))
+    await call.done_writing()
+    ids = [first.infer_response.id, *[answer.infer_response.id for answer in await rest(call)]]
+    assert ids == ["one", "one", "two"]
+    assert usage.in_flight == 0
+
+
+async def test_what_is_wrong_with_one_message_is_told_in_band(rpc: Rpc, real: Triton) -> None:
+    call = rpc.stub.ModelStreamInfer()
+    await call.write(pb.ModelInferRequest(model_name="nobody", id="7"))
+    refused = await call.read()
+    assert (refused.infer_response.id, refused.infer_response.model_name) == ("7", "nobody")
+    assert "no model named nobody" in refused.error_message
+    await call.write(text(b"still", 1))
+    await call.done_writing()
+    assert [answer.infer_response.id for answer in await rest(call)] == ["still"]
+
+
+async def test_a_stream_that_is_left_lets_go_of_its_model(rpc: Rpc, real: Triton, service: FakeService) -> None:
+    call = rpc.stub.ModelStreamInfer()
+    await call.write(text(b"slow", 10_000))
+    await call.read()
+    call.cancel()
+    usage = service.usage.get("pieces")
+    assert usage is not None
+    async with asyncio.timeout(10):
+        while usage.in_flight:
+            await asyncio.sleep(0.01)
+        answer = [one async for one in rpc.stub.ModelStreamInfer(_one(text(b"hi", 1)))]  # it was given up in Triton too
+    assert len(answer) == 1
+
+
+async def _one(message: Any) -> AsyncIterator[Any]:
+    yield message
+
+
+async def test_a_stream_that_says_nothing_ends(rpc: Rpc, real: Triton) -> None:
+    call = rpc.stub.ModelStreamInfer()
+    await call.done_writing()
+    assert await rest(call) == []
+
+
+# --------------------------------------------------------------------------- models that are not loaded
+
+
+async def test_a_model_is_loaded_by_its_first_call(rpc: Rpc, real: Triton, service: FakeService) -> None:
+    service.put("identity", "COLD")
+    call = rpc.stub.ModelInfer(floats(), timeout=30, metadata=(("x-modelium-priority", "3"),))
+    await _until(lambda: service.waiting("identity") == 1)
+    service.put("identity", "READY")
+    assert read(await call) == [1, 2, 3]
+    (_, name, deadline_s, priority, _) = service.calls[-1]
+    assert (name, priority) == ("identity", 3) and 25 < deadline_s <= 30
+
+
+async def test_who_leaves_waits_no_more(rpc: Rpc, real: Triton, service: FakeService) -> None:
+    service.put("identity", "COLD")
+    call = rpc.stub.ModelInfer(floats())
+    await _until(lambda: service.waiting("identity") == 1)
+    call.cancel()
+    await _until(lambda: service.withdrawn == ["identity"])
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "retry_after"),
+    [
+        (QueueFull("full"), grpc.StatusCode.RESOURCE_EXHAUSTED, "1"),
+        (ModelFailed("it broke", retry_after_s=7), grpc.StatusCode.UNAVAILABLE, "7"),
+        (CapacityError("no room"), grpc.StatusCode.UNAVAILABLE, None),
+    ],
+)
+async def test_refusals_have_their_status(
+    rpc: Rpc, real: Triton, service: FakeService, error: Any, code: grpc.StatusCode, retry_after: str | None
+) -> None:
+    service.put("identity", "COLD")
+    service.failures["identity"] = error
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await rpc.stub.ModelInfer(floats())
+    assert (caught.value.code(), caught.value.details()) == (code, error.message)
+    trailing = dict(caught.value.trailing_metadata())
+    assert trailing.get("retry-after") == retry_after and trailing["x-modelium-code"] == error.code
+
+
+async def test_bytes_that_are_no_message(rpc: Rpc, real: Triton) -> None:
+    async with grpc.aio.insecure_channel(rpc.address) as channel:
+        for method in ("ModelInfer", "ModelReady", "RepositoryIndex"):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await channel.unary_unary(f"/inference.GRPCInferenceService/{method}")(b"\xff\xff\xff")
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await channel.unary_unary("/inference.GRPCInferenceService/Nothing")(b"")
+        assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_a_runtime_that_is_not_there(rpc: Rpc, service: FakeService) -> None:
+    service.runtime(kserve_grpc="127.0.0.1:1")
+    service.add("m")
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await rpc.stub.ModelInfer(floats("m"))
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert "nothing was sent to it" in caught.value.details()
+    assert service.poked == ["triton"]
+
+
+# --------------------------------------------------------------------------- orders, health
+
+
+async def test_orders(rpc: Rpc, real: Triton, service: FakeService) -> None:
+    load = pb.RepositoryModelLoadRequest(model_name="identity")
+    load.parameters["config"].string_param = "{}"
+    await rpc.stub.RepositoryModelLoad(load)
+    assert service.calls[-1] == ("load", "identity", None, {"config": "{}"})
+    load.parameters["file:1/model.onnx"].bytes_param = b"x"
+    with pytest.raises(grpc.aio.AioRpcError, match="from the repository only"):
+        await rpc.stub.RepositoryModelLoad(load)
+    await rpc.stub.RepositoryModelUnload(pb.RepositoryModelUnloadRequest(model_name="identity"))
+    assert service.states["identity"] == "COLD"
+    index = {m.name: m.state for m in (await rpc.stub.RepositoryIndex(pb.RepositoryIndexRequest())).models}
+    assert index["identity"] == "UNAVAILABLE" and index["echo"] == "READY"
+    assert (await rpc.stub.ModelReady(pb.ModelReadyRequest(name="identity"))).ready
+
+
+async def test_health(rpc: Rpc, real: Triton, service: FakeService) -> None:
+    async def check(name: str) -> int:
+        return int((await rpc.health.Check(health_pb2.HealthCheckRequest(service=name))).status)
+
+    serving, not_serving = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+    assert await check("") == serving
+    assert await check("identity") == serving
+    service.is_ready = False
+    assert await check("inference.GRPCInferenceService") == not_serving
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await check("nobody")
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+# --------------------------------------------------------------------------- the wire
+
+
+@given(st.text(max_size=20), st.text(max_size=20), st.binary(max_size=40), st.integers(0, 2**32))
+def test_the_name_is_found_as_a_parser_would(name: str, id: str, raw: bytes, number: int) -> None:
+    request = pb.ModelInferRequest(model_name=name, id=id, raw_input_contents=[raw])
+    request.parameters["p"].int64_param = number
+    message = request.SerializeToString()
+    assert (text_field(message, 1), text_field(message, 3)) == (name, id)
+    twice = message + pb.ModelInferRequest(model_name="last").SerializeToString()
+    assert text_field(twice, 1) == pb.ModelInferRequest.FromString(twice).model_name == "last"
+
+
+@given(st.binary(max_size=60))
+def test_anything_else_is_refused_or_has_a_name(message: bytes) -> None:
+    try:
+        found = text_field(message, 1)
+    except ValueError:
+        return
+    assert isinstance(found, str)
+
+
+async def _until(true: Any) -> None:
+    async with asyncio.timeout(10):
+        while not true():
+            await asyncio.sleep(0.01)

@@ -13,8 +13,10 @@ from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import uvloop
+from aiohttp import web
 
 from modelium import __version__
+from modelium.api.datapath import Front
 from modelium.config import Config, validate_sections
 from modelium.engine.inspector import Inspector
 from modelium.engine.orchestrator import Orchestrator
@@ -23,10 +25,11 @@ from modelium.engine.service import Service
 from modelium.errors import ConfigError
 from modelium.host import PluginHost
 from modelium.http.app import UPSTREAM, build_app, serving
+from modelium.http.guard import guarded_names
 from modelium.http.rpc.server import serving_rpc
 from modelium.http.settings import HttpSettings
 from modelium.log import setup
-from modelium.paths import Paths
+from modelium.paths import Paths, socket_folder
 
 log = logging.getLogger(__name__)
 
@@ -53,10 +56,7 @@ async def running(config: Config, *, stop_runtimes: bool = False) -> AsyncIterat
         )
         try:
             app = build_app(service, settings)
-            async with (
-                serving(app, config.server.host, config.server.port) as (_, port),
-                serving_rpc(service, settings, app[UPSTREAM], config.server.host, config.server.grpc_port),
-            ):
+            async with _listening(config, engine, service, settings, app) as port:
                 url = config.server.model_copy(update={"port": port}).url
                 try:
                     await engine.start()
@@ -68,11 +68,39 @@ async def running(config: Config, *, stop_runtimes: bool = False) -> AsyncIterat
             await engine.stop(stop_runtimes=stop_runtimes and started)
 
 
+@asynccontextmanager
+async def _listening(
+    config: Config, engine: Orchestrator, service: Service, settings: HttpSettings, app: web.Application
+) -> AsyncIterator[int]:
+    """Bind the addresses that clients know, by the data path where there is one; gives the HTTP port."""
+    server = config.server
+    if engine.fast is None:
+        async with (
+            serving(app, server.host, server.port) as (_, port),
+            serving_rpc(service, settings, app[UPSTREAM], server.host, server.grpc_port),
+        ):
+            yield port
+        return
+    folder = socket_folder(engine.paths.state)
+    front = Front(
+        host=server.host,
+        port=server.port,
+        grpc_port=server.grpc_port,
+        hosts=guarded_names(settings),
+        service_http=folder / "http.sock",
+        service_grpc=folder / "grpc.sock",
+    )
+    async with (
+        serving(app, front.service_http),
+        serving_rpc(service, settings, app[UPSTREAM], front.service_grpc),
+    ):
+        info = await engine.fast.start(front)
+        log.info("requests for loaded models go by %s %s", info.name, info.version)
+        yield info.port
+
+
 def serve(config: Config, *, stop_runtimes: bool = False, ready: Callable[[str, Paths], None] | None = None) -> None:
     """Serve until SIGINT or SIGTERM; `ready` is told the URL and the folders once it answers."""
-
-    # gRPC warns of forks beside its threads; ours are safe, since each becomes another program at once.
-    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
     async def main() -> None:
         ended = asyncio.Event()

@@ -86,6 +86,9 @@ class Server(Section):
     """HTTP: KServe v2, OpenAI, administration, metrics. 0 takes a free one."""
     grpc_port: Port = 8001
     """gRPC: KServe v2. 0 takes a free one."""
+    data_path: str = "auto"
+    """What carries requests for loaded models: `auto` is a plugin that can run here, if there is one; `service` is the
+    service itself; else a plugin by name (`haproxy`)."""
     allowed_hosts: tuple[str, ...] = ()
     """Further names, without a port, that clients may call this service by while it is bound to a loopback address."""
     allowed_origins: tuple[str, ...] = ()

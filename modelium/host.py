@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 import pluggy
 from pydantic import BaseModel
 
+from modelium.api.datapath import DataPath
 from modelium.api.driver import Brain, Converter, EvictionPolicy, RuntimeBackend, UsageSource
 from modelium.api.hookspecs import PROJECT, ModeliumSpec
 from modelium.api.types import Analysis, Completeness, Device, Finding, Severity, Transition
@@ -33,8 +34,9 @@ __all__ = ["Failure", "PluginHost", "PluginView"]
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+S = TypeVar("S", RuntimeBackend, DataPath)
 
-NAMED = (Brain, Converter, EvictionPolicy, RuntimeBackend, UsageSource)
+NAMED = (Brain, Converter, DataPath, EvictionPolicy, RuntimeBackend, UsageSource)
 """What is chosen, or told apart, by name."""
 
 
@@ -84,6 +86,7 @@ class PluginHost:
         self._lock = threading.Lock()
         self._failures: dict[tuple[str, str, str], Failure] = {}
         self._backends: tuple[RuntimeBackend, ...] | None = None
+        self._data_paths: tuple[DataPath, ...] | None = None
         by_name = {view.name: view for view in self._plugins if view.error is None}
         self._hooks = {
             hook: tuple(
@@ -210,21 +213,31 @@ class PluginHost:
     def runtime_backends(self) -> tuple[RuntimeBackend, ...]:
         """All runtime backends, the same objects each time; where two have one name, neither."""
         if self._backends is None:
-            answers = self._ask("modelium_runtime_backends", RuntimeBackend, many=True)
-            good = []
-            for answer in answers:
-                for backend in answer.values:
-                    if inspect.isclass(backend.settings_model) and issubclass(backend.settings_model, BaseModel):
-                        good.append(Answer(answer.by, (backend,)))
-                    else:
-                        error = TypeError(f"settings_model of {backend.name!r} is not a class of pydantic's BaseModel")
-                        self._failed(answer.by, "modelium_runtime_backends", error)
-            self._backends = self._unique("runtime backend", good)
+            self._backends = self._with_settings("runtime backend", "modelium_runtime_backends", RuntimeBackend)
         return self._backends
+
+    def data_paths(self) -> tuple[DataPath, ...]:
+        """All data paths, the same objects each time; where two have one name, neither."""
+        if self._data_paths is None:
+            self._data_paths = self._with_settings("data path", "modelium_data_paths", DataPath)
+        return self._data_paths
+
+    def _with_settings(self, what: str, hook: str, kind: type[S]) -> tuple[S, ...]:
+        """What a hook offers that has a name, and a section of the configuration by that name."""
+        good: list[Answer[S]] = []
+        for answer in self._ask(hook, kind, many=True):
+            for value in answer.values:
+                if inspect.isclass(value.settings_model) and issubclass(value.settings_model, BaseModel):
+                    good.append(Answer(answer.by, (value,)))
+                else:
+                    error = TypeError(f"settings_model of {value.name!r} is not a class of pydantic's BaseModel")
+                    self._failed(answer.by, hook, error)
+        return self._unique(what, good)
 
     def sections(self) -> dict[str, type[BaseModel]]:
         """The sections of the configuration that plugins own, and the models that validate them."""
-        return {backend.name: backend.settings_model for backend in self.runtime_backends()}
+        sections = {backend.name: backend.settings_model for backend in self.runtime_backends()}
+        return sections | {path.name: path.settings_model for path in self.data_paths()}
 
     def devices(self) -> tuple[Device, ...]:
         """All devices as they are now, by id; of two reports of one device, the first plugin's by name is kept."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,3 +97,20 @@ def _refuse_overlap(paths: Paths) -> None:
                     f"{what} {folder} lies in {watched} {top}, where everything is taken for a model: "
                     "choose another orchestration.root, model_repository or incoming_directory"
                 )
+
+
+LONGEST_SOCKET_PATH = 107
+"""Bytes: `sun_path` of unix(7), less its final zero."""
+
+
+def socket_folder(state: Path) -> Path:
+    """A folder of this user's own for sockets: the state folder, or another one where its path is too long for them."""
+    if len(os.fsencode(state)) + len("/longest-name.sock") <= LONGEST_SOCKET_PATH:
+        return state
+    base = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir())
+    folder = base / f"modelium-{os.getuid()}-{hashlib.sha256(os.fsencode(state)).hexdigest()[:16]}"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.lstat()
+    if found.st_uid != os.getuid() or not folder.is_dir() or folder.is_symlink():
+        raise ConfigError(f"{folder} belongs to somebody else: remove it, or choose a --root with a shorter path")
+    return folder

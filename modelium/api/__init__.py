@@ -1,5 +1,6 @@
 """All that a plugin may import, together with `modelium.errors`."""
 
+from modelium.api.datapath import Carried, DataPath, DataPathContext, DataPathDriver, DataPathInfo, DataRoute, Front
 from modelium.api.driver import (
     Brain,
     Converter,
@@ -44,12 +45,19 @@ __all__ = [
     "Analysis",
     "Brain",
     "Candidate",
+    "Carried",
     "Completeness",
     "Converter",
+    "DataPath",
+    "DataPathContext",
+    "DataPathDriver",
+    "DataPathInfo",
+    "DataRoute",
     "Device",
     "Endpoint",
     "EvictionPolicy",
     "Finding",
+    "Front",
     "Frozen",
     "Inspection",
     "Layout",

@@ -16,11 +16,12 @@ import pluggy
 if TYPE_CHECKING:
     import click
 
+    from modelium.api.datapath import DataPath
     from modelium.api.driver import Brain, Converter, EvictionPolicy, RuntimeBackend, UsageSource
     from modelium.api.types import Analysis, Completeness, Device, Finding, Transition
 
 PROJECT = "modelium"
-HOOKSPEC_VERSION = (1, 0)
+HOOKSPEC_VERSION = (1, 1)
 """(major, minor). A plugin names the one it was written for as `MODELIUM_HOOKSPEC_VERSION`: the major must be equal,
 the minor not newer."""
 
@@ -165,6 +166,18 @@ class ModeliumSpec:
             @hookimpl
             def modelium_usage_sources():
                 return [ProxyCounters("/run/proxy.sock")]
+        """
+
+    @hookspec
+    def modelium_data_paths(self) -> Iterable[DataPath] | None:
+        """Offer data paths, which carry requests for loaded models straight to their runtimes; the configuration's
+        `server: {data_path: ...}` chooses one. New in version 1.1.
+
+        Example:
+
+            @hookimpl
+            def modelium_data_paths():
+                return [EnvoyDataPath()]
         """
 
     @hookspec

@@ -64,7 +64,7 @@ class Lease:
             return
         usage = self._route.usage
         usage.end(book.clock(), time.monotonic() - self._began, ok, self._organisation)
-        if not usage.in_flight and book.idle_wanted:
+        if not usage.leases and book.idle_wanted:
             book.idle(self._route)
 
 
@@ -101,7 +101,7 @@ class Admission:
         route = self.routes.pop(name, None)
         if drained is None:
             self._draining.pop(name, None)
-        elif route is None or not route.usage.in_flight:
+        elif route is None or not route.usage.leases:
             drained()
         else:
             self._draining[name] = drained

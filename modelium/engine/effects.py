@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from modelium.api.datapath import DataRoute
 from modelium.api.types import LoadRequest, Transition
 from modelium.core import events as e
 from modelium.core import instructions as i
@@ -70,12 +71,8 @@ class Effects:
                 self._engine.admission.refuse(ticket, kind(message, code=code, retry_after_s=retry_after_s, model=name))
             case i.OpenRoute(name, runtime):
                 self._open(name, runtime)
-            case i.CloseRoute(name, 0):
-                self._engine.admission.close(name, None)
             case i.CloseRoute(name, op):
-                self._engine.admission.close(
-                    name, lambda: self._engine.loop.post(e.Drained(self._engine.clock(), name, op))
-                )
+                self._close(name, op)
             case i.Load():
                 self._engine.runtimes.load(order)
             case i.Unload():
@@ -97,8 +94,21 @@ class Effects:
                 raise AssertionError(f"no effect for {order!r}")
         self._engine.admission.watch_queue(bool(self._engine.loop.world.queue))
 
-    def _drained(self, name: str, op: int) -> None:
-        self._engine.loop.post(e.Drained(self._engine.clock(), name, op))
+    def _close(self, name: str, op: int) -> None:
+        """With an operation, tell when nothing is in flight any more, by whatever way it came."""
+        fast = self._engine.fast
+        if fast is not None:
+            fast.close(name)
+
+        def drained() -> None:
+            self._engine.loop.post(e.Drained(self._engine.clock(), name, op))
+
+        if not op:
+            self._engine.admission.close(name, None)
+        elif fast is None:
+            self._engine.admission.close(name, drained)
+        else:
+            self._engine.admission.close(name, lambda: fast.when_idle(name, drained))
 
     def _tell(self, transition: Transition) -> None:
         self._engine.journal.add(transition)
@@ -118,6 +128,8 @@ class Effects:
         endpoints = {e.protocol: e.address for e in running.info.endpoints} if running.info else {}
         decoupled = known.decoupled if known else False
         self._engine.admission.open(Route(name, runtime, endpoints, decoupled, self._engine.usage.model(name)))
+        if self._engine.fast is not None:
+            self._engine.fast.open(DataRoute(model=name, endpoints=endpoints, decoupled=decoupled))
         self._remember(name, runtime)
 
     def _remember(self, name: str, runtime: str) -> None:

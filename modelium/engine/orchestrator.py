@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
+from modelium.api.datapath import DataPathContext
 from modelium.api.driver import RuntimeContext
 from modelium.api.types import Device, Progress, Report, Situation
 from modelium.config import Config
@@ -21,6 +22,7 @@ from modelium.core.world import Failure, Policy, World
 from modelium.engine.admission import Admission
 from modelium.engine.catalog import Catalog
 from modelium.engine.effects import Effects
+from modelium.engine.fastpath import READ_EVERY_S, FastPath
 from modelium.engine.ingest import Ingest
 from modelium.engine.journal import Journal
 from modelium.engine.loop import Clock, Loop
@@ -37,7 +39,7 @@ from modelium.errors import (
     RuntimeUnavailable,
 )
 from modelium.host import PluginHost
-from modelium.paths import Paths
+from modelium.paths import Paths, socket_folder
 
 if TYPE_CHECKING:
     from modelium.engine.inspector import Inspector
@@ -117,6 +119,7 @@ class Orchestrator:
                 report=self._runtime_report(backend.name),
             )
             self.running[backend.name] = Running(backend, backend.create(context))
+        self.fast = self._chosen_path(sections)
         self.effects = Effects(self)
         world = World(next_id=self.journal.last_decision + 1)
         self.loop = Loop(world, policy_of(config, host), self.usage, self.effects.execute, clock)
@@ -160,6 +163,33 @@ class Orchestrator:
         self._tasks: list[asyncio.Task[Any]] = []
         self._idle_due = False
         self._tickets = 0
+
+    def _chosen_path(self, sections: Mapping[str, BaseModel]) -> FastPath | None:
+        """The configured data path; None where the service carries all requests itself."""
+        wanted = self.config.server.data_path
+        offered = {path.name: path for path in self.host.data_paths()}
+        if wanted == "service":
+            return None
+        if wanted != "auto" and wanted not in offered:
+            there = ", ".join(("auto", "service", *offered))
+            raise ConfigError(f"there is no data path {wanted!r}: expected server.data_path to be one of {there}")
+        for path in offered.values():
+            if wanted not in ("auto", path.name):
+                continue
+            problem = path.usable(sections[path.name])
+            if problem is None:
+                context = DataPathContext(
+                    name=path.name,
+                    state_dir=self.paths.state / "paths" / path.name,
+                    socket_dir=socket_folder(self.paths.state),
+                    settings=sections[path.name],
+                    processes=self.processes,
+                )
+                return FastPath(path, path.create(context), self.usage, self.clock)
+            if wanted != "auto":
+                raise ConfigError(f"the data path {path.name} can't run: {problem}")
+            log.warning("the data path %s can't run, and the service carries requests itself: %s", path.name, problem)
+        return None
 
     @property
     def owns_repository(self) -> bool:
@@ -233,6 +263,10 @@ class Orchestrator:
             self._background(self.runtimes.watch(name))
         for source in self.host.usage_sources():
             self._every(USAGE_EVERY_S, lambda s=source: self._read_usage(s))
+        if self.fast is not None:
+            self._background(self.fast.run())
+            self._background(self._settle(self.fast))
+            self._every(READ_EVERY_S, self._read_fast)
 
     def shut(self) -> None:
         """Answer who waits, and everybody who would have to from now on; loaded models go on."""
@@ -250,6 +284,8 @@ class Orchestrator:
             await asyncio.wait(self._tasks, timeout=10)
         if self.ingest is not None:
             await self.ingest.close()
+        if self.fast is not None:
+            await self.fast.close_all(stop=stop_runtimes)
         await self.runtimes.close(stop=stop_runtimes)
         if stop_runtimes:
             for name in list(self.store.loaded):
@@ -336,6 +372,17 @@ class Orchestrator:
         counts = await source.read()
         known = {n: c for n, c in counts.items() if n in self.catalog.known}
         self.usage.merge(source.name, known, self.clock())
+
+    async def _read_fast(self) -> None:
+        assert self.fast is not None
+        await self.fast.read()
+        if self.loop.world.queue:
+            self.loop.tick()  # what has become idle may make room
+
+    async def _settle(self, fast: FastPath) -> None:
+        await self.runtimes_known()
+        await self.catalog.read_once.wait()
+        fast.settled()
 
     async def _keep_house(self) -> None:
         await asyncio.to_thread(self.journal.write)

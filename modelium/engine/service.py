@@ -16,6 +16,7 @@ from modelium.core.states import State
 from modelium.core.world import Model
 from modelium.engine import checks, preview, showing
 from modelium.engine.admission import Lease
+from modelium.engine.fastpath import FRESH_S
 from modelium.engine.orchestrator import Orchestrator
 from modelium.engine.usage import UsageBook
 from modelium.engine.views import (
@@ -83,6 +84,8 @@ class Service:
 
     async def _ask(self, event: Any, deadline_s: float | None, organisation: str | None) -> Lease | None:
         engine = self._engine
+        if engine.fast is not None:
+            await engine.fast.read(within_s=FRESH_S)  # what follows may evict
         now = engine.clock()
         if deadline_s is None:
             deadline_s = engine.config.policies.request_deadline_s
@@ -188,6 +191,7 @@ class Service:
             waiting=len(world.tickets),
             devices=showing.devices(engine),
             runtimes=showing.runtimes(engine),
+            data_path=showing.data_path(engine),
             plugins=tuple(engine.host.plugins()),
         )
 
@@ -203,6 +207,8 @@ class Service:
     async def logs(self, name: str, lines: int) -> list[str]:
         """The last lines that a runtime wrote, or that it wrote about a model."""
         engine = self._engine
+        if engine.fast is not None and name == engine.fast.name:
+            return await asyncio.to_thread(engine.fast.driver.logs, lines)
         running = engine.running.get(name.removeprefix("runtime:"))
         model = None
         if running is None:

@@ -12,7 +12,7 @@ from modelium.core.states import State
 from modelium.core.turn import Turn
 from modelium.core.world import Model
 from modelium.engine.orchestrator import Orchestrator
-from modelium.engine.views import DeviceView, Explanation, ModelDetail, ModelView, RuntimeView
+from modelium.engine.views import DataPathView, DeviceView, Explanation, ModelDetail, ModelView, RuntimeView
 from modelium.errors import ModeliumError
 
 
@@ -180,3 +180,10 @@ def runtimes(engine: Orchestrator) -> tuple[RuntimeView, ...]:
             )
         )
     return tuple(views)
+
+
+def data_path(engine: Orchestrator) -> DataPathView:
+    fast = engine.fast
+    if fast is None:
+        return DataPathView(name="service")
+    return DataPathView(name=fast.name, state="DOWN" if fast.trouble else "UP", reason=fast.trouble, info=fast.info)

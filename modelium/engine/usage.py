@@ -78,12 +78,15 @@ class ModelUsage:
 
     __slots__ = (
         "_book", "_buckets", "_external", "_results", "_second", "_told", "_window",
-        "failures", "in_flight", "last_used", "latency", "name", "requests",
+        "failures", "in_flight", "last_used", "latency", "leases", "name", "requests",
     )  # fmt: skip
 
     def __init__(self, book: UsageBook, name: str):
         self.name = name
         self.in_flight = 0
+        """By whatever way."""
+        self.leases = 0
+        """In flight through the service itself."""
         self.requests = 0
         """Begun so far."""
         self.failures = 0
@@ -101,11 +104,13 @@ class ModelUsage:
     def begin(self, now: float) -> None:
         """A request starts."""
         self.in_flight += 1
+        self.leases += 1
         self._count(1, now)
 
     def end(self, now: float, seconds: float, ok: bool, organisation: str = "") -> None:
         """A begun request is over after `seconds`; `ok` is False when the runtime answered with an error of its own."""
         self.in_flight -= 1
+        self.leases -= 1
         self.last_used = now
         self.latency.add(seconds)
         row = self._results.get(organisation)
@@ -123,14 +128,15 @@ class ModelUsage:
         """A request was turned away before it reached a runtime (queue full, deadline passed, load failed)."""
         self._row(organisation)[2] += 1
 
-    def merge(self, source: str, requests: int, in_flight: int, now: float) -> None:
+    def merge(self, source: str, requests: int, in_flight: int, now: float, *, anew: bool = False) -> None:
         """Take in what `source` has counted so far besides the service.
 
-        The first reading only sets where counting starts; a total that went down means that the source began anew.
+        The first reading only sets where counting starts, unless the source is known to have begun `anew`; a total
+        that went down means that it did.
         """
         if self._external is None:
             self._external = {}
-        before = self._external.get(source)
+        before = self._external.get(source, (0, 0) if anew else None)
         self._external[source] = (requests, in_flight)
         was_in_flight = 0 if before is None else before[1]
         new = 0 if before is None else requests - before[0] if requests >= before[0] else requests
@@ -290,8 +296,8 @@ class UsageBook:
     def __len__(self) -> int:
         return len(self._models)
 
-    def merge(self, source: str, counts: Mapping[str, tuple[int, int]], now: float) -> None:
-        """Take in one reading of a `UsageSource`: requests so far and in flight, by model.
+    def merge(self, source: str, counts: Mapping[str, tuple[int, int]], now: float, *, anew: bool = False) -> None:
+        """Take in one reading of a `UsageSource`: requests so far and in flight, by model; `anew` as for one model.
 
         A model with a record that the source no longer names has nothing in flight there. Give only models that
         exist: each one named gets a record.
@@ -301,7 +307,7 @@ class UsageBook:
             if external is not None and source in external and usage.name not in counts:
                 usage.merge(source, external[source][0], 0, now)
         for name, (requests, in_flight) in counts.items():
-            self.model(name).merge(source, requests, in_flight, now)
+            self.model(name).merge(source, requests, in_flight, now, anew=anew)
 
     def observe(self, transition: Transition) -> None:
         """Count a transition of a model."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from modelium.api.datapath import DataPathInfo
 from modelium.api.types import Analysis, Finding, Frozen, Layout, Plan, Progress, RuntimeInfo, Transition
 from modelium.discovery import PluginView as PluginView
 
@@ -121,6 +122,16 @@ class RuntimeView(Frozen):
     progress: Progress | None = None
 
 
+class DataPathView(Frozen):
+    """What carries requests for loaded models."""
+
+    name: str
+    """`service` where the service itself does."""
+    state: str = "UP"
+    reason: str = ""
+    info: DataPathInfo | None = None
+
+
 class StatusView(Frozen):
     version: str
     root: str
@@ -133,6 +144,7 @@ class StatusView(Frozen):
     waiting: int
     devices: tuple[DeviceView, ...]
     runtimes: tuple[RuntimeView, ...]
+    data_path: DataPathView = DataPathView(name="service")
     plugins: tuple[PluginView, ...]
 
 

@@ -6,6 +6,7 @@ import errno
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
@@ -61,9 +62,9 @@ def build_app(service: Service, settings: HttpSettings | None = None) -> web.App
 
 @asynccontextmanager
 async def serving(
-    app: web.Application, host: str, port: int, *, keepalive_s: float = 3600.0, grace_s: float = 10.0
+    app: web.Application, host: str | Path, port: int = 0, *, keepalive_s: float = 3600.0, grace_s: float = 10.0
 ) -> AsyncIterator[tuple[str, int]]:
-    """Serve `app` while the context lasts; gives the address bound, of use where `port` is 0.
+    """Serve `app` while the context lasts; gives the address bound, of use where `port` is 0. A path is a Unix socket.
 
     At the end new connections are refused, requests under way get `grace_s` seconds, and what is left is broken off.
     An idle client's connection is kept for `keepalive_s`: long, so that clients' pools hardly ever meet a closed one.
@@ -82,6 +83,11 @@ async def serving(
     )
     await runner.setup()
     try:
+        if isinstance(host, Path):
+            host.unlink(missing_ok=True)
+            await web.UnixSite(runner, host, backlog=1024).start()
+            yield str(host), 0
+            return
         site = web.TCPSite(runner, host, port, backlog=1024)
         try:
             await site.start()

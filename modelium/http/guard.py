@@ -32,11 +32,16 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def guarded_names(settings: HttpSettings) -> tuple[str, ...] | None:
+    """The names, in lower case and without a port, that clients may call this service by; None: any."""
+    if not is_loopback(settings.host):
+        return None
+    return tuple(sorted(LOOPBACK_NAMES | {name.lower() for name in (settings.host, *settings.allowed_hosts)}))
+
+
 def make_guard(settings: HttpSettings):  # type: ignore[no-untyped-def]  # aiohttp names no type for a middleware
     """The middleware that holds the two rules."""
-    names: frozenset[str] | None = None
-    if is_loopback(settings.host):
-        names = LOOPBACK_NAMES | {settings.host.lower()} | {name.lower() for name in settings.allowed_hosts}
+    names = guarded_names(settings)
     origins = frozenset(origin.lower().rstrip("/") for origin in settings.allowed_origins)
 
     @web.middleware

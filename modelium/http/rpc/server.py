@@ -6,6 +6,7 @@ import logging
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -218,16 +219,30 @@ def _guarded(method: Unary) -> Unary:
     return call
 
 
+def _address(host: str | Path, port: int) -> str:
+    if isinstance(host, Path):
+        host.unlink(missing_ok=True)
+        return f"unix:{host}"
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 @asynccontextmanager
 async def serving_rpc(
-    service: Service, settings: HttpSettings, upstream: Upstream, host: str, port: int, *, grace_s: float = 10.0
+    service: Service,
+    settings: HttpSettings,
+    upstream: Upstream,
+    host: str | Path,
+    port: int = 0,
+    *,
+    grace_s: float = 10.0,
 ) -> AsyncIterator[int]:
-    """Serve gRPC while the context lasts; gives the port bound. Raises `ConfigError` when it can't be."""
+    """Serve gRPC while the context lasts; gives the port bound. A path is a Unix socket. Raises `ConfigError` when it
+    can't be bound."""
     channels = Channels()
     server = grpc.aio.server(options=(*OPTIONS, ("grpc.so_reuseport", 0)))
     server.add_generic_rpc_handlers((Rpc(service, settings, ModelRepository(service, upstream), channels),))
     try:
-        bound = server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+        bound = server.add_insecure_port(_address(host, port))
     except RuntimeError as exc:
         raise ConfigError(
             f"port {port} on {host} can't be bound for gRPC: end what uses it, or choose another with --grpc-port",

@@ -1,0 +1,114 @@
+"""What a data path's author writes: what carries requests for loaded models past the service, straight to runtimes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol, runtime_checkable
+
+from pydantic import BaseModel
+
+from modelium.api.driver import Processes
+from modelium.api.types import Frozen
+
+
+class Front(Frozen):
+    """The addresses that clients know, and where the service itself answers."""
+
+    host: str
+    port: int
+    """HTTP; 0 takes a free one."""
+    grpc_port: int
+    """0 takes a free one."""
+    hosts: tuple[str, ...] | None
+    """Names in `Host` by which requests go straight to runtimes; the service judges all others. None: any."""
+    service_http: Path
+    """The service's Unix socket for HTTP."""
+    service_grpc: Path
+
+
+class DataRoute(Frozen):
+    """A loaded model, and where its runtime answers."""
+
+    model: str
+    endpoints: Mapping[str, str]
+    """Address by protocol, as `Endpoint` names them."""
+    decoupled: bool = False
+    """It may answer one request with many responses, which Triton's HTTP `infer` can't pass on."""
+
+
+class DataPathInfo(Frozen):
+    """What a data path turned out to be once it was up."""
+
+    name: str
+    version: str
+    pid: int
+    adopted: bool
+    """It was already running when Modelium came."""
+    port: int
+    grpc_port: int
+
+
+class Carried(NamedTuple):
+    """Requests for one model that a data path has carried since it was started."""
+
+    requests: int
+    in_flight: int
+    """Now; each counts from before it is let through until its answer is out."""
+
+
+@dataclass(frozen=True, slots=True)
+class DataPathContext:
+    """What a data path is created with."""
+
+    name: str
+    state_dir: Path
+    """Its own folder for state; survives a restart of Modelium."""
+    socket_dir: Path
+    """For Unix sockets: its path leaves room for names of up to 18 bytes."""
+    settings: BaseModel
+    processes: Processes
+
+
+@runtime_checkable
+class DataPathDriver(Protocol):
+    """Runs one data path. What it does not carry goes to the service. Errors are `DriverError`s or `ConfigError`s.
+
+    Calls may overlap; those that change routes are made one at a time.
+    """
+
+    async def start(self, front: Front) -> DataPathInfo:
+        """Adopt the one that runs, else start it; return when it listens. Routes it has already go on meanwhile."""
+
+    async def sync(self, routes: Collection[DataRoute]) -> None:
+        """Carry requests for exactly these models."""
+
+    async def admit(self, route: DataRoute) -> None:
+        """Carry requests for one more model, or along another route."""
+
+    async def divert(self, model: str) -> None:
+        """Return when every new request for it goes to the service; those under way go on."""
+
+    async def read(self) -> Mapping[str, Carried]:
+        """By model; those long unused may be left out. Raises `RuntimeUnavailable` when the data path is gone."""
+
+    async def stop(self) -> None:
+        """End it."""
+
+    def logs(self, lines: int) -> list[str]:
+        """The last lines that it wrote."""
+
+
+@runtime_checkable
+class DataPath(Protocol):
+    """One kind of data path."""
+
+    name: str
+    settings_model: type[BaseModel]
+    """Validates the section of the configuration that bears the data path's name."""
+
+    def usable(self, settings: BaseModel) -> str | None:
+        """None when it can run here, else why not, in one sentence."""
+
+    def create(self, context: DataPathContext) -> DataPathDriver: ...

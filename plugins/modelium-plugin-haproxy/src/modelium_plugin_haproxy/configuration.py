@@ -1,0 +1,207 @@
+"""HAProxy's configuration: which requests go straight to a runtime, and what becomes of all others.
+
+A request goes straight when the map has an entry for its model and what it asks for. The map's keys are
+`http/NAME/VERB`, `grpc/NAME` and `openai/NAME`, its values the runtime's address; entries come and go by the admin
+socket, so that the configuration itself only changes with the service's own addresses. Such a request is counted in the
+stick table before it is sent, under its model's name. Keywords: https://docs.haproxy.org/2.8/configuration.html
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import resource
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from modelium.api.datapath import DataRoute, Front
+from modelium_plugin_haproxy.admin import TABLE
+from modelium_plugin_haproxy.settings import HAProxySettings
+
+VERBS = ("infer", "generate", "generate_stream")
+"""What is asked of a model over KServe's HTTP that is use of it; all else the service answers."""
+
+BUFFER_BYTES = 64 * 1024
+"""An OpenAI request's model is found if the body fits; a longer one goes by the service."""
+
+DOWN = "Modelium is not there at this moment; models that are loaded are served all the same"
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """Where things lie."""
+
+    folder: Path
+    """Of the sockets: their paths may have 107 bytes at most (unix(7))."""
+    state: Path
+
+    @property
+    def configuration(self) -> Path:
+        return self.state / "haproxy.cfg"
+
+    @property
+    def map(self) -> Path:
+        return self.state / "routes.map"
+
+    @property
+    def admin(self) -> Path:
+        return self.folder / "haproxy.sock"
+
+
+def entries(route: DataRoute) -> dict[str, str]:
+    """The map's entries for a loaded model; none for what HAProxy can't reach or must not answer for."""
+    found: dict[str, str] = {}
+    http = _address(route.endpoints.get("kserve-http", ""))
+    if http:
+        # Triton refuses `infer` on such a model over HTTP; the service puts the responses together.
+        verbs = [verb for verb in VERBS if not (route.decoupled and verb == "infer")]
+        found |= {f"http/{route.model}/{verb}": http for verb in verbs}
+    if grpc := _address(route.endpoints.get("kserve-grpc", "")):
+        found[f"grpc/{route.model}"] = grpc
+    if openai := _address(route.endpoints.get("openai", "")):
+        found[f"openai/{route.model}"] = openai
+    return found
+
+
+def model_of(key: str) -> str:
+    """The model that an entry of the map is for."""
+    return key.split("/")[1]
+
+
+def _address(endpoint: str) -> str:
+    """`IP:PORT`; empty for names, TLS, paths and IPv6, which go by the service."""
+    url = urlsplit(endpoint if "://" in endpoint else f"//{endpoint}")
+    if (
+        url.scheme not in ("", "http", "grpc")
+        or url.path.strip("/") not in ("", "v1")
+        or not url.hostname
+        or not url.port
+    ):
+        return ""
+    host = "127.0.0.1" if url.hostname == "localhost" else url.hostname
+    try:
+        return f"{host}:{url.port}" if ipaddress.ip_address(host).version == 4 else ""
+    except ValueError:
+        return ""
+
+
+def render(front: Front, settings: HAProxySettings, files: Files) -> str:
+    """The whole file."""
+    return "\n".join((*_general(settings, files), *_http(front, files), *_grpc(front, files), *_backends(front), ""))
+
+
+def _general(settings: HAProxySettings, files: Files) -> Iterable[str]:
+    return f"""\
+global
+    nbthread {settings.threads}
+    maxconn {_connections(settings)}
+    stats socket {files.admin} mode 600 level admin
+    log stderr format raw daemon notice
+    tune.bufsize {BUFFER_BYTES}
+    tune.h2.max-frame-size 65536
+    tune.h2.initial-window-size 1048576
+    hard-stop-after 60s
+
+defaults
+    mode http
+    option http-keep-alive
+    option http-no-delay
+    option dontlognull
+    http-reuse always
+    retries 0
+    timeout connect 5s
+    timeout http-request 60s
+    timeout http-keep-alive 3600s
+    timeout client 3600s
+    timeout server 3600s
+    timeout client-fin 30s
+    timeout tunnel 3600s
+
+backend {TABLE}
+    stick-table type string len 201 size 100k expire 120s store http_req_cnt,conn_cur
+""".splitlines()
+
+
+def _connections(settings: HAProxySettings) -> int:
+    """Each takes two file descriptors, one to either side; HAProxy does not start where it may not have so many."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return settings.max_connections if most < 0 else min(settings.max_connections, max(100, (most - 200) // 2))
+
+
+def _http(front: Front, files: Files) -> Iterable[str]:
+    yield "frontend http"
+    yield f"    bind {_bind(front.host, front.port)}"
+    # A page in a browser, or a name that the service is not known by: the service judges.
+    conditions = ["METH_POST", "!{ req.hdr(origin) -m found }"]
+    if front.hosts is not None:
+        yield f"    acl known req.hdr(host),lower,regsub(:[0-9]+$,) {' '.join(front.hosts)}"
+        conditions.append("known")
+    direct = " ".join(conditions)
+    yield from f"""\
+    acl kserve path_reg ^/v2/models/[A-Za-z0-9][A-Za-z0-9._-]*(/versions/[0-9]+)?/(infer|generate|generate_stream)$
+    acl openai path /v1/chat/completions /v1/completions /v1/embeddings
+    http-request set-var(txn.model) path,field(4,/) if kserve {direct}
+    http-request set-var(txn.verb) path,field(-1,/) if {{ var(txn.model) -m found }}
+    http-request set-var(txn.key) str(http/),concat(,txn.model),concat(/,txn.verb) if {{ var(txn.model) -m found }}
+    http-request wait-for-body time 5s if openai {direct}
+    http-request set-var(txn.model) req.body,json_query('$.model') if openai {direct}
+    http-request set-var(txn.key) str(openai/),concat(,txn.model) if openai {{ var(txn.model) -m found }}
+    http-request set-var(txn.to) var(txn.key),map_str({files.map}) if {{ var(txn.key) -m found }}
+    acl direct var(txn.to) -m found
+    http-request track-sc0 var(txn.model) table {TABLE} if direct
+    # What curl calls any body, and Triton's HTTP server crashes on when it is long.
+    acl form req.hdr(content-type) -m beg application/x-www-form-urlencoded
+    acl binary req.hdr(inference-header-content-length) -m found
+    http-request set-header content-type application/octet-stream if direct form binary
+    http-request set-header content-type application/json if direct form
+    use_backend runtimes_http if direct
+    default_backend service_http
+""".splitlines()
+
+
+def _grpc(front: Front, files: Files) -> Iterable[str]:
+    return f"""\
+frontend grpc
+    bind {_bind(front.host, front.grpc_port)} proto h2
+    acl inference path /inference.GRPCInferenceService/ModelInfer /inference.GRPCInferenceService/ModelStreamInfer
+    http-request wait-for-body time 2s at-least 16 if inference
+    http-request set-var(txn.model) req.body,ungrpc(1) if inference
+    http-request set-var(txn.to) str(grpc/),concat(,txn.model),map_str({files.map}) if {{ var(txn.model) -m found }}
+    acl direct var(txn.to) -m found
+    http-request track-sc0 var(txn.model) table {TABLE} if direct
+    use_backend runtimes_grpc if direct
+    default_backend service_grpc
+""".splitlines()
+
+
+def _backends(front: Front) -> Iterable[str]:
+    for protocol, h2, socket in (("http", "", front.service_http), ("grpc", " proto h2", front.service_grpc)):
+        # The destination is the map's, so that no runtime has to be in the configuration.
+        yield f"backend runtimes_{protocol}"
+        yield "    http-request set-dst var(txn.to),field(1,:)"
+        yield "    http-request set-dst-port var(txn.to),field(2,:)"
+        yield f"    server any 0.0.0.0:0{h2}"
+        if protocol == "http":
+            yield from _error(502, "the runtime took the request and did not answer; it was not sent again")
+            yield from _error(503, "the runtime of this model is out of reach; nothing was sent to it")
+        yield ""
+        # Requests that only the service can answer wait for it while it starts again.
+        yield f"backend service_{protocol}"
+        yield "    retries 30"
+        yield f"    server service unix@{socket}{h2}"
+        if protocol == "http":
+            yield from _error(502, "Modelium took the request and was ended before it could answer: ask again")
+            yield from _error(503, DOWN)
+        yield ""
+
+
+def _error(status: int, message: str) -> Iterable[str]:
+    yield (
+        f"    http-error status {status} content-type application/json hdr Retry-After 1 "
+        f"""string '{{"error":"{message}"}}'"""
+    )
+
+
+def _bind(host: str, port: int) -> str:
+    return f"{'*' if host in ('', '0.0.0.0') else host}:{port}"

@@ -1,0 +1,172 @@
+"""Runs HAProxy: found again after a restart of Modelium, while it goes on carrying what it carries."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import socket
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from modelium.api import ProcessRecord
+from modelium.api.datapath import Carried, DataPathContext, DataPathInfo, DataRoute, Front
+from modelium.errors import ConfigError, RuntimeUnavailable
+from modelium_plugin_haproxy import configuration
+from modelium_plugin_haproxy.admin import Admin
+from modelium_plugin_haproxy.configuration import Files, entries, model_of
+from modelium_plugin_haproxy.locate import find_executable, version_of
+from modelium_plugin_haproxy.settings import HAProxySettings
+
+
+class HAProxyDriver:
+    """`modelium.api.datapath.DataPathDriver` for one HAProxy."""
+
+    def __init__(self, context: DataPathContext):
+        assert isinstance(context.settings, HAProxySettings)
+        self._context = context
+        self._settings = context.settings
+        self._files = Files(folder=context.socket_dir, state=context.state_dir)
+        self._admin = Admin(self._files.admin, self._files.map)
+        self._entries: dict[str, str] = {}
+        """What the map holds."""
+
+    # ------------------------------------------------------------------ life
+
+    async def start(self, front: Front) -> DataPathInfo:
+        """Raises `ConfigError` when it can't run, or an address can't be bound."""
+        executable = await asyncio.to_thread(find_executable, self._settings)
+        version = await asyncio.to_thread(version_of, executable)
+        name = self._context.name
+        record = self._context.processes.find(name)
+        if record is not None:
+            facts = record.facts
+            wanted = front.model_copy(
+                update={
+                    "port": front.port or facts.get("port", 0),
+                    "grpc_port": front.grpc_port or facts.get("grpc_port", 0),
+                }
+            )
+            if facts.get("configuration") == self._hash(wanted) and await self._admin.answers():
+                self._entries = await self._admin.routes()
+                return self._info(record, version, adopted=True)
+            await self._context.processes.stop(name, grace_s=5)
+        chosen = await asyncio.to_thread(_with_ports, front)
+        await asyncio.to_thread(self._write, chosen)
+        await self._check(executable)
+        record = await self._context.processes.spawn(
+            name,
+            [str(executable), "-db", "-f", str(self._files.configuration)],
+            facts={"configuration": self._hash(chosen), "port": chosen.port, "grpc_port": chosen.grpc_port},
+        )
+        try:
+            await self._until_it_answers()
+        except BaseException:
+            await self._context.processes.stop(name, grace_s=0)
+            raise
+        self._entries = {}
+        return self._info(record, version, adopted=False)
+
+    def _info(self, record: ProcessRecord, version: str, *, adopted: bool) -> DataPathInfo:
+        ports = {key: int(record.facts.get(key, 0)) for key in ("port", "grpc_port")}
+        return DataPathInfo(name=self._context.name, version=version, pid=record.pid, adopted=adopted, **ports)
+
+    def _hash(self, front: Front) -> str:
+        return hashlib.sha256(configuration.render(front, self._settings, self._files).encode()).hexdigest()
+
+    def _write(self, front: Front) -> None:
+        try:
+            self._files.state.mkdir(parents=True, exist_ok=True)
+            self._files.map.write_text("")
+            self._files.configuration.write_text(configuration.render(front, self._settings, self._files))
+        except OSError as error:
+            raise ConfigError(
+                f"{self._files.state} can't be written: {error.strerror}; let this user write there", code="storage"
+            ) from error
+
+    async def _check(self, executable: Path) -> None:
+        process = await asyncio.create_subprocess_exec(
+            executable, "-c", "-f", self._files.configuration,
+            stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+        )  # fmt: skip
+        said, _ = await process.communicate()
+        if process.returncode != 0:
+            words = [line for line in said.decode(errors="replace").splitlines() if "ALERT" in line]
+            raise ConfigError(f"{executable} does not take Modelium's configuration: {' '.join(words[:2]) or said!r}")
+
+    async def _until_it_answers(self) -> None:
+        limit = self._settings.start_timeout_s
+        try:
+            async with asyncio.timeout(limit):
+                while not await self._admin.answers():
+                    if self._context.processes.find(self._context.name) is None:
+                        raise self._ended()
+                    await asyncio.sleep(0.02)
+        except TimeoutError as error:
+            raise RuntimeUnavailable(
+                f"HAProxy did not answer within {limit:.0f} s (haproxy.start_timeout_s)"
+            ) from error
+
+    def _ended(self) -> ConfigError | RuntimeUnavailable:
+        words = [line for line in self.logs(20) if "ALERT" in line or "error" in line.lower()]
+        told = " ".join(words[-3:]) or "it said nothing"
+        if "in use" in told or "cannot bind" in told:
+            return ConfigError(
+                f"HAProxy can't bind its addresses: {told}; end what uses them, or choose others with --port and "
+                "--grpc-port",
+                code="address",
+            )
+        return RuntimeUnavailable(f"HAProxy ended while it started: {told}")
+
+    async def stop(self) -> None:
+        await self._context.processes.stop(self._context.name, grace_s=5)
+        self._entries = {}
+
+    def logs(self, lines: int) -> list[str]:
+        return self._context.processes.tail(self._context.name, lines)
+
+    # ------------------------------------------------------------------ routes
+
+    async def sync(self, routes: Collection[DataRoute]) -> None:
+        wanted: dict[str, str] = {}
+        for route in routes:
+            wanted |= entries(route)
+        await self._change(wanted, set(self._entries))
+
+    async def admit(self, route: DataRoute) -> None:
+        await self._change(entries(route), self._of(route.model))
+
+    async def divert(self, model: str) -> None:
+        await self._change({}, self._of(model))
+
+    def _of(self, model: str) -> set[str]:
+        return {key for key in self._entries if model_of(key) == model}
+
+    async def _change(self, wanted: Mapping[str, str], there: set[str]) -> None:
+        """Bring the entries `there` to what is wanted."""
+        stale = [key for key in there if wanted.get(key) != self._entries[key]]
+        new = {key: value for key, value in wanted.items() if self._entries.get(key) != value}
+        if stale or new:
+            await self._admin.change(stale, new)
+        for key in stale:
+            del self._entries[key]
+        self._entries |= new
+
+    # ------------------------------------------------------------------ use
+
+    async def read(self) -> Mapping[str, Carried]:
+        if self._context.processes.find(self._context.name) is None:
+            raise RuntimeUnavailable("HAProxy has ended")
+        return await self._admin.use()
+
+
+def _with_ports(front: Front) -> Front:
+    """With a free port for each that is 0."""
+    chosen: dict[str, int] = {}
+    with contextlib.ExitStack() as held:
+        for key in ("port", "grpc_port"):
+            if not getattr(front, key):
+                holder = held.enter_context(socket.socket())
+                holder.bind((front.host or "0.0.0.0", 0))
+                chosen[key] = holder.getsockname()[1]
+    return front.model_copy(update=chosen)

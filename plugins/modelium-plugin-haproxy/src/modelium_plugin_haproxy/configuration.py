@@ -95,6 +95,7 @@ def _general(settings: HAProxySettings, files: Files) -> Iterable[str]:
     return f"""\
 global
     nbthread {settings.threads}
+    noreuseport
     maxconn {_connections(settings)}
     stats socket {files.admin} mode 600 level admin
     log stderr format raw daemon notice
@@ -166,7 +167,9 @@ frontend grpc
     bind {_bind(front.host, front.grpc_port)} proto h2
     acl inference path /inference.GRPCInferenceService/ModelInfer /inference.GRPCInferenceService/ModelStreamInfer
     http-request wait-for-body time 2s at-least 16 if inference
-    http-request set-var(txn.model) req.body,ungrpc(1) if inference
+    # A message that is not compressed: five bytes of gRPC's own, then its fields, the model's name first.
+    acl plain req.body,bytes(0,1),hex 00
+    http-request set-var(txn.model) req.body,bytes(5),protobuf(1) if inference plain
     http-request set-var(txn.to) str(grpc/),concat(,txn.model),map_str({files.map}) if {{ var(txn.model) -m found }}
     acl direct var(txn.to) -m found
     http-request track-sc0 var(txn.model) table {TABLE} if direct

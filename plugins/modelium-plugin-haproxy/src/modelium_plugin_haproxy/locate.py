@@ -42,7 +42,5 @@ def version_of(executable: Path) -> str:
     if found is None:
         raise ConfigError(f"{executable} is no HAProxy: `-v` says {said.strip()[:80]!r}")
     if (int(found[1]), int(found[2])) < OLDEST:
-        raise ConfigError(
-            f"{executable} is HAProxy {found[1]}.{found[2]}, and {OLDEST[0]}.{OLDEST[1]} or newer is needed"
-        )
+        raise ConfigError(f"{executable} is HAProxy {found[1]}.{found[2]}: expected {OLDEST[0]}.{OLDEST[1]} or newer")
     return f"{found[1]}.{found[2]}{found[3]}"

@@ -24,8 +24,10 @@ from modelium.engine.processes import ProcessSupervisor
 from modelium.engine.service import Service
 from modelium.errors import ConfigError
 from modelium.host import PluginHost
+from modelium.http.answers import DEAD
 from modelium.http.app import UPSTREAM, build_app, serving
 from modelium.http.guard import guarded_names
+from modelium.http.kserve import UNPARSABLE
 from modelium.http.rpc.server import serving_rpc
 from modelium.http.settings import HttpSettings
 from modelium.log import setup
@@ -89,6 +91,8 @@ async def _listening(
         hosts=guarded_names(settings),
         service_http=folder / "http.sock",
         service_grpc=folder / "grpc.sock",
+        client_errors=UNPARSABLE,
+        dead=DEAD,
     )
     async with (
         serving(app, front.service_http),

@@ -26,6 +26,10 @@ class Front(Frozen):
     service_http: Path
     """The service's Unix socket for HTTP."""
     service_grpc: Path
+    client_errors: tuple[str, ...] = ()
+    """How answers of runtimes under status 500 begin that are the client's fault, and are to have status 400."""
+    dead: str = ""
+    """What is in answers of runtimes under status 500 when the model's own process has ended: to have status 502."""
 
 
 class DataRoute(Frozen):

@@ -84,8 +84,7 @@ class Service:
 
     async def _ask(self, event: Any, deadline_s: float | None, organisation: str | None) -> Lease | None:
         engine = self._engine
-        if engine.fast is not None:
-            await engine.fast.read(within_s=FRESH_S)  # what follows may evict
+        await self.fresh()  # what follows may evict
         now = engine.clock()
         if deadline_s is None:
             deadline_s = engine.config.policies.request_deadline_s
@@ -217,6 +216,11 @@ class Service:
             if running is None:
                 raise ConfigError(f"{name} belongs to the runtime {model.runtime}, which is not there")
         return await asyncio.to_thread(running.driver.logs, model.name if model else None, lines)
+
+    async def fresh(self) -> None:
+        """Bring counts of use up to date that are not kept here."""
+        if self._engine.fast is not None:
+            await self._engine.fast.read(within_s=FRESH_S)
 
     def ready(self) -> bool:
         """The repository was read and at least one runtime is up."""

@@ -97,13 +97,16 @@ class Admin:
         state = request.query.get("state", "").upper()
         if state and state not in list(State):
             raise BadRequest(f"expected state to be one of {', '.join(State)}, found {state!r:.40}")
+        await self._service.fresh()
         shown = [view.model_dump_json() async for view in views(self._service) if state in ("", view.state)]
         return web.Response(text=f"[{','.join(shown)}]", content_type="application/json")
 
     async def model(self, request: web.Request) -> web.Response:
+        await self._service.fresh()
         return _shown(await self._service.model(request.match_info["name"]))
 
     async def explain(self, request: web.Request) -> web.Response:
+        await self._service.fresh()
         return _shown(await self._service.explain(request.match_info["name"]))
 
     async def logs(self, request: web.Request) -> web.Response:

@@ -70,7 +70,8 @@ class UpstreamFailed(ModeliumError):
     code = "upstream_failed"
 
 
-_DEAD = re.compile(rb"Stub process '[^']*' is not healthy")
+DEAD = "is not healthy"
+_DEAD = re.compile(rb"Stub process '[^']*' " + DEAD.encode())
 """What Triton answers, under 500, or 400 to `generate_stream`, for a Python model whose process has ended (2.51)."""
 
 

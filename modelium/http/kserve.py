@@ -41,12 +41,15 @@ from modelium.http.upstream import StreamBroken, Upstream
 if TYPE_CHECKING:
     from modelium.engine.service import Service
 
-_UNPARSABLE = (
-    b'{"error":"failed to parse the request JSON',
-    b'{"error":"Unable to parse ',
-    b'{"error":"attempt to get members for non-object',
+UNPARSABLE = (
+    '{"error":"failed to parse the request JSON',
+    '{"error":"Unable to parse ',
+    '{"error":"attempt to get members for non-object',
 )
 """How Triton's answers begin, under status 500, to bodies that are no JSON, or not of its shape (seen on 2.51)."""
+
+
+_UNPARSABLE = tuple(begin.encode() for begin in UNPARSABLE)
 
 
 class KServe:

@@ -74,6 +74,7 @@ class Metrics:
         return web.Response(body=await self.render(), headers={"Content-Type": CONTENT_TYPE_PLAIN_0_0_4})
 
     async def render(self) -> bytes:
+        await self._service.fresh()
         text = _Text()
         _service(text, self._service.status())
         usage = self._service.usage

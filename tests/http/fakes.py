@@ -84,6 +84,9 @@ class FakeService:
 
     # ------------------------------------------------------------------ the facade
 
+    async def fresh(self) -> None:
+        pass
+
     def try_acquire(self, name: str, organisation: str = "") -> Lease | None:
         return self.admission.try_acquire(name, organisation)
 

@@ -40,6 +40,7 @@ class Server:
     held: asyncio.Event | None = None
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
     address: str = ""
+    answer: web.Response | None = None
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         body = await request.read()
@@ -47,7 +48,7 @@ class Server:
         self.arrived.set()
         if self.held is not None:
             await self.held.wait()
-        return web.json_response({"by": self.name})
+        return self.answer or web.json_response({"by": self.name})
 
     async def start(self, stack: AsyncExitStack, socket: Path | None = None) -> None:
         app = web.Application(client_max_size=2**30)
@@ -141,7 +142,7 @@ async def lab(tmp_path: Path) -> AsyncIterator[Lab]:
     sockets = socket_folder(tmp_path)
     front = Front(
         host="127.0.0.1", port=0, grpc_port=0, hosts=("127.0.0.1", "localhost"), service_http=sockets / "http.sock",
-        service_grpc=sockets / "grpc.sock",
+        service_grpc=sockets / "grpc.sock", client_errors=('{"error":"Unable to parse ',), dead="is not healthy",
     )  # fmt: skip
     async with AsyncExitStack() as stack:
         service, runtime, grpc_service, grpc_runtime = Server("service"), Server("runtime"), Echo("service"), Echo("rt")
@@ -319,6 +320,23 @@ async def test_a_runtime_out_of_reach_is_told_in_the_protocols_shape(lab: Lab) -
     await lab.driver.admit(lab.route(endpoints={"kserve-http": "http://127.0.0.1:1"}))
     status, answer = await lab.ask("/v2/models/m/infer")
     assert (status, "out of reach" in answer["error"]) == (503, True)
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "told"),
+    [
+        (500, b'{"error":"Unable to parse \'data\': no"}', 400),
+        (500, b'{"error":"Unable"}', 500),
+        (500, b'{"error":"Stub process \'m_0_0\' is not healthy."}', 502),
+        (503, b'{"error":"Unable to parse "}', 503),
+        (200, b'{"error":"Unable to parse "}', 200),
+    ],
+)
+async def test_whose_fault_it_is_is_told(lab: Lab, status: int, body: bytes, told: int) -> None:
+    lab.runtime.answer = web.Response(status=status, body=body)
+    await lab.driver.admit(lab.route())
+    async with lab.client.post(f"{lab.url}/v2/models/m/infer", data=b"{}") as response:
+        assert (response.status, await response.read()) == (told, body)
 
 
 async def test_it_is_adopted_with_its_routes_by_the_next_one(lab: Lab) -> None:

@@ -188,6 +188,7 @@ def _backends(front: Front) -> Iterable[str]:
         if protocol == "http":
             yield from _error(502, "the runtime took the request and did not answer; it was not sent again")
             yield from _error(503, "the runtime of this model is out of reach; nothing was sent to it")
+            yield from _mended(front)
         yield ""
         # Requests that only the service can answer wait for it while it starts again.
         yield f"backend service_{protocol}"
@@ -197,6 +198,20 @@ def _backends(front: Front) -> Iterable[str]:
             yield from _error(502, "Modelium took the request and was ended before it could answer: ask again")
             yield from _error(503, DOWN)
         yield ""
+
+
+def _mended(front: Front) -> Iterable[str]:
+    """Whose fault an error is, told as the service itself would."""
+    if front.client_errors or front.dead:
+        yield "    http-response wait-for-body time 1s at-least 200 if { status 500 }"
+    for begin in front.client_errors:
+        yield f"    http-response set-status 400 if {{ status 500 }} {{ res.body -m beg {_quoted(begin)} }}"
+    if front.dead:
+        yield f"    http-response set-status 502 if {{ status 500 }} {{ res.body -m sub {_quoted(front.dead)} }}"
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "'\\''") + "'"
 
 
 def _error(status: int, message: str) -> Iterable[str]:

@@ -82,6 +82,12 @@ class DeadlinePassed(CapacityError):
     code = "deadline_passed"
 
 
+class ModelLoading(CapacityError):
+    """It is on its way, and who asked did not want to wait: fields tell its state, progress and expected seconds."""
+
+    code = "model_loading"
+
+
 class DriverError(ModeliumError):
     """A runtime refused, failed, or could not be reached."""
 

@@ -60,6 +60,8 @@ class Carried(NamedTuple):
     requests: int
     in_flight: int
     """Now; each counts from before it is let through until its answer is out."""
+    idle_s: float = 0.0
+    """Since one was let in, or its answer was out."""
 
 
 @dataclass(frozen=True, slots=True)

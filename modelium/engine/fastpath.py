@@ -163,7 +163,9 @@ class FastPath:
             return None
         self._read_at = time.monotonic()
         known = {name: (c.requests, c.in_flight) for name, c in use.items() if self._usage.get(name) is not None}
-        self._usage.merge(self.name, known, self._clock(), anew=self._anew)
+        now = self._clock()
+        used_at = {name: now - c.idle_s for name, c in use.items()}
+        self._usage.merge(self.name, known, now, anew=self._anew, used_at=used_at)
         self._anew = True
         return use
 

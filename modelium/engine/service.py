@@ -28,7 +28,7 @@ from modelium.engine.views import (
     PlanPreview,
     StatusView,
 )
-from modelium.errors import ConfigError, DeadlinePassed, ModelConflict, ModelError, ModelNotFound
+from modelium.errors import ConfigError, DeadlinePassed, ModelConflict, ModelError, ModelLoading, ModelNotFound
 
 MAX_PRIORITY = 10
 TEAM_PRIORITY = 5
@@ -38,6 +38,8 @@ TEAM_PRIORITY = 5
 class Service:
     def __init__(self, engine: Orchestrator):
         self._engine = engine
+        self._loading_soon: dict[str, asyncio.Task[Lease]] = {}
+        """For requests that did not want to wait: one for each model."""
 
     @property
     def usage(self) -> UsageBook:
@@ -67,6 +69,32 @@ class Service:
         )
         assert lease is not None
         return lease
+
+    async def load_soon(self, name: str, *, priority: int = 0, organisation: str = "") -> None:
+        """Have a model loaded without waiting for it. Raises `ModelLoading` with how far it is, unless it is READY.
+
+        Errors are those of `acquire`, where they are known at once.
+        """
+        task = self._loading_soon.get(name)
+        if task is None:
+            task = asyncio.ensure_future(self.acquire(name, priority=priority, organisation=organisation))
+            self._loading_soon[name] = task
+            task.add_done_callback(lambda done: self._loaded_soon(name, done))
+        await asyncio.wait([task], timeout=0.02)
+        if task.done() and task.exception() is not None:
+            task.result()
+        model = self._engine.loop.world.models.get(name)
+        if model is not None and model.state is not State.READY:
+            far = showing.outlook(self._engine, model)
+            expected = f", and is expected in {far['expected_s']:.0f} s" if far["expected_s"] is not None else ""
+            raise ModelLoading(
+                f"{name} is {model.state}: {model.reason}{expected}", retry_after_s=far["expected_s"] or 1.0, **far
+            )
+
+    def _loaded_soon(self, name: str, done: asyncio.Task[Lease]) -> None:
+        self._loading_soon.pop(name, None)
+        if not done.cancelled() and done.exception() is None:
+            done.result().release()
 
     async def _read(self, name: str, deadline_s: float | None) -> None:
         """A folder that is not read or looked into yet is no unknown model."""

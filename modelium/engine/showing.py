@@ -53,6 +53,22 @@ def _fields(engine: Orchestrator, model: Model, now: float) -> dict[str, Any]:
     }
 
 
+def outlook(engine: Orchestrator, model: Model) -> dict[str, Any]:
+    """How far a model that is wanted is: `expected_s` is None where nobody can tell."""
+    expected_s: float | None = model.estimate.load_s
+    if model.state is State.LOADING:
+        expected_s = max(0.0, model.op_since + model.estimate.load_s - engine.clock())
+    elif model.state not in (State.QUEUED, State.COLD, State.UNLOADING, State.DRAINING):
+        expected_s = None
+    progress = engine.progress.get(model.name)
+    return {
+        "model": model.name,
+        "state": str(model.state),
+        "progress": progress.model_dump() if progress is not None else None,
+        "expected_s": round(expected_s, 1) if expected_s is not None else None,
+    }
+
+
 async def detail(engine: Orchestrator, model: Model) -> ModelDetail:
     known = engine.catalog.known.get(model.name)
     inspection = None

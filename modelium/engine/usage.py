@@ -27,6 +27,8 @@ LOAD_BUCKETS_S = (0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.
 OTHER = "other"
 """The label that stands for all values past a bound."""
 
+NEVER: Mapping[str, float] = {}
+
 RESULTS = ("ok", "failed", "refused")
 """`ok` and `failed` as the runtime answered; `refused` when the request never reached a runtime."""
 
@@ -128,11 +130,20 @@ class ModelUsage:
         """A request was turned away before it reached a runtime (queue full, deadline passed, load failed)."""
         self._row(organisation)[2] += 1
 
-    def merge(self, source: str, requests: int, in_flight: int, now: float, *, anew: bool = False) -> None:
+    def merge(
+        self,
+        source: str,
+        requests: int,
+        in_flight: int,
+        now: float,
+        *,
+        anew: bool = False,
+        used_at: float | None = None,
+    ) -> None:
         """Take in what `source` has counted so far besides the service.
 
         The first reading only sets where counting starts, unless the source is known to have begun `anew`; a total
-        that went down means that it did.
+        that went down means that it did. `used_at` is when it last saw the model used, where it can tell.
         """
         if self._external is None:
             self._external = {}
@@ -142,7 +153,10 @@ class ModelUsage:
         new = 0 if before is None else requests - before[0] if requests >= before[0] else requests
         self.in_flight += in_flight - was_in_flight
         if new or in_flight or was_in_flight:
+            before_at = self.last_used
             self._count(new, now)
+            if used_at is not None and not in_flight:
+                self.last_used = max(before_at, min(used_at, now))
 
     def qps(self, now: float) -> float:
         """Requests per second over the last minute, in whole seconds: those begun 60 s ago or more don't count."""
@@ -296,8 +310,16 @@ class UsageBook:
     def __len__(self) -> int:
         return len(self._models)
 
-    def merge(self, source: str, counts: Mapping[str, tuple[int, int]], now: float, *, anew: bool = False) -> None:
-        """Take in one reading of a `UsageSource`: requests so far and in flight, by model; `anew` as for one model.
+    def merge(
+        self,
+        source: str,
+        counts: Mapping[str, tuple[int, int]],
+        now: float,
+        *,
+        anew: bool = False,
+        used_at: Mapping[str, float] = NEVER,
+    ) -> None:
+        """Take in one reading of a `UsageSource`: requests so far and in flight, by model; the rest as for one model.
 
         A model with a record that the source no longer names has nothing in flight there. Give only models that
         exist: each one named gets a record.
@@ -307,7 +329,7 @@ class UsageBook:
             if external is not None and source in external and usage.name not in counts:
                 usage.merge(source, external[source][0], 0, now)
         for name, (requests, in_flight) in counts.items():
-            self.model(name).merge(source, requests, in_flight, now, anew=anew)
+            self.model(name).merge(source, requests, in_flight, now, anew=anew, used_at=used_at.get(name))
 
     def observe(self, transition: Transition) -> None:
         """Count a transition of a model."""

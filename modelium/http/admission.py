@@ -23,6 +23,11 @@ DEADLINE = istr("x-modelium-deadline-s")
 PRIORITY = istr("x-modelium-priority")
 """-10 to 10; who waits with a higher one is served first."""
 
+WAIT = istr("x-modelium-wait")
+"""0 has a request for a model that is not loaded answered at once, while the model is loaded for the next one."""
+
+NOTHING: Mapping[str, str] = {}
+
 HTTP = "kserve-http"
 GRPC = "kserve-grpc"
 """Protocols of endpoints, as `modelium.api.Endpoint` names them."""
@@ -67,7 +72,17 @@ def priority_of(headers: Mapping[str, str]) -> int:
     return max(-MAX_PRIORITY, min(MAX_PRIORITY, priority))
 
 
-async def acquire(service: Service, settings: HttpSettings, headers: Mapping[str, str], name: str) -> Lease:
+def waits(headers: Mapping[str, str], query: Mapping[str, str]) -> bool:
+    """Whether the request waits for its model: `x-modelium-wait`, or `wait` in the query, is 1 unless it says 0."""
+    text = headers.get(WAIT, query.get("wait", "1"))
+    if text not in ("0", "1"):
+        raise BadRequest(f"expected {WAIT} to be 0 or 1, found {text!r:.40}")
+    return text == "1"
+
+
+async def acquire(
+    service: Service, settings: HttpSettings, headers: Mapping[str, str], name: str, query: Mapping[str, str] = NOTHING
+) -> Lease:
     """A hold on `name`, loaded first when it is not ready. To be released."""
     organisation = organisation_of(headers)
     lease = service.try_acquire(name, organisation)
@@ -75,6 +90,8 @@ async def acquire(service: Service, settings: HttpSettings, headers: Mapping[str
         return lease
     deadline_s, priority = deadline_of(headers, settings.max_deadline_s), priority_of(headers)
     try:
+        if not waits(headers, query):
+            await service.load_soon(name, priority=priority, organisation=organisation)
         return await service.acquire(name, deadline_s=deadline_s, priority=priority, organisation=organisation)
     except ModeliumError:
         usage = service.usage.get(name)

@@ -17,7 +17,7 @@ from typing import Any
 
 from aiohttp import web
 
-from modelium.errors import ModeliumError
+from modelium.errors import ModeliumError, ModelLoading
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +37,7 @@ STATUS: Mapping[str, int] = {
     "model_conflict": 409,
     "model_failed": 503,
     "model_invalid": 400,
+    "model_loading": 503,
     "model_not_found": 404,
     "never_fits": 507,  # Insufficient Storage: unlike 503 it does not invite to try again
     "not_supported": 501,
@@ -97,8 +98,8 @@ def status_of(error: ModeliumError) -> int:
 
 
 def kserve_shape(error: ModeliumError) -> Any:
-    """As Triton answers: `{"error": "..."}`."""
-    return {"error": error.message}
+    """As Triton answers: `{"error": "..."}`; of a model that loads, beside it how far it is."""
+    return {"error": error.message, **(error.fields if isinstance(error, ModelLoading) else {})}
 
 
 def own_shape(error: ModeliumError) -> Any:

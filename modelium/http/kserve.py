@@ -99,14 +99,15 @@ class KServe:
 
     async def infer(self, request: web.Request) -> web.StreamResponse:
         name = request.match_info["model"]
-        lease = await acquire(self._service, self._settings, request.headers, name)
+        lease = await acquire(self._service, self._settings, request.headers, name, request.query)
         if lease.decoupled and GRPC in lease.endpoints:
             return await self._held(lease, self._infer_decoupled(request, lease))
         return await self._held(lease, self._passed(request, lease))
 
     async def forward(self, request: web.Request) -> web.StreamResponse:
         """Pass on to the model's runtime as it is."""
-        lease = await acquire(self._service, self._settings, request.headers, request.match_info["model"])
+        name = request.match_info["model"]
+        lease = await acquire(self._service, self._settings, request.headers, name, request.query)
         return await self._held(lease, self._passed(request, lease))
 
     async def _held(self, lease: Lease, answering: Any) -> web.StreamResponse:

@@ -73,7 +73,8 @@ class Predict:
 
     async def predict(self, request: web.Request) -> web.Response:
         asked = parse(await read_json(request))
-        lease = await acquire(self._service, self._settings, request.headers, request.match_info["model"])
+        name = request.match_info["model"]
+        lease = await acquire(self._service, self._settings, request.headers, name, request.query)
         ok = True
         try:
             return web.Response(body=await self._answer(lease, asked), content_type="application/json")

@@ -18,6 +18,7 @@ from modelium.errors import (
     DriverError,
     LoadRejected,
     ModelFailed,
+    ModelLoading,
     ModelNotFound,
     NeverFits,
     PluginError,
@@ -713,3 +714,21 @@ async def test_a_name_that_is_no_text_is_refused_and_can_be_shown(tmp_path: Path
         for view in r.service.models():
             assert view.model_dump_json()
         assert all(t.model_dump_json() for t in r.service.decisions())
+
+
+async def test_who_does_not_wait_has_it_loaded_once_for_the_next(tmp_path: Path) -> None:
+    async with rig(tmp_path) as r:
+        await r.add("a")
+        await r.service.unload("a")
+        held = r.runtime.hold("load", "a")
+        for _ in range(3):
+            with pytest.raises(ModelLoading) as caught:
+                await r.service.load_soon("a")
+        assert caught.value.fields["state"] == "LOADING" and caught.value.fields["expected_s"] is not None
+        held.release()
+        await r.is_("a", "READY")
+        await r.service.load_soon("a")
+        assert r.runtime.calls.count(("load", "a")) == 2
+        assert r.service.view("a").in_flight == 0
+        with pytest.raises(ModelNotFound):
+            await r.service.load_soon("nobody")

@@ -25,7 +25,7 @@ from modelium.engine.views import (
     RuntimeView,
     StatusView,
 )
-from modelium.errors import DeadlinePassed, ModelConflict, ModeliumError, ModelNotFound
+from modelium.errors import DeadlinePassed, ModelConflict, ModeliumError, ModelLoading, ModelNotFound
 
 
 class FakeService:
@@ -109,6 +109,15 @@ class FakeService:
         lease = self.admission.try_acquire(name, organisation)
         assert lease is not None
         return lease
+
+    async def load_soon(self, name: str, *, priority: int = 0, organisation: str = "") -> None:
+        self.calls.append(("load_soon", name, priority, organisation))
+        self._there(name)
+        if name in self.failures:
+            raise self.failures[name]
+        raise ModelLoading(
+            f"{name} is LOADING", retry_after_s=7, model=name, state="LOADING", progress=None, expected_s=7.0
+        )
 
     async def load(
         self, name: str, *, deadline_s: float | None = None, parameters: Mapping[str, Any] | None = None

@@ -396,3 +396,25 @@ def test_pieces_of_text_are_put_together() -> None:
     for bad in (text(b"a", b"b"), text(b"abcd", datatype="FP32")):
         with pytest.raises(BadRequest, match="generate_stream"):
             join("m", [text(b"a"), bad])
+
+
+@pytest.mark.parametrize(("headers", "query"), [({"x-modelium-wait": "0"}, ""), ({}, "?wait=0")])
+async def test_who_does_not_wait_is_told_how_far_it_is(
+    surface: Surface, upstream: Recorder, headers: dict[str, str], query: str
+) -> None:
+    surface.service.put("m", "LOADING")
+    for path in ("/v2/models/m/infer", "/v2/models/m/generate", "/predict/m"):
+        status, answer, got = await ask(surface, "POST", path + query, json={"inputs": []}, headers=headers)
+        assert (status, got["Retry-After"]) == (503, "7")
+        told = answer if path.startswith("/v2") else answer["error"]
+        assert (told["state"], told["expected_s"], told["model"]) == ("LOADING", 7.0, "m")
+    assert {call[0] for call in surface.service.calls} == {"load_soon"}
+    surface.service.put("m", "READY")
+    assert (await ask(surface, "POST", f"/v2/models/m/infer{query}", json={}, headers=headers))[0] == 200
+    assert (await ask(surface, "POST", "/v2/models/m/infer?wait=maybe", json={}))[0] == 200
+
+
+async def test_wait_is_yes_or_no(surface: Surface, upstream: Recorder) -> None:
+    surface.service.put("m", "COLD")
+    status, answer, _ = await ask(surface, "POST", "/v2/models/m/infer?wait=maybe", json={})
+    assert (status, "to be 0 or 1, found 'maybe'" in answer["error"]) == (400, True)

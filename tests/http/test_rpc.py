@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
@@ -217,6 +218,16 @@ async def test_a_model_is_loaded_by_its_first_call(rpc: Rpc, real: Triton, servi
     assert read(await call) == [1, 2, 3]
     (_, name, deadline_s, priority, _) = service.calls[-1]
     assert (name, priority) == ("identity", 3) and 25 < deadline_s <= 30
+
+
+async def test_who_does_not_wait_is_told_how_far_it_is(rpc: Rpc, real: Triton, service: FakeService) -> None:
+    service.put("identity", "LOADING")
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await rpc.stub.ModelInfer(floats(), metadata=(("x-modelium-wait", "0"),))
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    trailing = dict(caught.value.trailing_metadata())
+    assert trailing["retry-after"] == "7"
+    assert json.loads(trailing["x-modelium-loading"])["expected_s"] == 7.0
 
 
 async def test_who_leaves_waits_no_more(rpc: Rpc, real: Triton, service: FakeService) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from http import HTTPStatus
@@ -9,7 +10,7 @@ from typing import Any, NoReturn
 
 import grpc
 
-from modelium.errors import ModeliumError
+from modelium.errors import ModeliumError, ModelLoading
 from modelium.http.answers import RETRY_AFTER_S, status_of
 
 CODES: Mapping[int, grpc.StatusCode] = {
@@ -33,9 +34,12 @@ def code_of(error: ModeliumError) -> grpc.StatusCode:
 
 
 async def refuse(context: Any, error: ModeliumError) -> NoReturn:
-    """End the call with the error; `retry-after` in the trailing metadata says when to ask again, in seconds."""
+    """End the call with the error; `retry-after` in the trailing metadata says when to ask again, in seconds, and
+    `x-modelium-loading` how far a model is, as JSON."""
     retry_after_s = error.retry_after_s if error.retry_after_s is not None else RETRY_AFTER_S.get(error.code)
     trailing = [("x-modelium-code", error.code)]
+    if isinstance(error, ModelLoading):
+        trailing.append(("x-modelium-loading", json.dumps(error.fields)))
     if retry_after_s is not None:
         trailing.append(("retry-after", str(max(1, math.ceil(retry_after_s)))))
     await context.abort(code_of(error), error.message, tuple(trailing))

@@ -39,6 +39,7 @@ class Server:
     seen: list[tuple[str, str, bytes]] = field(default_factory=list)
     held: asyncio.Event | None = None
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
+    left: asyncio.Event = field(default_factory=asyncio.Event)
     address: str = ""
     answer: web.Response | None = None
 
@@ -47,13 +48,17 @@ class Server:
         self.seen.append((request.raw_path, request.headers.get("Content-Type", ""), body))
         self.arrived.set()
         if self.held is not None:
-            await self.held.wait()
+            try:
+                await self.held.wait()
+            except asyncio.CancelledError:
+                self.left.set()
+                raise
         return self.answer or web.json_response({"by": self.name})
 
     async def start(self, stack: AsyncExitStack, socket: Path | None = None) -> None:
         app = web.Application(client_max_size=2**30)
         app.router.add_route("*", "/{rest:.*}", self.handle)
-        runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1, handler_cancellation=True)
         await runner.setup()
         stack.push_async_callback(runner.cleanup)
         if socket is not None:
@@ -113,6 +118,9 @@ class Lab:
 
     async def by(self, path: str, body: bytes = b"{}", **headers: str) -> str:
         return str((await self.ask(path, body, **headers))[1]["by"])
+
+    async def counted(self) -> dict[str, tuple[int, int]]:
+        return {name: (c.requests, c.in_flight) for name, c in (await self.driver.read()).items()}
 
     def route(self, model: str = "m", **changes: Any) -> DataRoute:
         endpoints = {
@@ -265,14 +273,28 @@ async def test_use_is_counted_to_the_request(lab: Lab) -> None:
         await lab.ask("/v2/models/m/infer")
     await lab.rpc.ModelInfer(pb.ModelInferRequest(model_name="m"))
     await lab.ask("/v2/models/other/infer")
-    assert await lab.driver.read() == {"m": (4, 0)}
+    assert await lab.counted() == {"m": (4, 0)}
     lab.runtime.held, lab.runtime.arrived = asyncio.Event(), asyncio.Event()
     asking = [asyncio.ensure_future(lab.ask("/v2/models/m/infer")) for _ in range(2)]
     await _until(lambda: len(lab.runtime.seen) == 5)
-    assert await lab.driver.read() == {"m": (6, 2)}
+    assert await lab.counted() == {"m": (6, 2)}
     lab.runtime.held.set()
     await asyncio.gather(*asking)
-    assert await lab.driver.read() == {"m": (6, 0)}
+    assert await lab.counted() == {"m": (6, 0)}
+    await asyncio.sleep(0.3)
+    assert 0.2 < (await lab.driver.read())["m"].idle_s < 5
+
+
+async def test_a_client_that_leaves_takes_its_request_along(lab: Lab) -> None:
+    await lab.driver.admit(lab.route())
+    for path, server in (("/v2/models/m/infer", lab.runtime), ("/v2/models/cold/infer", lab.service)):
+        server.held = asyncio.Event()
+        asking = asyncio.ensure_future(lab.ask(path))
+        await server.arrived.wait()
+        asking.cancel()
+        async with asyncio.timeout(5):
+            await server.left.wait()
+    assert await lab.counted() == {"m": (1, 0)}
 
 
 async def test_what_is_under_way_when_a_model_is_diverted_ends_well(lab: Lab) -> None:

@@ -14,7 +14,9 @@ from modelium.api.datapath import Carried
 from modelium.errors import DriverError, RuntimeUnavailable
 
 TABLE = "usage"
-_ROW = re.compile(r"key=(\S+) .*conn_cur=(\d+) http_req_cnt=(\d+)")
+EXPIRE_S = 120
+"""How long what is not used stays in the table; what is left of it tells since when."""
+_ROW = re.compile(r"key=(\S+) .*exp=(\d+) .*conn_cur=(\d+) http_req_cnt=(\d+)")
 _AT_ONCE = 200
 """Commands in one line: HAProxy takes 16 KiB."""
 
@@ -40,7 +42,10 @@ class Admin:
 
     async def use(self) -> dict[str, Carried]:
         answer = await self._say(f"show table {TABLE}")
-        return {key: Carried(int(count), int(now)) for key, now, count in _ROW.findall(answer)}
+        return {
+            key: Carried(int(count), int(now), max(0.0, EXPIRE_S - int(left_ms) / 1000))
+            for key, left_ms, now, count in _ROW.findall(answer)
+        }
 
     async def answers(self) -> bool:
         try:

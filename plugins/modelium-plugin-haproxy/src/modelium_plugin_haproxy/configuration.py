@@ -16,7 +16,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from modelium.api.datapath import DataRoute, Front
-from modelium_plugin_haproxy.admin import TABLE
+from modelium_plugin_haproxy.admin import EXPIRE_S, TABLE
 from modelium_plugin_haproxy.settings import HAProxySettings
 
 VERBS = ("infer", "generate", "generate_stream")
@@ -109,6 +109,7 @@ defaults
     option http-keep-alive
     option http-no-delay
     option dontlognull
+    option abortonclose
     http-reuse always
     retries 0
     timeout connect 5s
@@ -120,7 +121,7 @@ defaults
     timeout tunnel 3600s
 
 backend {TABLE}
-    stick-table type string len 201 size 100k expire 120s store http_req_cnt,conn_cur
+    stick-table type string len 201 size 100k expire {EXPIRE_S}s store http_req_cnt,conn_cur
 """.splitlines()
 
 

@@ -100,7 +100,7 @@ class Served:
 
     def start(self, *, ready: bool = True, within_s: float = 600) -> Served:
         """Start it and wait until it is ready; the first start on a machine sets up its Triton."""
-        command = [*self.prefix, *MODELIUM, "serve", *self._where, "--port", str(self.port)]
+        command = [*self.prefix, *MODELIUM, "serve", *self._where, "--port", str(self.port), "--grpc-port", "0"]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=self.env)
         self.until(lambda: self.answers("/readyz" if ready else "/livez"), within_s, "the service to be ready")

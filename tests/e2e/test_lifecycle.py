@@ -165,7 +165,7 @@ def test_interrupted_it_leaves_triton_and_down_ends_it(service: Served, drop: Dr
     model = drop("stays")
     pid, address = triton(service)["info"]["pid"], triton_address(service)
     assert service.stop() == 0
-    assert f"still running: triton; `modelium down --root {service.root}` ends what is left" in service.tail()
+    assert f"still running: haproxy, triton; `modelium down --root {service.root}` ends what is left" in service.tail()
     assert alive([pid])
     assert infer(Straight(address), "stays", [2]) == [4]
 
@@ -362,8 +362,9 @@ def test_triton_killed_comes_back_with_what_was_in_use(service: Served, drop: Dr
                 return list(await asyncio.gather(*held))
 
     for got in asyncio.run(crash()):
-        assert got.status == 502, got
-        assert "busy" in got.body and "not sent again" in got.body
+        # HAProxy closes the client's connection where the service would say 502; nobody sends it again either way
+        assert got.status in (0, 502), got
+        assert got.status == 0 or "not sent again" in got.body
     service.until(lambda: triton(service)["info"]["pid"] != before, what="Triton to come back")
     for name in ("used", "busy"):
         comes_back(service, name)

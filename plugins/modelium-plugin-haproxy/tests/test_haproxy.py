@@ -338,10 +338,13 @@ async def test_no_request_is_lost_while_routes_come_and_go(lab: Lab) -> None:
 # --------------------------------------------------------------------------- trouble
 
 
-async def test_a_runtime_out_of_reach_is_told_in_the_protocols_shape(lab: Lab) -> None:
-    await lab.driver.admit(lab.route(endpoints={"kserve-http": "http://127.0.0.1:1"}))
-    status, answer = await lab.ask("/v2/models/m/infer")
-    assert (status, "out of reach" in answer["error"]) == (503, True)
+async def test_a_runtime_out_of_reach_is_the_services_to_judge(lab: Lab) -> None:
+    gone = {"kserve-http": "http://127.0.0.1:1", "kserve-grpc": "127.0.0.1:1"}
+    await lab.driver.admit(lab.route(endpoints=gone))
+    assert await lab.by("/v2/models/m/infer") == "service"
+    body = os.urandom(5_000_000)
+    assert await lab.by("/v2/models/m/infer", body) == "service" and lab.service.seen[-1][2] == body
+    assert (await lab.rpc.ModelInfer(pb.ModelInferRequest(model_name="m"))).model_version == "service"
 
 
 @pytest.mark.parametrize(

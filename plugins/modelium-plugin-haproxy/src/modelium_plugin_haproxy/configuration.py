@@ -185,10 +185,16 @@ def _backends(front: Front) -> Iterable[str]:
         yield f"backend runtimes_{protocol}"
         yield "    http-request set-dst var(txn.to),field(1,:)"
         yield "    http-request set-dst-port var(txn.to),field(2,:)"
+        # A runtime that refuses the connection was sent nothing: the service knows what to do with the request. Of one
+        # that is lost with a request, HAProxy tells nothing where it had used the connection before: it closes the
+        # client's, which may ask again, and no `retry-on` changes that (2.8).
+        yield "    balance first"
+        yield "    retries 1"
+        yield "    option redispatch 1"
         yield f"    server any 0.0.0.0:0{h2}"
+        yield f"    server service unix@{socket}{h2}"
         if protocol == "http":
             yield from _error(502, "the runtime took the request and did not answer; it was not sent again")
-            yield from _error(503, "the runtime of this model is out of reach; nothing was sent to it")
             yield from _mended(front)
         yield ""
         # Requests that only the service can answer wait for it while it starts again.

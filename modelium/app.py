@@ -11,6 +11,7 @@ import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import uvloop
 from aiohttp import web
@@ -58,8 +59,9 @@ async def running(config: Config, *, stop_runtimes: bool = False) -> AsyncIterat
         )
         try:
             app = build_app(service, settings)
-            async with _listening(config, engine, service, settings, app) as port:
+            async with _listening(config, engine, service, settings, app) as (port, grpc_port):
                 url = config.server.model_copy(update={"port": port}).url
+                engine.listening = {"http": url, "grpc": f"{urlsplit(url).hostname}:{grpc_port}"}
                 try:
                     await engine.start()
                     started = True
@@ -73,15 +75,15 @@ async def running(config: Config, *, stop_runtimes: bool = False) -> AsyncIterat
 @asynccontextmanager
 async def _listening(
     config: Config, engine: Orchestrator, service: Service, settings: HttpSettings, app: web.Application
-) -> AsyncIterator[int]:
-    """Bind the addresses that clients know, by the data path where there is one; gives the HTTP port."""
+) -> AsyncIterator[tuple[int, int]]:
+    """Bind the addresses that clients know, by the data path where there is one; gives the ports of HTTP and gRPC."""
     server = config.server
     if engine.fast is None:
         async with (
             serving(app, server.host, server.port) as (_, port),
-            serving_rpc(service, settings, app[UPSTREAM], server.host, server.grpc_port),
+            serving_rpc(service, settings, app[UPSTREAM], server.host, server.grpc_port) as grpc_port,
         ):
-            yield port
+            yield port, grpc_port
         return
     folder = socket_folder(engine.paths.state)
     front = Front(
@@ -100,7 +102,7 @@ async def _listening(
     ):
         info = await engine.fast.start(front)
         log.info("requests for loaded models go by %s %s", info.name, info.version)
-        yield info.port
+        yield info.port, info.grpc_port
 
 
 def serve(config: Config, *, stop_runtimes: bool = False, ready: Callable[[str, Paths], None] | None = None) -> None:

@@ -148,6 +148,10 @@ class Served:
 
     # ------------------------------------------------------------------ talking to it
 
+    def grpc_address(self) -> str:
+        """Where gRPC answers."""
+        return str(self.get("/status")["listening"]["grpc"])
+
     def request(
         self,
         method: str,

@@ -98,6 +98,8 @@ class Orchestrator:
         self.journal = Journal(paths.state / "decisions.jsonl")
         self.usage = UsageBook(known=config.policies.high_priority_teams)
         self.admission = Admission(self.usage, clock)
+        self.listening: dict[str, str] = {}
+        """The addresses that clients know, once they are bound."""
         self.devices: tuple[Device, ...] = ()
         self.progress: dict[str, Progress] = {}
         """Of loads and moves under way, by model or drop."""

@@ -219,6 +219,7 @@ class Service:
             devices=showing.devices(engine),
             runtimes=showing.runtimes(engine),
             data_path=showing.data_path(engine),
+            listening=engine.listening,
             plugins=tuple(engine.host.plugins()),
         )
 

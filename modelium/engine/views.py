@@ -145,6 +145,8 @@ class StatusView(Frozen):
     devices: tuple[DeviceView, ...]
     runtimes: tuple[RuntimeView, ...]
     data_path: DataPathView = DataPathView(name="service")
+    listening: Mapping[str, str] = {}
+    """The addresses that clients know: a URL under `http`, an address under `grpc`."""
     plugins: tuple[PluginView, ...]
 
 

@@ -1,6 +1,6 @@
 """`make bench`: measures, prints a table, judges nothing. Timings are of this machine in this minute: compare ratios.
 
-python -m tests.bench [core] [startup] [drops] [path] [herd]
+python -m tests.bench [core] [startup] [drops] [front] [herd]
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-PARTS = ("core", "startup", "drops", "path", "herd")
+PARTS = ("core", "startup", "drops", "front", "herd")
 
 
 def main(parts: list[str]) -> int:

@@ -44,6 +44,8 @@ async def running(config: Config, *, stop_runtimes: bool = False) -> AsyncIterat
     Runtimes stay up afterwards unless `stop_runtimes`. Raises `ConfigError` for what keeps it from starting.
     """
     paths = config.paths()
+    if paths.incoming is None and not paths.repository.is_dir():
+        raise ConfigError(f"{paths.repository} is not there: --repository names a folder that exists")
     with _only_one(paths):
         host = await asyncio.to_thread(PluginHost.load, config.plugins.disable)
         sections = validate_sections(config, host.sections())
@@ -78,10 +80,16 @@ async def _listening(
 ) -> AsyncIterator[tuple[int, int]]:
     """Bind the addresses that clients know, by the data path where there is one; gives the ports of HTTP and gRPC."""
     server = config.server
+    certificate, key = server.tls.certificate, server.tls.key
+    tls = (certificate, key) if certificate is not None and key is not None else None
+    sockets = _sockets(server.socket_directory)
+    http_socket, grpc_socket = sockets or (None, None)
     if engine.fast is None:
         async with (
-            serving(app, server.host, server.port) as (_, port),
-            serving_rpc(service, settings, app[UPSTREAM], server.host, server.grpc_port) as grpc_port,
+            serving(app, server.host, server.port, socket=http_socket, tls=tls) as (_, port),
+            serving_rpc(
+                service, settings, app[UPSTREAM], server.host, server.grpc_port, socket=grpc_socket, tls=tls
+            ) as grpc_port,
         ):
             yield port, grpc_port
         return
@@ -93,6 +101,9 @@ async def _listening(
         hosts=guarded_names(settings),
         service_http=folder / "http.sock",
         service_grpc=folder / "grpc.sock",
+        certificate=certificate,
+        key=key,
+        sockets=sockets,
         client_errors=UNPARSABLE,
         dead=DEAD,
     )
@@ -103,6 +114,17 @@ async def _listening(
         info = await engine.fast.start(front)
         log.info("requests for loaded models go by %s %s", info.name, info.version)
         yield info.port, info.grpc_port
+
+
+def _sockets(folder: Path | None) -> tuple[Path, Path] | None:
+    """For HTTP and gRPC, where a folder for them is configured."""
+    if folder is None:
+        return None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise ConfigError(f"{folder} can't be made: {exc.strerror}; choose another server.socket_directory") from exc
+    return folder / "http.sock", folder / "grpc.sock"
 
 
 def serve(config: Config, *, stop_runtimes: bool = False, ready: Callable[[str, Paths], None] | None = None) -> None:
@@ -126,15 +148,19 @@ def serve(config: Config, *, stop_runtimes: bool = False, ready: Callable[[str, 
         uvloop.run(main())
 
 
-def down(config: Config) -> list[str]:
-    """End the runtimes that an earlier `serve` of this root left running; returns their names.
+def down(config: Config, tell: Callable[[list[str]], None]) -> list[str]:
+    """End the runtimes that an earlier `serve` of this root left running; returns their names, after `tell` was told.
 
-    Raises `ConfigError` when the service itself is still running.
+    Raises `ConfigError` when the service itself is still running, or there never was one.
     """
     paths = config.paths()
-    with _only_one(paths):
+    if not paths.state.is_dir():
+        raise ConfigError(f"no service has ever had {paths.root} as its root: name another by --root or --repository")
+    with _only_one(paths, "end that first, and then its runtimes"):
         supervisor = _supervisor(paths)
         names = supervisor.names()
+        if names:
+            tell(names)
 
         async def stop() -> None:
             for name in names:
@@ -160,7 +186,7 @@ def _supervisor(paths: Paths) -> ProcessSupervisor:
 
 
 @contextmanager
-def _only_one(paths: Paths) -> Iterator[None]:
+def _only_one(paths: Paths, advice: str = "end that first, or choose another --root") -> Iterator[None]:
     """Two services on one root would fight over it."""
     file = paths.state / "lock"
     try:
@@ -177,7 +203,7 @@ def _only_one(paths: Paths) -> Iterator[None]:
         except OSError as exc:
             holder = _holder(file)
             raise ConfigError(
-                f"{paths.root} is served already{holder}: end that first, or choose another --root",
+                f"{paths.root} is served already{holder}: {advice}",
                 code="served_already",
             ) from exc
         os.ftruncate(handle, 0)

@@ -77,6 +77,21 @@ class Section(BaseModel):
         return {} if value is None else value
 
 
+class Tls(Section):
+    """Encryption of HTTP and gRPC; both files are read at start."""
+
+    certificate: Path | None = None
+    """PEM: the server's certificate, and those between it and its root."""
+    key: Path | None = None
+    """PEM: the certificate's private key, without a password."""
+
+    @model_validator(mode="after")
+    def _both(self) -> Self:
+        if (self.certificate is None) is not (self.key is None):
+            raise ValueError("certificate and key go together: give both, or neither")
+        return self
+
+
 class Server(Section):
     """The one address that clients talk to."""
 
@@ -86,6 +101,9 @@ class Server(Section):
     """HTTP: KServe v2, OpenAI, administration, metrics. 0 takes a free one."""
     grpc_port: Port = 8001
     """gRPC: KServe v2. 0 takes a free one."""
+    socket_directory: Path | None = None
+    """Also answer on Unix sockets in this folder, `http.sock` and `grpc.sock`, for clients beside the service."""
+    tls: Tls = Tls()
     data_path: str = "auto"
     """What carries requests for loaded models: `auto` is a plugin that can run here, if there is one; `service` is the
     service itself; else a plugin by name (`haproxy`)."""
@@ -104,7 +122,8 @@ class Server(Section):
     def url(self) -> str:
         """Where a client on this machine finds the service."""
         host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(self.host, self.host)
-        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+        scheme = "http" if self.tls.certificate is None else "https"
+        return f"{scheme}://[{host}]:{self.port}" if ":" in host else f"{scheme}://{host}:{self.port}"
 
 
 class Policies(Section):
@@ -312,12 +331,24 @@ def validate_sections(config: Config, models: Mapping[str, type[BaseModel]]) -> 
 def _resolved(values: Values) -> dict[str, Any]:
     """The data with relative folders made absolute, by where each was written."""
     data = dict(values.data)
-    section = data.get("orchestration")
-    if not isinstance(section, dict):
-        return data
-    data["orchestration"] = section = dict(section)
-    for key in ("root", "model_repository", "incoming_directory"):
-        origin = values.origin(("orchestration", key))
-        if isinstance(section.get(key), str | Path) and origin:
-            section[key] = origin.folder / Path(section[key]).expanduser()
+    for path in _PATHS:
+        section: Any = data
+        for part in path[:-1]:
+            if not isinstance(section.get(part), dict):
+                break
+            section[part] = section = dict(section[part])
+        else:
+            origin, key = values.origin(path), path[-1]
+            if isinstance(section.get(key), str | Path) and origin:
+                section[key] = origin.folder / Path(section[key]).expanduser()
     return data
+
+
+_PATHS = (
+    ("orchestration", "root"),
+    ("orchestration", "model_repository"),
+    ("orchestration", "incoming_directory"),
+    ("server", "socket_directory"),
+    ("server", "tls", "certificate"),
+    ("server", "tls", "key"),
+)

@@ -182,7 +182,9 @@ class PluginHost:
             raise ModelError("; ".join(error.message for error in refusals))
         known = ", ".join(impl.plugin.name for impl in self._hooks["modelium_analyze"]) or "none"
         failed = "".join(f"; {a.by.title} failed on it: {_short(a.error)}" for a in answers if a.error is not None)
-        raise ModelError(f"{path.name} is not a model that any analyzer knows (there are: {known}){failed}")
+        raise ModelError(
+            f"{path.name} is not a model that any analyzer knows (there are: {known}){failed}", code="unknown_format"
+        )
 
     def converters(self) -> tuple[Converter, ...]:
         """All converters; where two have one name, neither."""

@@ -22,7 +22,7 @@ _PATTERNS: tuple[tuple[re.Pattern[str], str], ...] = (
     # user:password@ in a URL
     (re.compile(r"(\b[A-Za-z][A-Za-z0-9+.-]*://)[^\s/@:]+(?::[^\s/@]*)?@"), r"\1***@"),
     # key=value, key: value, "key": "value"
-    (re.compile(rf"(?i)((?:\b|[-_]){_WORDS}['\"]?\s*[=:]\s*['\"]?)[^\s&'\",;}}]+"), r"\1***"),
+    (re.compile(rf"(?i)((?:(?<![/\w])|[-_]){_WORDS}['\"]?\s*[=:]\s*['\"]?)[^\s&'\",;}}]+"), r"\1***"),
     # tokens known by their shape: Hugging Face, OpenAI-like, GitHub, JSON Web Tokens
     (re.compile(r"\b(?:hf_|sk-|gh[pousr]_)[A-Za-z0-9_-]{16,}"), HIDDEN),
     (re.compile(r"\beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]*"), HIDDEN),

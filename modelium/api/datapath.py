@@ -26,6 +26,11 @@ class Front(Frozen):
     service_http: Path
     """The service's Unix socket for HTTP."""
     service_grpc: Path
+    certificate: Path | None = None
+    """PEM; with it, `key` too, and clients speak TLS."""
+    key: Path | None = None
+    sockets: tuple[Path, Path] | None = None
+    """Unix sockets for clients besides, for HTTP and for gRPC."""
     client_errors: tuple[str, ...] = ()
     """How answers of runtimes under status 500 begin that are the client's fault, and are to have status 400."""
     dead: str = ""
@@ -62,6 +67,10 @@ class Carried(NamedTuple):
     """Now; each counts from before it is let through until its answer is out."""
     idle_s: float = 0.0
     """Since one was let in, or its answer was out."""
+    failures: int = 0
+    """Answered by the runtime with a 5xx."""
+    organisations: Mapping[str, Carried] = {}
+    """Those of them that named one."""
 
 
 @dataclass(frozen=True, slots=True)

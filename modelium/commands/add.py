@@ -36,13 +36,14 @@ TOLD_S = 0.2
 async def add(client: Client, path: Path, name: str | None, moved: bool, wait: bool, as_json: bool) -> None:
     """Bring in the model at PATH, a file or a folder, and wait until it is READY.
 
-    Files are cloned or hard-linked where the file system can do that, else copied. Exits with 1 and the reason when
+    Files are cloned where the file system can, else copied; --move spares that. Exits with 1 and the reason when
     the model is refused or can't be loaded.
     """
     from modelium.api.names import check_model_name, name_of_drop
 
     path = Path(os.path.abspath(path))
-    name = name or (path.name if path.is_dir() else name_of_drop(path))
+    if name is None:
+        name = path.name if path.is_dir() else name_of_drop(path)
     check_model_name(name)
     entry = name if path.is_dir() else name + path.name[len(str(name_of_drop(path))) :]
     incoming = await _incoming(client)

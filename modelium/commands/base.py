@@ -86,7 +86,7 @@ def with_client(command: Callable[..., Coroutine[Any, Any, Any]]) -> Callable[..
             task = asyncio.current_task()
             assert task is not None
             asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)  # clean up, as after Ctrl-C
-            async with Client(service_url(url)) as client:
+            async with Client(*service_address(url)) as client:
                 return await command(client, *args, **kwargs)
 
         return asyncio.run(connected())
@@ -94,13 +94,14 @@ def with_client(command: Callable[..., Coroutine[Any, Any, Any]]) -> Callable[..
     return run
 
 
-def service_url(url: str | None) -> str:
-    """The address that was given, else the configuration's."""
+def service_address(url: str | None) -> tuple[str, Path | None]:
+    """The URL that was given, else the configuration's, and the certificate to trust besides the system's."""
     if url:
-        return url if "://" in url else f"http://{url}"
+        return url if "://" in url else f"http://{url}", None
     if not Path("modelium.yaml").exists() and not any(key.startswith("MODELIUM_") for key in os.environ):
-        return "http://127.0.0.1:8000"
-    return configured(None).server.url
+        return "http://127.0.0.1:8000", None
+    server = configured(None).server
+    return server.url, server.tls.certificate
 
 
 def emit(value: Any) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import urlencode
@@ -27,13 +29,23 @@ MAX_DEADLINE_S = 3600.0
 class Client:
     """One service. Raises `Unreachable` when nobody answers, and the service's own errors as `ModeliumError`."""
 
-    def __init__(self, url: str):
+    def __init__(self, url: str, certificate: Path | None = None):
+        """`certificate` is one to trust besides those that the system trusts."""
         self.url = url.rstrip("/")
+        try:
+            parsed = URL(self.url)
+            good = parsed.scheme in ("http", "https") and parsed.host and parsed.path in ("", "/") and parsed.port
+        except ValueError:
+            good = False
+        if not good:
+            raise ModeliumError(f"{url} is no address: expected http://HOST:PORT", exit_code=2)
+        self._certificate = certificate
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S)
-        self._session = aiohttp.ClientSession(timeout=timeout)
+        context = True if self._certificate is None else ssl.create_default_context(cafile=self._certificate)
+        self._session = aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(ssl=context))
         return self
 
     async def __aexit__(
@@ -58,6 +70,8 @@ class Client:
             text = await response.text()
             if response.status >= 400:
                 raise _error(self.url, path, response.status, text)
+            if response.content_type == "text/html":
+                raise _error(self.url, path, response.status, text)
             return json.loads(text) if response.content_type == "application/json" else text
 
     @asynccontextmanager
@@ -66,8 +80,6 @@ class Client:
         try:
             async with self._session.request(method, URL(self.url + path, encoded=True), **options) as response:
                 yield response
-        except aiohttp.InvalidURL as exc:
-            raise ModeliumError(f"{self.url} is no address: expected http://HOST:PORT", exit_code=2) from exc
         except (aiohttp.ClientConnectionError, TimeoutError) as exc:
             raise Unreachable(
                 f"no Modelium answers at {self.url} ({_short(exc)}): start it with "

@@ -54,7 +54,8 @@ async def ps(
         models = await client.get("/models", **query)
         return [m for m in models if not names or m["name"] in names]
 
-    render = _devices if devices else _models
+    picked = bool(names or only)
+    render = _devices if devices else lambda models: _models(models, picked=picked)
     if watch:
         await _watch(found, render)
         return
@@ -76,9 +77,9 @@ async def _watch(found: Any, render: Any) -> None:
             live.update(render(await found()), refresh=True)
 
 
-def _models(models: list[dict[str, Any]]) -> RenderableType:
+def _models(models: list[dict[str, Any]], *, picked: bool) -> RenderableType:
     if not models:
-        return plain("no models yet: `modelium add PATH` brings one in")
+        return plain("none" if picked else "no models yet: `modelium add PATH` brings one in")
     columns = ["NAME", "STATE", "RUNTIME", "DEVICE", "MEMORY", "QPS", "IDLE", "REASON"]
     return table(columns, [_row(model) for model in models], right=("MEMORY", "QPS", "IDLE"))
 
@@ -100,7 +101,7 @@ def _row(model: dict[str, Any]) -> list[str | Text]:
 
 
 def _reason(model: dict[str, Any]) -> str:
-    reason = str(model["reason"])
+    reason = str(model["reason"]).partition("\n")[0]
     progress = model.get("progress")
     if progress:
         reason += f" [{stage(progress)}]"

@@ -108,7 +108,10 @@ def down(file: Path | None, root: Path | None, repository: Path | None, as_json:
     config = configured(file, root=root, repository=repository)
     from modelium.app import down as end
 
-    names = end(config)
+    def tell(names: list[str]) -> None:
+        click.echo(f"ending {', '.join(names)}; this may take half a minute ...", err=True)
+
+    names = end(config, tell)
     if as_json:
         emit({"ended": names})
     else:

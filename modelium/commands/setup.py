@@ -17,7 +17,7 @@ from modelium.commands.base import (
     emit,
     json_option,
     root_options,
-    service_url,
+    service_address,
     url_option,
 )
 from modelium.commands.text import pairs, say, table
@@ -68,7 +68,7 @@ async def _asked(path: str, url: str | None) -> Any:
     from modelium.commands.client import Client
 
     try:
-        async with Client(service_url(url)) as client:
+        async with Client(*service_address(url)) as client:
             return await client.get(path)
     except Unreachable:
         return None

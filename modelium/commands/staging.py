@@ -1,7 +1,7 @@
 """Brings a model's files into the incoming folder, where they appear at once and whole.
 
-They are put under a hidden name on the same file system and then renamed. What can share its blocks or its inode with
-the original is not copied.
+They are put under a hidden name on the same file system and then renamed. What can share its blocks with the original
+is not copied; an inode is never shared, since who writes to the original would change the model with it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Copied = Callable[[int, int], None]
 NOT_SHARED = frozenset({
     errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL, errno.ENOSYS,
 })  # fmt: skip
-"""What the kernel says where two files can't share blocks or an inode."""
+"""What the kernel says where two files can't share blocks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Staged:
         self._final = incoming / entry
 
     def fill(self, source: Path, copied: Copied) -> None:
-        """Clone, link or copy everything; links in `source` are followed. Raises `Failed` and leaves nothing."""
+        """Clone or copy everything; links in `source` are followed. Raises `Failed` and leaves nothing."""
         folders, files = walk(source)
         total = sum(file.size for file in files)
         done = 0
@@ -137,7 +137,7 @@ def _file(path: Path, place: str) -> File:
 
 
 def share_or_copy(source: Path, target: Path, progress: Callable[[int], None]) -> None:
-    """Make `target`, by sharing blocks, else the inode, else by copying with `progress` in bytes."""
+    """Make `target`, by sharing blocks, else by copying with `progress` in bytes."""
     try:
         with source.open("rb") as old, target.open("xb") as new:
             fcntl.ioctl(new.fileno(), FICLONE, old.fileno())
@@ -146,12 +146,6 @@ def share_or_copy(source: Path, target: Path, progress: Callable[[int], None]) -
         if exc.errno not in NOT_SHARED:
             raise
     target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-        return
-    except OSError as exc:
-        if exc.errno not in NOT_SHARED:
-            raise
     with source.open("rb") as old, target.open("xb") as new:
         while chunk := old.read(CHUNK_BYTES):
             new.write(chunk)

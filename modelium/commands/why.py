@@ -37,7 +37,8 @@ async def plan(client: Client, path: Path, as_json: bool) -> int:
 def _preview(preview: dict[str, Any]) -> RenderableType:
     chosen, analysis, layout = preview["plan"] or {}, preview["analysis"] or {}, preview["layout"] or {}
     if preview["refused"]:
-        outcome = Text(f"refused: {preview['refused']}", style="red")
+        what = "accepted, and can't be loaded" if chosen else "refused"
+        outcome = Text(f"{what}: {preview['refused']}", style="red")
     elif preview["would_load"]:
         outcome = Text(f"loaded at once on {preview['device']}", style="green")
     else:

@@ -145,7 +145,7 @@ def expired(turn: Turn, ticket: Ticket) -> None:
     waited = turn.now - ticket.since
     what = "unloaded" if ticket.gone else "ready"
     need = "" if ticket.gone else f" (needs {human(model.estimate.memory_bytes)})"
-    message = f"{model.name} was not {what} within {waited:.0f} s{need}: it is {model.state}, {model.reason}"
+    message = f"{model.name} was not {what} within {waited:.3g} s{need}: it is {model.state}, {model.reason}"
     turn.let_go(ticket)
     turn.refuse(ticket, Failure("deadline_passed", message), max(1.0, model.estimate.load_s))
     turn.dirty = True

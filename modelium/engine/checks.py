@@ -23,6 +23,8 @@ def check(engine: Orchestrator, status: StatusView) -> list[CheckView]:
     for device in status.devices:
         found = f"{device.name}: {human(device.booked_bytes)} booked of {human(device.budget_bytes)}"
         rows.append(CheckView(name=f"device {device.id}", ok=device.booked_bytes <= device.budget_bytes, found=found))
+    for doubt in engine.doubts():
+        rows.append(CheckView(name="budget", ok=False, found=doubt, advice="correct its name, or remove it"))
     if not status.devices:
         rows.append(
             CheckView(name="devices", ok=False, found="none is reported", advice="see `modelium plugins` for errors")

@@ -44,6 +44,8 @@ class FastPath:
         self._read_at = 0.0
         self._anew = True
         """It counts from nothing; one that was adopted does so only for what it has not counted before."""
+        self._told: dict[tuple[str, str], tuple[int, int]] = {}
+        """Answers and failures that are counted already, by model and organisation."""
         self._reading = asyncio.Lock()
 
     async def start(self, front: Front) -> DataPathInfo:
@@ -166,8 +168,32 @@ class FastPath:
         now = self._clock()
         used_at = {name: now - c.idle_s for name, c in use.items()}
         self._usage.merge(self.name, known, now, anew=self._anew, used_at=used_at)
+        for name, carried in use.items():
+            self._tally(name, carried, count=self._anew)
         self._anew = True
         return use
+
+    def _tally(self, name: str, carried: Carried, *, count: bool) -> None:
+        """Count answers by who asked, or only note from where counting starts."""
+        usage = self._usage.get(name)
+        if usage is None:
+            return
+        named = carried.organisations
+        anonymous = Carried(
+            carried.requests - sum(c.requests for c in named.values()),
+            carried.in_flight - sum(c.in_flight for c in named.values()),
+            failures=carried.failures - sum(c.failures for c in named.values()),
+        )
+        for organisation, c in (("", anonymous), *named.items()):
+            done, failures = c.requests - c.in_flight, c.failures
+            before_done, before_failures = self._told.get((name, organisation), (0, 0))
+            if done < before_done or failures < before_failures:  # it began anew
+                before_done = before_failures = 0
+            self._told[name, organisation] = (done, failures)
+            failed = failures - before_failures
+            ok = max(0, done - before_done - failed)
+            if count and (ok or failed):
+                usage.tally(organisation, ok, failed)
 
     async def close_all(self, *, stop: bool) -> None:
         """Let go of it, or end it."""

@@ -137,7 +137,13 @@ class Ingest:
                     self._mark(drop, exc)  # not the drop's fault: it stays, and is tried again
                     await self._poked(drop, self._retry_s)
                 except ModeliumError as exc:
-                    if not await self._refuse(drop, exc):
+                    if exc.code == "unknown_format" and drop.path.is_dir() and not drop.moved:
+                        # a folder may be made long before its files come
+                        empty = not await asyncio.to_thread(_holds_anything, drop.path)
+                        why = "the folder is empty" if empty else exc.message
+                        self._mark(drop, ModelError(f"{why}; it is looked at again when it changes"))
+                        await self._changed(drop)
+                    elif not await self._refuse(drop, exc):
                         return
         except asyncio.CancelledError:
             raise
@@ -321,6 +327,10 @@ class Ingest:
         if told.want_bytes:
             progress = Progress(stage="arriving", done=told.have_bytes, total=told.want_bytes, unit="bytes")
             self._report(drop.place, progress)
+
+
+def _holds_anything(folder: Path) -> bool:
+    return any(path.is_file() for path in folder.rglob("*"))
 
 
 def _codes(inspection: Inspection, severity: Severity) -> list[str]:

@@ -239,13 +239,13 @@ class Orchestrator:
 
     async def start(self) -> None:
         """Bring everything up; returns before runtimes answer and before the repository is read."""
-        if not self.owns_repository and not self.paths.repository.is_dir():
-            raise ConfigError(f"{self.paths.repository} is not there: --repository names a folder that exists")
         for folder in (self.paths.repository, self.paths.incoming, self.paths.state):
             if folder is not None:
                 _make(folder)
         await asyncio.to_thread(self.repository.recover)
         await self._look_at_devices()
+        for wrong in self.doubts():
+            log.warning("%s", wrong)
         self._recall_quarantine()
         for name in self.running:
             self.loop.post(e.RuntimeAdded(self.clock(), name))
@@ -364,6 +364,15 @@ class Orchestrator:
         if devices:
             self.devices = devices
             self.loop.post(e.DevicesObserved(self.clock(), devices, self.runtimes.accounted()))
+
+    def doubts(self) -> list[str]:
+        """What the configuration names and is not there."""
+        there = [device.id for device in self.devices]
+        return [
+            f"device_budget_bytes has a budget for {name}, and there is no such device: there is {', '.join(there)}"
+            for name in self.config.policies.device_budget_bytes
+            if there and name not in there
+        ]
 
     def situation(self) -> Situation:
         section = self.config.policies

@@ -8,7 +8,7 @@ from typing import Any
 
 from modelium.api.units import human
 from modelium.core.placement import spots
-from modelium.core.states import State
+from modelium.core.states import RuntimeState, State
 from modelium.core.turn import Turn
 from modelium.core.world import Model
 from modelium.engine.orchestrator import Orchestrator
@@ -122,6 +122,8 @@ def _next(engine: Orchestrator, model: Model) -> str:
     match model.state:
         case State.COLD:
             return "a request, `modelium load` or `modelium pin` loads it"
+        case State.INVALID if model.name.startswith("quarantine/"):
+            return "moved back into the incoming folder it is looked at again; `modelium rm` takes it away"
         case State.INVALID:
             return "when its files change it is looked at again; `modelium rm` takes it away"
         case State.DISCOVERED:
@@ -192,7 +194,7 @@ def runtimes(engine: Orchestrator) -> tuple[RuntimeView, ...]:
                 since=runtime.since,
                 info=running.info,
                 foreign_models=runtime.foreign,
-                progress=running.progress,
+                progress=running.progress if runtime.state is RuntimeState.STARTING else None,
             )
         )
     return tuple(views)

@@ -126,6 +126,13 @@ class ModelUsage:
         if self._book is not None:
             self._book.touched.add(self.name)
 
+    def tally(self, organisation: str, ok: int, failed: int) -> None:
+        """Count answers that did not pass through the service."""
+        row = self._row(organisation)
+        row[0] += ok
+        row[1] += failed
+        self.failures += failed
+
     def refuse(self, organisation: str = "") -> None:
         """A request was turned away before it reached a runtime (queue full, deadline passed, load failed)."""
         self._row(organisation)[2] += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +25,9 @@ from watchdog.observers import Observer
 from watchdog.observers.api import BaseObserver
 
 log = logging.getLogger(__name__)
+
+# Of a folder that comes back by its old name; events go on.
+warnings.filterwarnings("ignore", "Callback with id", RuntimeWarning, "watchdog")
 
 _TELLING: list[type[FileSystemEvent]] = [
     DirCreatedEvent,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -62,9 +63,18 @@ def build_app(service: Service, settings: HttpSettings | None = None) -> web.App
 
 @asynccontextmanager
 async def serving(
-    app: web.Application, host: str | Path, port: int = 0, *, keepalive_s: float = 3600.0, grace_s: float = 10.0
+    app: web.Application,
+    host: str | Path,
+    port: int = 0,
+    *,
+    socket: Path | None = None,
+    tls: tuple[Path, Path] | None = None,
+    keepalive_s: float = 3600.0,
+    grace_s: float = 10.0,
 ) -> AsyncIterator[tuple[str, int]]:
-    """Serve `app` while the context lasts; gives the address bound, of use where `port` is 0. A path is a Unix socket.
+    """Serve `app` while the context lasts; gives the address bound, of use where `port` is 0.
+
+    A path as `host` is a Unix socket; `socket` is one besides. `tls` is a certificate with its key, both PEM.
 
     At the end new connections are refused, requests under way get `grace_s` seconds, and what is left is broken off.
     An idle client's connection is kept for `keepalive_s`: long, so that clients' pools hardly ever meet a closed one.
@@ -83,20 +93,32 @@ async def serving(
     )
     await runner.setup()
     try:
+        for path in (host if isinstance(host, Path) else None, socket):
+            if path is not None:
+                path.unlink(missing_ok=True)
+                await web.UnixSite(runner, path, backlog=1024).start()
         if isinstance(host, Path):
-            host.unlink(missing_ok=True)
-            await web.UnixSite(runner, host, backlog=1024).start()
             yield str(host), 0
             return
-        site = web.TCPSite(runner, host, port, backlog=1024)
+        context = _context(tls) if tls is not None else None
+        site = web.TCPSite(runner, host, port, backlog=1024, ssl_context=context)
         try:
             await site.start()
         except OSError as exc:
             raise ConfigError(_cannot_bind(exc, host, port), code="address", host=host, port=port) from exc
-        address = runner.addresses[0]
+        address = runner.addresses[-1]
         yield address[0], address[1]
     finally:
         await runner.cleanup()
+
+
+def _context(tls: tuple[Path, Path]) -> ssl.SSLContext:
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(*tls)
+    except (OSError, ssl.SSLError) as exc:
+        raise ConfigError(f"the certificate {tls[0]} and its key {tls[1]} can't be used: {exc}") from exc
+    return context
 
 
 class _ServerLog(logging.LoggerAdapter[logging.Logger]):

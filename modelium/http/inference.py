@@ -9,7 +9,7 @@ from urllib.parse import quote
 from modelium.api import Tensor
 from modelium.engine.admission import Lease
 from modelium.http.admission import GRPC, HTTP, endpoint
-from modelium.http.answers import UpstreamFailed, check_process
+from modelium.http.answers import BadRequest, UpstreamFailed, check_process
 from modelium.http.bodies import HEADER_LENGTH
 from modelium.http.messages import InferRequest, InferResponse, decode_response, encode_request
 from modelium.http.streams import InferenceFailed, Streams, join
@@ -37,7 +37,10 @@ class Inference:
             check_process(answer, lease.model)
             raise _failed(status, answer)
         length = headers.get(HEADER_LENGTH)
-        return decode_response(answer, int(length) if length is not None else None)
+        try:
+            return decode_response(answer, int(length) if length is not None else None)
+        except BadRequest as exc:
+            raise UpstreamFailed(f"the runtime of {lease.model} answered wrongly: {exc.message}") from exc
 
     async def signature(self, lease: Lease) -> tuple[list[Tensor], list[Tensor]]:
         """The model's inputs and outputs, by its metadata; which inputs are optional, that does not tell."""

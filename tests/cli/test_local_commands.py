@@ -140,7 +140,7 @@ class TestHookspecs:
     async def test_all_of_them(self, alone: Modelium) -> None:
         ran = await alone("hookspecs")
         assert ran.out == (CHECKOUT / "hookspecs.md").read_text()
-        assert len((await alone("hookspecs", "--json")).json) == 11
+        assert len((await alone("hookspecs", "--json")).json) == 12
 
     async def test_one(self, alone: Modelium) -> None:
         ran = await alone("hookspecs", "analyze")
@@ -166,7 +166,9 @@ class TestServe:
         assert "is served already" in (await alone("down", "--root", "root")).err
         process.send_signal(signal.SIGTERM)
         assert (await finish(process)).code == 0
+        assert (await alone("down", "--root", "root", "--json")).json == {"ended": ["haproxy"]}
         assert (await alone("down", "--root", "root", "--json")).json == {"ended": []}
+        assert (await alone("down", "--root", "typo")).code == 2 and not (tmp_path / "typo").exists()
 
     async def test_a_port_in_use_is_one_clear_line(self, alone: Modelium) -> None:
         with socket.socket() as taken:

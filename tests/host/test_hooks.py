@@ -27,6 +27,7 @@ from modelium.api import (
     Situation,
     Transition,
 )
+from modelium.api.datapath import DataPathContext, DataPathDriver
 from modelium.errors import ConfigError, ModelError, PluginError
 from modelium.host import PluginHost
 from tests.host.toys import host_with, plugin
@@ -352,6 +353,25 @@ def test_modelium_usage_sources() -> None:
     host = host_with(a=plugin(modelium_usage_sources=lambda: [ToyUsage("proxy"), "not one"]))
     assert [s.name for s in host.usage_sources()] == ["proxy"]
     assert "returned 'not one' where UsageSource was expected" in host.failures()[0].error
+
+
+class ToyPath(Named):
+    settings_model: Any = BaseModel
+
+    def usable(self, settings: BaseModel) -> str | None:
+        return None
+
+    def create(self, context: DataPathContext) -> DataPathDriver:
+        raise NotImplementedError
+
+
+def test_modelium_data_paths() -> None:
+    odd = ToyPath("odd")
+    odd.settings_model = dict
+    host = host_with(a=plugin(modelium_data_paths=lambda: [ToyPath("toy"), odd, "not one"]))
+    assert [p.name for p in host.data_paths()] == ["toy"]
+    assert host.sections()["toy"] is BaseModel
+    assert len(host.failures()) == 2
 
 
 def test_modelium_transition() -> None:

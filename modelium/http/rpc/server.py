@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -219,6 +220,13 @@ def _guarded(method: Unary) -> Unary:
     return call
 
 
+def _read(tls: tuple[Path, Path]) -> tuple[bytes, bytes]:
+    try:
+        return tls[0].read_bytes(), tls[1].read_bytes()
+    except OSError as exc:
+        raise ConfigError(f"the certificate {tls[0]} and its key {tls[1]} can't be used: {exc}") from exc
+
+
 def _address(host: str | Path, port: int) -> str:
     if isinstance(host, Path):
         host.unlink(missing_ok=True)
@@ -234,15 +242,25 @@ async def serving_rpc(
     host: str | Path,
     port: int = 0,
     *,
+    socket: Path | None = None,
+    tls: tuple[Path, Path] | None = None,
     grace_s: float = 10.0,
 ) -> AsyncIterator[int]:
-    """Serve gRPC while the context lasts; gives the port bound. A path is a Unix socket. Raises `ConfigError` when it
-    can't be bound."""
+    """Serve gRPC while the context lasts; gives the port bound. Raises `ConfigError` when it can't be.
+
+    A path as `host` is a Unix socket; `socket` is one besides. `tls` is a certificate with its key, both PEM.
+    """
     channels = Channels()
     server = grpc.aio.server(options=(*OPTIONS, ("grpc.so_reuseport", 0)))
     server.add_generic_rpc_handlers((Rpc(service, settings, ModelRepository(service, upstream), channels),))
     try:
-        bound = server.add_insecure_port(_address(host, port))
+        if socket is not None:
+            server.add_insecure_port(_address(socket, 0))
+        if tls is None:
+            bound = server.add_insecure_port(_address(host, port))
+        else:
+            certificate, key = await asyncio.to_thread(_read, tls)
+            bound = server.add_secure_port(_address(host, port), grpc.ssl_server_credentials([(key, certificate)]))
     except RuntimeError as exc:
         raise ConfigError(
             f"port {port} on {host} can't be bound for gRPC: end what uses it, or choose another with --grpc-port",

@@ -22,6 +22,7 @@ from modelium_plugin_haproxy.plugin import HAProxyDataPath
 from modelium_plugin_haproxy.settings import HAProxySettings
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
+from yarl import URL
 
 from modelium.api import DataPathContext, DataRoute, Front
 from modelium.engine.processes import ProcessSupervisor
@@ -69,7 +70,7 @@ class Server:
         self.address = f"http://127.0.0.1:{runner.addresses[0][1]}"
 
 
-class Echo(service_pb2_grpc.GRPCInferenceServiceServicer):
+class Echo(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
     """A gRPC server that says who it is."""
 
     def __init__(self, name: str):
@@ -193,7 +194,7 @@ async def test_only_what_is_admitted_goes_straight(lab: Lab) -> None:
 async def test_everything_else_is_the_services(lab: Lab, path: str) -> None:
     await lab.driver.admit(lab.route())
     await lab.client.post(lab.url, data=b"")
-    async with lab.client.post(aiohttp.client.URL(lab.url + path, encoded=True), data=b"{}") as response:
+    async with lab.client.post(URL(lab.url + path, encoded=True), data=b"{}") as response:
         assert (await response.json())["by"] == "service"
     assert not lab.runtime.seen
 
@@ -283,6 +284,20 @@ async def test_use_is_counted_to_the_request(lab: Lab) -> None:
     assert await lab.counted() == {"m": (6, 0)}
     await asyncio.sleep(0.3)
     assert 0.2 < (await lab.driver.read())["m"].idle_s < 5
+
+
+async def test_who_asked_and_what_failed_is_counted(lab: Lab) -> None:
+    await lab.driver.admit(lab.route())
+    await lab.ask("/v2/models/m/infer")
+    for _ in range(2):
+        await lab.ask("/v2/models/m/infer", b"{}", **{"x-modelium-organisation": "the team | one"})
+    lab.runtime.answer = web.Response(status=500, body=b"{}")
+    await lab.ask("/v2/models/m/infer", b"{}", **{"x-modelium-organisation": "other"})
+    await lab.rpc.ModelInfer(pb.ModelInferRequest(model_name="m"), metadata=(("x-modelium-organisation", "other"),))
+    carried = (await lab.driver.read())["m"]
+    assert (carried.requests, carried.failures) == (5, 1)
+    by = {name: (c.requests, c.failures) for name, c in carried.organisations.items()}
+    assert by == {"the team | one": (2, 0), "other": (2, 1)}
 
 
 async def test_a_client_that_leaves_takes_its_request_along(lab: Lab) -> None:
@@ -398,7 +413,7 @@ async def test_a_port_in_use_is_one_clear_error(lab: Lab, tmp_path: Path) -> Non
     processes = ProcessSupervisor(tmp_path / "b", state_dir=tmp_path / "b/p", log_dir=tmp_path / "b/l")
     (tmp_path / "b").mkdir()
     taken = lab.front.model_copy(update={"port": int(lab.url.rpartition(":")[2])})
-    with pytest.raises(ConfigError, match="can't bind its addresses"):
+    with pytest.raises(ConfigError, match=r"port \d+ on 127.0.0.1 is in use: end what"):
         await make(tmp_path / "b", processes).start(taken)
     assert processes.names() == []
 

@@ -16,7 +16,8 @@ from modelium.errors import DriverError, RuntimeUnavailable
 TABLE = "usage"
 EXPIRE_S = 120
 """How long what is not used stays in the table; what is left of it tells since when."""
-_ROW = re.compile(r"key=(\S+) .*exp=(\d+) .*conn_cur=(\d+) http_req_cnt=(\d+)")
+ORGANISATIONS = "organisations"
+_ROW = re.compile(r"key=(.*?) use=\d+ exp=(\d+) .*conn_cur=(\d+) http_req_cnt=(\d+) .*http_fail_cnt=(\d+)")
 _AT_ONCE = 200
 """Commands in one line: HAProxy takes 16 KiB."""
 
@@ -41,11 +42,18 @@ class Admin:
                 raise DriverError(f"HAProxy did not take a route: {answer.strip()[:200]}")
 
     async def use(self) -> dict[str, Carried]:
-        answer = await self._say(f"show table {TABLE}")
-        return {
-            key: Carried(int(count), int(now), max(0.0, EXPIRE_S - int(left_ms) / 1000))
-            for key, left_ms, now, count in _ROW.findall(answer)
-        }
+        """By model; in the table of organisations a key is `MODEL|ORGANISATION`."""
+        both = await self._say(f"show table {TABLE};show table {ORGANISATIONS}")
+        models: dict[str, Carried] = {}
+        organisations: dict[str, dict[str, Carried]] = {}
+        for key, left_ms, now, count, failures in _ROW.findall(both):
+            carried = Carried(int(count), int(now), max(0.0, EXPIRE_S - int(left_ms) / 1000), int(failures))
+            model, named, organisation = key.replace("\\ ", " ").partition("|")
+            if named:
+                organisations.setdefault(model, {})[organisation] = carried
+            else:
+                models[model] = carried
+        return {name: c._replace(organisations=organisations.get(name, {})) for name, c in models.items()}
 
     async def answers(self) -> bool:
         try:

@@ -16,7 +16,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from modelium.api.datapath import DataRoute, Front
-from modelium_plugin_haproxy.admin import EXPIRE_S, TABLE
+from modelium_plugin_haproxy.admin import EXPIRE_S, ORGANISATIONS, TABLE
 from modelium_plugin_haproxy.settings import HAProxySettings
 
 VERBS = ("infer", "generate", "generate_stream")
@@ -43,6 +43,11 @@ class Files:
     @property
     def map(self) -> Path:
         return self.state / "routes.map"
+
+    @property
+    def certificate(self) -> Path:
+        """Beside it lies the key, by the same name with `.key` behind it."""
+        return self.state / "tls.pem"
 
     @property
     def admin(self) -> Path:
@@ -121,7 +126,10 @@ defaults
     timeout tunnel 3600s
 
 backend {TABLE}
-    stick-table type string len 201 size 100k expire {EXPIRE_S}s store http_req_cnt,conn_cur
+    stick-table type string len 201 size 100k expire {EXPIRE_S}s store http_req_cnt,http_fail_cnt,conn_cur
+
+backend {ORGANISATIONS}
+    stick-table type string len 300 size 100k expire {EXPIRE_S}s store http_req_cnt,http_fail_cnt,conn_cur
 """.splitlines()
 
 
@@ -133,7 +141,9 @@ def _connections(settings: HAProxySettings) -> int:
 
 def _http(front: Front, files: Files) -> Iterable[str]:
     yield "frontend http"
-    yield f"    bind {_bind(front.host, front.port)}"
+    yield f"    bind {_bind(front.host, front.port)}{_tls(front, files, 'h2,http/1.1')}"
+    if front.sockets is not None:
+        yield f"    bind unix@{front.sockets[0]} mode 660"
     # A page in a browser, or a name that the service is not known by: the service judges.
     conditions = ["METH_POST", "!{ req.hdr(origin) -m found }"]
     if front.hosts is not None:
@@ -157,15 +167,21 @@ def _http(front: Front, files: Files) -> Iterable[str]:
     acl binary req.hdr(inference-header-content-length) -m found
     http-request set-header content-type application/octet-stream if direct form binary
     http-request set-header content-type application/json if direct form
+    acl named req.hdr(x-modelium-organisation) -m found
+    http-request set-var(txn.organisation) req.hdr(x-modelium-organisation) if direct named
+    http-request set-var(txn.who) var(txn.model),concat(|,txn.organisation) if direct named
+    http-request track-sc1 var(txn.who) table {ORGANISATIONS} if direct named
     use_backend runtimes_http if direct
     default_backend service_http
 """.splitlines()
 
 
 def _grpc(front: Front, files: Files) -> Iterable[str]:
-    return f"""\
-frontend grpc
-    bind {_bind(front.host, front.grpc_port)} proto h2
+    yield "frontend grpc"
+    yield f"    bind {_bind(front.host, front.grpc_port)}{_tls(front, files, 'h2') or ' proto h2'}"
+    if front.sockets is not None:
+        yield f"    bind unix@{front.sockets[1]} mode 660 proto h2"
+    yield from f"""\
     acl inference path /inference.GRPCInferenceService/ModelInfer /inference.GRPCInferenceService/ModelStreamInfer
     http-request wait-for-body time 2s at-least 16 if inference
     # A message that is not compressed: five bytes of gRPC's own, then its fields, the model's name first.
@@ -174,6 +190,10 @@ frontend grpc
     http-request set-var(txn.to) str(grpc/),concat(,txn.model),map_str({files.map}) if {{ var(txn.model) -m found }}
     acl direct var(txn.to) -m found
     http-request track-sc0 var(txn.model) table {TABLE} if direct
+    acl named req.hdr(x-modelium-organisation) -m found
+    http-request set-var(txn.organisation) req.hdr(x-modelium-organisation) if direct named
+    http-request set-var(txn.who) var(txn.model),concat(|,txn.organisation) if direct named
+    http-request track-sc1 var(txn.who) table {ORGANISATIONS} if direct named
     use_backend runtimes_grpc if direct
     default_backend service_grpc
 """.splitlines()
@@ -226,6 +246,10 @@ def _error(status: int, message: str) -> Iterable[str]:
         f"    http-error status {status} content-type application/json hdr Retry-After 1 "
         f"""string '{{"error":"{message}"}}'"""
     )
+
+
+def _tls(front: Front, files: Files, protocols: str) -> str:
+    return f" ssl crt {files.certificate} alpn {protocols}" if front.certificate is not None else ""
 
 
 def _bind(host: str, port: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import re
 import socket
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -78,6 +79,9 @@ class HAProxyDriver:
         try:
             self._files.state.mkdir(parents=True, exist_ok=True)
             self._files.map.write_text("")
+            if front.certificate is not None and front.key is not None:
+                _link(self._files.certificate, front.certificate)
+                _link(self._files.certificate.with_suffix(".pem.key"), front.key)
             self._files.configuration.write_text(configuration.render(front, self._settings, self._files))
         except OSError as error:
             raise ConfigError(
@@ -110,10 +114,10 @@ class HAProxyDriver:
     def _ended(self) -> ConfigError | RuntimeUnavailable:
         words = [line for line in self.logs(20) if "ALERT" in line or "error" in line.lower()]
         told = " ".join(words[-3:]) or "it said nothing"
-        if "in use" in told or "cannot bind" in told:
+        if taken := re.search(r"cannot bind socket \((.*?)\) for \[(.*?):(\d+)\]", told):
+            what = "is in use" if "in use" in taken[1] else f"can't be bound ({taken[1]})"
             return ConfigError(
-                f"HAProxy can't bind its addresses: {told}; end what uses them, or choose others with --port and "
-                "--grpc-port",
+                f"port {taken[3]} on {taken[2]} {what}: end what uses it, or choose another with --port or --grpc-port",
                 code="address",
             )
         return RuntimeUnavailable(f"HAProxy ended while it started: {told}")
@@ -158,6 +162,11 @@ class HAProxyDriver:
         if self._context.processes.find(self._context.name) is None:
             raise RuntimeUnavailable("HAProxy has ended")
         return await self._admin.use()
+
+
+def _link(place: Path, target: Path) -> None:
+    place.unlink(missing_ok=True)
+    place.symlink_to(target)
 
 
 def _with_ports(front: Front) -> Front:

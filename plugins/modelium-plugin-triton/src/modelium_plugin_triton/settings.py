@@ -16,9 +16,10 @@ class TritonSettings(BaseModel):
     Our own server outlives Modelium: what is said of it here counts when it is next started.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     enabled: bool = True
+    """Whether models are served by Triton at all."""
 
     # Somebody else's server
 
@@ -38,11 +39,15 @@ class TritonSettings(BaseModel):
     http_port: Port = 0
     """0: a free one, kept for as long as it stays free."""
     grpc_port: Port = 0
+    """As `http_port`."""
     metrics_port: Port = 0
+    """As `http_port`."""
     args: tuple[str, ...] = ()
     """Further arguments of tritonserver."""
     log_verbose: int = Field(default=0, ge=0)
+    """0 is quiet; the levels are tritonserver's own."""
     start_timeout_s: float = Field(default=120, gt=0)
+    """A start that takes longer has failed."""
 
     # The private server and its Python environment
 

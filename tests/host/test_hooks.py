@@ -368,10 +368,10 @@ class ToyPath(Named):
 def test_modelium_data_paths() -> None:
     odd = ToyPath("odd")
     odd.settings_model = dict
-    host = host_with(a=plugin(modelium_data_paths=lambda: [ToyPath("toy"), odd, "not one"]))
+    host = host_with(a=plugin(modelium_data_paths=lambda: [ToyPath("toy"), odd]))
     assert [p.name for p in host.data_paths()] == ["toy"]
     assert host.sections()["toy"] is BaseModel
-    assert len(host.failures()) == 2
+    assert "settings_model of 'odd' is not a class" in host.failures()[0].error
 
 
 def test_modelium_transition() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from aiohttp import web
@@ -25,6 +26,7 @@ PRIORITY = istr("x-modelium-priority")
 
 HTTP = "kserve-http"
 GRPC = "kserve-grpc"
+OPENAI = "openai"
 """Protocols of endpoints, as `modelium.api.Endpoint` names them."""
 
 MAX_ORGANISATION = 64
@@ -67,12 +69,23 @@ def priority_of(request: web.Request) -> int:
     return max(-MAX_PRIORITY, min(MAX_PRIORITY, priority))
 
 
-async def acquire(service: Service, settings: HttpSettings, request: web.Request, name: str) -> Lease:
-    """A hold on `name`, loaded first when it is not ready. To be released."""
+async def acquire(
+    service: Service,
+    settings: HttpSettings,
+    request: web.Request,
+    name: str,
+    before_waiting: Callable[[], None] | None = None,
+) -> Lease:
+    """A hold on `name`, loaded first when it is not ready. To be released.
+
+    `before_waiting` may refuse, by raising, what no load could help.
+    """
     organisation = organisation_of(request)
     lease = service.try_acquire(name, organisation)
     if lease is not None:
         return lease
+    if before_waiting is not None:
+        before_waiting()
     deadline_s, priority = deadline_of(request, settings.max_deadline_s), priority_of(request)
     try:
         return await service.acquire(name, deadline_s=deadline_s, priority=priority, organisation=organisation)

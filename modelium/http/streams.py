@@ -84,8 +84,8 @@ class Streams:
             task = asyncio.current_task()
             if task is None or task.cancelling():
                 raise
-            # not the caller was cancelled: the channel was closed, which another call could not connect over
-            raise _closed(address, model, begun) from None
+            # not the caller was cancelled: the channel was closed under the call, at the end or by one that failed
+            raise _unanswered(address, model, "its connection was given up") from None
         except grpc.aio.AioRpcError as exc:
             error = _error(exc, address, model, begun)
             if isinstance(error, RuntimeUnavailable):
@@ -136,21 +136,13 @@ def _error(exc: grpc.aio.AioRpcError, address: str, model: str, begun: bool) -> 
 
     code, details = exc.code(), exc.details() or "no details"
     if code is grpc.StatusCode.UNAVAILABLE and "failed to connect" in details and not begun:
-        return _unreachable(address, model, details)
+        return RuntimeUnavailable(
+            f"the runtime of {model} at {address} can't be reached ({details}); nothing was sent to it",
+            retry_after_s=1.0,
+        )
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
         return _unanswered(address, model, details)
     return InferenceFailed(details, 400 if code is grpc.StatusCode.INVALID_ARGUMENT else 500)
-
-
-def _closed(address: str, model: str, begun: bool) -> ModeliumError:
-    details = "its connection was given up"
-    return _unanswered(address, model, details) if begun else _unreachable(address, model, details)
-
-
-def _unreachable(address: str, model: str, details: str) -> RuntimeUnavailable:
-    return RuntimeUnavailable(
-        f"the runtime of {model} at {address} can't be reached ({details}); nothing was sent to it", retry_after_s=1.0
-    )
 
 
 def _unanswered(address: str, model: str, details: str) -> UpstreamFailed:

@@ -196,7 +196,8 @@ class Endpoint(Frozen):
     """Where a loaded model answers."""
 
     protocol: str
-    """`kserve-http` (a base URL), `kserve-grpc` (an address), `openai` (a base URL)."""
+    """`kserve-http` (a base URL), `kserve-grpc` (an address), `openai` (a base URL, to which `/v1/...` is
+    added)."""
     address: str
 
 

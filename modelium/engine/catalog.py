@@ -47,6 +47,8 @@ class Known:
     format: str
     task: str | None
     summary: str
+    created_at: float
+    """When it was first found out what it is."""
     decoupled: bool
     depends_on: tuple[str, ...]
 
@@ -297,6 +299,7 @@ class Catalog:
             format=analysis.format,
             task=analysis.task,
             summary=analysis.summary,
+            created_at=manifest.created_at,
             decoupled=bool(decoupled),
             depends_on=analysis.depends_on,
         )

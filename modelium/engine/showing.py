@@ -37,6 +37,7 @@ def _fields(engine: Orchestrator, model: Model, now: float) -> dict[str, Any]:
         "format": known.format if known else None,
         "task": known.task if known else None,
         "summary": known.summary if known else "",
+        "created_at": known.created_at if known else None,
         "devices": tuple(d for d, _ in model.booking),
         "memory_bytes": booked or model.estimate.memory_bytes,
         "memory_source": "measured" if model.measured or model.estimate.measured else "estimated",

@@ -23,6 +23,8 @@ class ModelView(Frozen):
     format: str | None = None
     task: str | None = None
     summary: str = ""
+    created_at: float | None = None
+    """When it was first found out what it is; None for what is no model yet."""
     devices: tuple[str, ...] = ()
     memory_bytes: int = 0
     """Booked while it holds memory, else what loading it would take."""

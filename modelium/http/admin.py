@@ -32,6 +32,7 @@ BAD = ("FAILED", "INVALID")
 
 INDEX = {
     "POST /v2/models/{model}/infer": "KServe v2 inference, as Triton answers it; all else under /v2 too",
+    "POST /v1/chat/completions": "as OpenAI answers it; also /v1/completions, /v1/embeddings and GET /v1/models",
     "POST /predict/{model}": 'inference in one simple form: {"inputs": ...} or {"text": "..."}',
     "GET /models": "all models; ?state=READY picks",
     "GET /models/{name}": "one model",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from multidict import istr
@@ -30,6 +30,7 @@ NOTHING: Mapping[str, str] = {}
 
 HTTP = "kserve-http"
 GRPC = "kserve-grpc"
+OPENAI = "openai"
 """Protocols of endpoints, as `modelium.api.Endpoint` names them."""
 
 MAX_ORGANISATION = 64
@@ -81,13 +82,23 @@ def waits(headers: Mapping[str, str], query: Mapping[str, str]) -> bool:
 
 
 async def acquire(
-    service: Service, settings: HttpSettings, headers: Mapping[str, str], name: str, query: Mapping[str, str] = NOTHING
+    service: Service,
+    settings: HttpSettings,
+    headers: Mapping[str, str],
+    name: str,
+    query: Mapping[str, str] = NOTHING,
+    before_waiting: Callable[[], None] | None = None,
 ) -> Lease:
-    """A hold on `name`, loaded first when it is not ready. To be released."""
+    """A hold on `name`, loaded first when it is not ready. To be released.
+
+    `before_waiting` may refuse, by raising, what no load could help.
+    """
     organisation = organisation_of(headers)
     lease = service.try_acquire(name, organisation)
     if lease is not None:
         return lease
+    if before_waiting is not None:
+        before_waiting()
     deadline_s, priority = deadline_of(headers, settings.max_deadline_s), priority_of(headers)
     try:
         if not waits(headers, query):

@@ -88,7 +88,7 @@ def check_process(answer: bytes, model: str) -> None:
 def json_answer(
     value: Any, status: int = 200, headers: Mapping[str, str] | None = None, default: Callable[[Any], Any] = str
 ) -> web.Response:
-    body = json.dumps(value, default=default, ensure_ascii=False).encode()
+    body = json.dumps(value, default=default, ensure_ascii=False).encode("utf-8", "replace")
     return web.Response(body=body, status=status, headers=headers, content_type="application/json")
 
 
@@ -97,16 +97,30 @@ def status_of(error: ModeliumError) -> int:
     return next(STATUS[code] for code in codes if code in STATUS)
 
 
-def kserve_shape(error: ModeliumError) -> Any:
+def kserve_shape(error: ModeliumError, status: int) -> Any:
     """As Triton answers: `{"error": "..."}`; of a model that loads, beside it how far it is."""
     return {"error": error.message, **(error.fields if isinstance(error, ModelLoading) else {})}
 
 
-def own_shape(error: ModeliumError) -> Any:
+def openai_shape(error: ModeliumError, status: int) -> Any:
+    """As OpenAI answers (`Error` in https://github.com/openai/openai-openapi), with codes of our own."""
+    kind = OPENAI_TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    return {
+        "error": {"message": error.message, "type": kind, "param": error.fields.get("param"), "code": error.code}
+        | (error.fields if isinstance(error, ModelLoading) else {}),
+    }
+
+
+def own_shape(error: ModeliumError, status: int) -> Any:
     return {"error": error.as_dict()}
 
 
-SHAPES: list[tuple[str, Callable[[ModeliumError], Any]]] = [("/v2", kserve_shape), ("/", own_shape)]
+OPENAI_TYPES: Mapping[int, str] = {403: "permission_error", 429: "rate_limit_error"}
+"""What OpenAI calls the kind of an error by its status, where that is not plainly the client's or the server's."""
+
+Shape = Callable[[ModeliumError, int], Any]
+
+SHAPES: list[tuple[str, Shape]] = [("/v2", kserve_shape), ("/v1", openai_shape), ("/", own_shape)]
 """The shape of errors by the beginning of the path; the first that fits."""
 
 
@@ -117,7 +131,8 @@ def error_answer(request: web.Request, error: ModeliumError, status: int | None 
     retry_after_s = error.retry_after_s if error.retry_after_s is not None else RETRY_AFTER_S.get(error.code)
     if retry_after_s is not None:
         headers["Retry-After"] = str(max(1, math.ceil(retry_after_s)))
-    return json_answer(shape(error), status or status_of(error), headers)
+    status = status or status_of(error)
+    return json_answer(shape(error, status), status, headers)
 
 
 @web.middleware

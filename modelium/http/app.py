@@ -20,6 +20,7 @@ from modelium.http.guard import make_guard
 from modelium.http.inference import Inference
 from modelium.http.kserve import KServe
 from modelium.http.metrics import Metrics
+from modelium.http.openai import OpenAI
 from modelium.http.predict import Predict
 from modelium.http.settings import SETTINGS, HttpSettings
 from modelium.http.streams import Streams
@@ -45,7 +46,9 @@ def build_app(service: Service, settings: HttpSettings | None = None) -> web.App
     app[SETTINGS] = settings
     app[UPSTREAM] = upstream
     app.add_routes(KServe(service, settings, upstream, streams).routes())
-    app.add_routes(Predict(service, settings, Inference(upstream, streams)).routes())
+    inference = Inference(upstream, streams)
+    app.add_routes(OpenAI(service, settings, upstream, inference).routes())
+    app.add_routes(Predict(service, settings, inference).routes())
     app.add_routes(admin.routes())
     if settings.metrics:
         app.add_routes(Metrics(service).routes())

@@ -57,8 +57,8 @@ def header_length(request: web.Request) -> int | None:
     return None if text is None else check_header_length(text, None)
 
 
-async def read_body(request: web.Request) -> bytes:
-    """The body, of at most `max_json_bytes`, unpacked when it came packed."""
+async def read_raw(request: web.Request) -> bytes:
+    """The body, of at most `max_json_bytes`, as it came."""
     settings = request.app[SETTINGS]
     room = settings.max_json_bytes
     pieces = []
@@ -70,9 +70,18 @@ async def read_body(request: web.Request) -> bytes:
         room -= len(piece)
     else:
         raise TooLarge(f"expected a body of at most {settings.max_json_bytes} bytes (max_json_bytes), found more")
-    body = b"".join(pieces)
+    return b"".join(pieces)
+
+
+def unpacked(request: web.Request, body: bytes) -> bytes:
+    """The body, unpacked when it came packed, to at most `max_json_bytes`."""
     coding = request.headers.get(hdrs.CONTENT_ENCODING, "identity").lower()
-    return body if coding == "identity" else _unpacked(body, coding, settings.max_json_bytes)
+    return body if coding == "identity" else _unpacked(body, coding, request.app[SETTINGS].max_json_bytes)
+
+
+async def read_body(request: web.Request) -> bytes:
+    """The body, of at most `max_json_bytes`, unpacked when it came packed."""
+    return unpacked(request, await read_raw(request))
 
 
 def _unpacked(body: bytes, coding: str, limit: int) -> bytes:
@@ -90,7 +99,11 @@ def _unpacked(body: bytes, coding: str, limit: int) -> bytes:
 
 async def read_json(request: web.Request) -> Any:
     """The JSON value in the body; None when the body is empty."""
-    body = await read_body(request)
+    return parse_json(await read_body(request))
+
+
+def parse_json(body: bytes) -> Any:
+    """The JSON value in `body`; None when it is empty."""
     if not body.strip():
         return None
     try:
@@ -101,7 +114,12 @@ async def read_json(request: web.Request) -> Any:
 
 async def read_object(request: web.Request) -> dict[str, Any]:
     """The JSON object in the body; an empty body is an empty object."""
-    value = await read_json(request)
+    return parse_object(await read_body(request))
+
+
+def parse_object(body: bytes) -> dict[str, Any]:
+    """The JSON object in `body`; an empty body is an empty object."""
+    value = parse_json(body)
     if value is None:
         return {}
     if not isinstance(value, dict):

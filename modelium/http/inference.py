@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any
 from urllib.parse import quote
 
@@ -42,6 +44,15 @@ class Inference:
         except BadRequest as exc:
             raise UpstreamFailed(f"the runtime of {lease.model} answered wrongly: {exc.message}") from exc
 
+    async def responses(self, lease: Lease, request: InferRequest) -> AsyncGenerator[InferResponse, None]:
+        """The answer to `request`, that of a decoupled model piece by piece. To be closed, as `Streams.stream` is."""
+        if lease.decoupled and GRPC in lease.endpoints:
+            async with aclosing(self._streams.stream(lease.endpoints[GRPC], lease.model, "", request)) as found:
+                async for response in found:
+                    yield response
+        else:
+            yield await self.infer(lease, request)
+
     async def signature(self, lease: Lease) -> tuple[list[Tensor], list[Tensor]]:
         """The model's inputs and outputs, by its metadata; which inputs are optional, that does not tell."""
         metadata = await self._get(lease, "")
@@ -49,11 +60,21 @@ class Inference:
 
     async def optional_inputs(self, lease: Lease) -> frozenset[str]:
         """Names of inputs that may be left out, where the runtime tells by Triton's model configuration."""
-        try:
-            config = await self._get(lease, "/config")
-        except InferenceFailed:
-            return frozenset()
+        config = await self._config(lease)
         return frozenset(value["name"] for value in config.get("input", []) if value.get("optional"))
+
+    async def max_batch_size(self, lease: Lease) -> int | None:
+        """Where the runtime tells by Triton's model configuration; 0 is a model without batches."""
+        size = (await self._config(lease)).get("max_batch_size")
+        return size if isinstance(size, int) else None
+
+    async def _config(self, lease: Lease) -> dict[str, Any]:
+        """Triton's model configuration; empty where the runtime has none."""
+        try:
+            config: dict[str, Any] = await self._get(lease, "/config")
+        except InferenceFailed:
+            return {}
+        return config
 
     async def _get(self, lease: Lease, what: str) -> Any:
         status, _, answer = await self._upstream.ask("GET", _url(lease) + what, lease.model)

@@ -22,7 +22,7 @@ class HttpSettings:
     body_stall_s: float = 60.0
     """The longest that a client may pause in the middle of its body: meanwhile it holds a model's lease."""
     max_json_bytes: int = 16 * 2**20
-    """Of a request that is read here: `/predict`, inference on decoupled models, parameters."""
+    """Of a request that is read here: `/v1`, `/predict`, inference on decoupled models, parameters."""
     max_deadline_s: float = 3600.0
     """The longest that a client may ask to wait for a model."""
     connect_timeout_s: float = 5.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from modelium.errors import ModeliumError, RuntimeUnavailable
@@ -56,23 +56,38 @@ class Streams:
 
     async def infer(self, address: str, model: str, version: str, request: InferRequest) -> list[InferResponse]:
         """All responses to `request`, in their order. Cancelling it cancels the inference."""
+        return [response async for response in self.stream(address, model, version, request)]
+
+    async def stream(
+        self, address: str, model: str, version: str, request: InferRequest
+    ) -> AsyncGenerator[InferResponse, None]:
+        """The responses to `request` as they come, no faster than they are taken.
+
+        To be closed by who does not take them all (`contextlib.aclosing`): that cancels the inference.
+        """
         stub = await self._stub(address)
         import grpc
 
         # Errors come in band. The metadata `triton_grpc_error` would make them statuses, but Triton 2.51 then crashes,
         # now and then, on an inference that fails.
         call = stub.ModelStreamInfer(_one(to_proto(model, version, request)))
-        responses: list[InferResponse] = []
-        failure = ""
+        begun, failure = False, ""
         try:
             async for message in call:  # to the end, which comes by itself after the one request's last response
                 failure = failure or message.error_message
                 response = from_proto(message.infer_response)
                 final = response.parameters.pop(FINAL, False)
-                if response.outputs or not final:
-                    responses.append(response)
+                if not failure and (response.outputs or not final):
+                    begun = True
+                    yield response
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            # not the caller was cancelled: the channel was closed under the call, at the end or by one that failed
+            raise _unanswered(address, model, "its connection was given up") from None
         except grpc.aio.AioRpcError as exc:
-            error = _error(exc, address, model, bool(responses))
+            error = _error(exc, address, model, begun)
             if isinstance(error, RuntimeUnavailable):
                 await self._drop(address)  # its runtime may never come back there
             raise error from exc
@@ -81,7 +96,6 @@ class Streams:
         if failure:
             check_process(failure.encode(), model)
             raise InferenceFailed(failure, _status(failure))
-        return responses
 
     async def _stub(self, address: str) -> Any:
         if address not in self._channels:
@@ -127,8 +141,12 @@ def _error(exc: grpc.aio.AioRpcError, address: str, model: str, begun: bool) -> 
             retry_after_s=1.0,
         )
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
-        return UpstreamFailed(f"the runtime of {model} at {address} took the request and did not answer ({details})")
+        return _unanswered(address, model, details)
     return InferenceFailed(details, 400 if code is grpc.StatusCode.INVALID_ARGUMENT else 500)
+
+
+def _unanswered(address: str, model: str, details: str) -> UpstreamFailed:
+    return UpstreamFailed(f"the runtime of {model} at {address} took the request and did not answer ({details})")
 
 
 # --------------------------------------------------------------------------- messages

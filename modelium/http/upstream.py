@@ -116,21 +116,23 @@ class Upstream:
         if self._session is not None:
             await self._session.close()
 
-    async def forward(self, request: web.Request, base: str, model: str) -> web.StreamResponse:
+    async def forward(
+        self, request: web.Request, base: str, model: str, *, body: bytes | None = None
+    ) -> web.StreamResponse:
         """Pass `request` to the runtime at `base`, and its answer to the client.
 
-        `model` is for messages. Raises `RuntimeUnavailable` when nothing was sent, `UpstreamFailed` when the runtime
-        did not answer, `StreamBroken` when it was lost in the middle of an answer; the client then sees a connection
-        that broke.
+        `model` is for messages; `body` is the request's where it was read already, as it came. Raises
+        `RuntimeUnavailable` when nothing was sent, `UpstreamFailed` when the runtime did not answer, `StreamBroken`
+        when it was lost in the middle of an answer; the client then sees a connection that broke.
         """
-        body = await self._body(request)
+        payload = await self._body(request) if body is None else _Whole(body)
         headers = CIMultiDict(request.headers)
         _drop_hop_by_hop(headers, _NOT_FOR_UPSTREAM)
         if headers.get(hdrs.CONTENT_TYPE, "").startswith(FORM):
             headers[hdrs.CONTENT_TYPE] = "application/octet-stream" if HEADER_LENGTH in headers else "application/json"
         target = request.raw_path
         url = URL(base + (target if target.startswith("/") else str(request.rel_url)), encoded=True)
-        async with await self._send(request.method, url, headers, body, model) as answer:
+        async with await self._send(request.method, url, headers, payload, model) as answer:
             return await self._relay(request, answer, model)
 
     async def ask(

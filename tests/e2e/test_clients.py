@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import openai
 import pytest
 import tritonclient.http
 import tritonclient.http.aio
@@ -250,6 +252,44 @@ def test_predict(service: Served) -> None:
     assert np.array(answer["outputs"]["twice"]).reshape(-1).tolist() == [6]
     wrong = refused(service, "POST", "/predict/linear", {"inputs": [1, 2]})
     assert wrong.status == 400 and "'x'" in wrong.json["error"]["message"]
+
+
+# --------------------------------------------------------------------------- OpenAI's clients
+
+
+def test_the_first_chat_loads_a_cold_model(service: Served, made: Callable[..., Path]) -> None:
+    service.drop(made("text-generation", "chatty"))
+    service.drop(made("feature-extraction", "vectors"))
+    service.until_state("chatty", "READY", "COLD")
+    service.until_state("vectors", "READY", "COLD")
+    for name in ("chatty", "vectors"):
+        service.post(f"/models/{name}/unload")
+        assert service.state(name) == "COLD"
+    messages: list[Any] = [{"role": "user", "content": "hi"}]
+    with openai.OpenAI(base_url=f"{service.url}/v1", api_key="none", max_retries=0) as client:
+        listed = {model.id: model.created for model in client.models.list()}
+        assert {"chatty", "vectors", "linear"} <= set(listed)
+        assert abs(listed["chatty"] - time.time()) < 3600
+        said = client.chat.completions.create(model="chatty", messages=messages, max_tokens=6, temperature=0)
+        assert service.state("chatty") == "READY"
+        straight = {"text_input": "<user>hi</s><assistant>", "max_tokens": 6}
+        text = service.post("/v2/models/chatty/generate", straight)["text_output"]
+        assert text and said.choices[0].message.content == text
+        assert said.usage is not None and said.usage.completion_tokens == 6
+        stream = client.chat.completions.create(
+            model="chatty", messages=messages, max_tokens=6, temperature=0, stream=True
+        )
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == text
+        with pytest.raises(openai.BadRequestError, match="/v1/embeddings"):
+            client.chat.completions.create(model="vectors", messages=messages)
+        assert service.state("vectors") == "COLD", "nothing is loaded for what is refused"
+        texts = ["hello there", *("a" * number for number in range(1, 40))]
+        found = client.embeddings.create(model="vectors", input=texts)
+        assert service.state("vectors") == "READY"
+    straight = service.post("/predict/vectors", {"text": texts[0]})["outputs"]
+    np.testing.assert_allclose(found.data[0].embedding, straight["sentence_embedding"], rtol=1e-4, atol=1e-5)
+    assert found.usage.prompt_tokens == sum(map(len, texts)), "a token a byte"
+    assert service.model("chatty")["in_flight"] == 0
 
 
 # --------------------------------------------------------------------------- errors

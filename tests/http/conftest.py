@@ -12,7 +12,7 @@ import uvloop
 from modelium.http.app import build_app, serving
 from modelium.http.settings import HttpSettings
 from tests.http.fakes import FakeService
-from tests.http.tritonserver import MODELS, Triton, running
+from tests.http.tritonserver import DECOUPLED, NAMES, Triton, running
 from tests.http.upstreams import Recorder, recording
 
 
@@ -71,7 +71,7 @@ async def upstream(service: FakeService) -> AsyncIterator[Recorder]:
 
 @pytest.fixture(scope="session")
 def triton(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Triton]:
-    """A real tritonserver with the models of `tritonserver.MODELS` loaded."""
+    """A real tritonserver with the models of `tritonserver` loaded."""
     with running(tmp_path_factory.mktemp("triton")) as server:
         yield server
 
@@ -80,6 +80,6 @@ def triton(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Triton]:
 def real(service: FakeService, triton: Triton) -> Triton:
     """The fake service with the real runtime behind it, all models READY."""
     service.runtime(kserve_http=triton.url, kserve_grpc=triton.grpc)
-    for name in MODELS:
-        service.add(name, decoupled=name == "pieces")
+    for name in NAMES:
+        service.add(name, decoupled=name in DECOUPLED)
     return triton

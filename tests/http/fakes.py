@@ -42,6 +42,7 @@ class FakeService:
         self.poked: list[str] = []
         self.pinned: set[str] = set()
         self.runtimes: list[RuntimeView] = []
+        self.tasks: dict[str, str] = {}
         self.is_ready = True
         self._waiting: dict[str, list[asyncio.Future[None]]] = {}
 
@@ -244,6 +245,8 @@ class FakeService:
             "state": state,
             "reason": f"it is {state.lower()}",
             "since": 1000.0,
+            "created_at": 500.0,
+            "task": self.tasks.get(name),
             "runtime": "triton" if name not in self.routes else self.routes[name].runtime,
             "memory_bytes": 10,
             "pinned": name in self.pinned,

@@ -27,7 +27,7 @@ from modelium.http.rpc.wire import text_field
 from modelium.http.settings import HttpSettings
 from modelium.http.upstream import Upstream
 from tests.http.fakes import FakeService
-from tests.http.tritonserver import MODELS, Triton
+from tests.http.tritonserver import NAMES, Triton
 
 
 @dataclass
@@ -117,13 +117,13 @@ async def test_tritonclient(rpc: Rpc, real: Triton) -> None:
             assert client.is_server_live() and client.is_server_ready() and client.is_model_ready("identity")
             assert client.get_server_metadata().name == "modelium"
             assert "model_repository" in client.get_server_metadata().extensions
-            assert {m.name for m in client.get_model_repository_index().models} == set(MODELS)
+            assert {m.name for m in client.get_model_repository_index().models} == set(NAMES)
             given = sync_client.InferInput("INPUT0", [1, 4], "FP32")
             given.set_data_from_numpy(np.arange(4, dtype=np.float32).reshape(1, 4))
             answer = client.infer("identity", [given], compression_algorithm="gzip", headers={"x-own": "1"})
             assert answer.as_numpy("OUTPUT0").tolist() == [[0, 1, 2, 3]]
             counts = client.get_inference_statistics().model_stats
-            assert {stats.name for stats in counts} == set(MODELS)
+            assert {stats.name for stats in counts} == set(NAMES)
             with pytest.raises(InferenceServerException, match="no model named nobody"):
                 client.infer("nobody", [given])
 

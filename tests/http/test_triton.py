@@ -15,9 +15,13 @@ import tritonclient.http as sync_client
 import tritonclient.http.aio as aio_client
 from tritonclient.utils import InferenceServerException
 
+from modelium.http.answers import UpstreamFailed
+from modelium.http.messages import InferRequest
+from modelium.http.streams import Streams
 from tests.http.conftest import Surface
 from tests.http.test_kserve import ask
-from tests.http.tritonserver import Triton, free_ports
+from tests.http.tritonserver import NAMES, Triton, free_ports
+from tests.http.upstreams import scripted
 
 FLOATS = b'{"inputs":[{"name":"INPUT0","datatype":"FP32","shape":[1,3],"data":[1,2,3]}]}'
 PIECES = "/v2/models/pieces/infer"
@@ -87,7 +91,7 @@ async def test_a_long_body_that_curl_calls_a_form(surface: Surface, real: Triton
 async def test_statistics(surface: Surface, real: Triton) -> None:
     await ask(surface, "POST", "/v2/models/identity/infer", data=FLOATS)
     _, found, _ = await ask(surface, "GET", "/v2/models/stats")
-    assert {stats["name"] for stats in found["model_stats"]} == {"identity", "echo", "pieces"}
+    assert {stats["name"] for stats in found["model_stats"]} == set(NAMES)
     _, found, _ = await ask(surface, "GET", "/v2/models/identity/stats")
     assert found["model_stats"][0]["inference_stats"]["success"]["count"] >= 1
 
@@ -266,6 +270,24 @@ async def test_a_grpc_address_where_nobody_is_yet(surface: Surface, real: Triton
 
     async with await asyncio.start_server(to_triton, "127.0.0.1", port):
         assert (await ask(surface, "POST", PIECES, data=asked("hi")))[0] == 200  # at once, without a back-off
+
+
+async def test_a_channel_that_is_closed_under_a_call_is_an_error() -> None:
+    """Not a cancellation, which would leave the client without an answer."""
+    arrived = asyncio.Event()
+
+    async def says_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, number: int) -> None:
+        await reader.read(1)
+        arrived.set()
+        await asyncio.Event().wait()
+
+    streams = Streams()
+    async with scripted(says_nothing) as url:
+        asking = asyncio.create_task(streams.infer(url.removeprefix("http://"), "m", "", InferRequest([])))
+        await arrived.wait()
+        await streams.close()
+        with pytest.raises(UpstreamFailed, match="its connection was given up"):
+            await asking
 
 
 async def _pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -12,11 +12,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from modelium_plugin_triton.install import Wheel, prepare
 from modelium_plugin_triton.locate import find_interpreter
 from modelium_plugin_triton.settings import TritonSettings
 
+from modelium.api.templates import render
 from modelium.paths import cache_dir
 
 IDENTITY = """
@@ -60,6 +62,101 @@ class TritonPythonModel:
             sender.send(flags=pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 """
 
+WRITER = """
+import itertools
+import json
+import threading
+import time
+
+import numpy as np
+import triton_python_backend_utils as pb
+from decoding import decoding
+from serving import Refused, failure, strings, text
+
+class TritonPythonModel:
+    '''Says the words of its prompt again and again, a word a token, until it has said enough.
+
+    Prompts: `end` ends it, `fail` fails there, `slow` takes a while, `running?` is answered with how many others are
+    under way.
+    '''
+
+    def initialize(self, args):
+        self.running = 0
+
+    def execute(self, requests):
+        for request in requests:
+            threading.Thread(target=self.answer, args=(request, request.get_response_sender())).start()
+
+    def answer(self, request, sender):
+        self.running += 1
+        try:
+            last = self.write(request, sender)
+        except Exception as error:
+            last = failure(error)
+        self.running -= 1
+        sender.send(last, flags=pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+    def write(self, request, sender):
+        given = {tensor.name(): tensor.as_numpy().reshape(-1) for tensor in request.inputs()}
+        stream = bool(given.pop("stream", [False])[0])
+        wanted = decoding({"max_tokens": 4}, text(given.pop("sampling_parameters", [""])[0], "sampling_parameters"), {})
+        (name, value), = given.items()
+        if name == "messages":
+            words = [f"{m['role']}:{word}" for m in json.loads(value[0]) for word in m["content"].split()]
+        else:
+            words = [f"#{i}" for i in value] if name == "input_ids" else text(value[0], name).split()
+        if not words:
+            raise Refused("the prompt is empty")
+        if words == ["running?"]:
+            words = [str(self.running - 1)]
+        made, reason, shown = [], "length", ""
+        for word in itertools.islice(itertools.cycle(words), wanted.max_tokens):
+            if word == "fail":
+                raise Refused("told to fail")
+            if word == "slow":
+                time.sleep(0.02)
+            if sender.is_cancelled():
+                break
+            made.append(word)
+            if word == "end" or word in wanted.stop:
+                reason = "stop"
+                break
+            piece = " " + word
+            shown += piece
+            if stream:
+                sender.send(pb.InferenceResponse([pb.Tensor("text_output", strings([piece]))]))
+        return pb.InferenceResponse([
+            pb.Tensor("text_output", strings(["" if stream else shown])),
+            pb.Tensor("finish_reason", strings([reason])),
+            pb.Tensor("num_input_tokens", np.array([len(words)], np.int32)),
+            pb.Tensor("num_output_tokens", np.array([len(made)], np.int32)),
+        ])
+"""
+
+EMBEDDER = """
+import numpy as np
+import triton_python_backend_utils as pb
+
+class TritonPythonModel:
+    '''A text's vector: its length, its words, a third, and how many texts its request had.'''
+
+    def execute(self, requests):
+        return [self.answer(request) for request in requests]
+
+    def answer(self, request):
+        given = pb.get_input_tensor_by_name(request, "text_input").as_numpy().reshape(-1)
+        texts = [one.decode() for one in given]
+        words = [len(one.split()) for one in texts]
+        made = {
+            "sentence_embedding": np.array([[len(t), w, 1 / 3, len(texts)] for t, w in zip(texts, words)], np.float32),
+            "attention_mask": np.array([[i < w for i in range(max(words))] for w in words], np.int64),
+        }
+        if set(request.requested_output_names()) != set(made):
+            error = pb.TritonError(f"asked for {request.requested_output_names()}", pb.TritonError.INVALID_ARG)
+            return pb.InferenceResponse(error=error)
+        return pb.InferenceResponse([pb.Tensor(name, value) for name, value in made.items()])
+"""
+
 MODELS = {
     "identity": (
         IDENTITY,
@@ -93,6 +190,15 @@ output [
 }
 """model.py and the rest of config.pbtxt, by name."""
 
+TEMPLATED: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "writer": ("transformers-text-generation", WRITER, {"tokenizer": "true", "max_tokens": 4, "concurrent": 8}),
+    "embedder": ("transformers-feature-extraction", EMBEDDER, {"width": 4, "max_batch_size": 3}),
+}
+"""Templates whose model.py is another one, which needs no weights; and values for them."""
+
+NAMES = (*MODELS, *TEMPLATED)
+DECOUPLED = ("pieces", "writer")
+
 
 @dataclass
 class Triton:
@@ -107,6 +213,11 @@ def write_models(repository: Path) -> None:
         (repository / name / "1" / "model.py").write_text(code)
         head = f'name: "{name}"\nbackend: "python"\ninstance_group [ {{ kind: KIND_CPU }} ]'
         (repository / name / "config.pbtxt").write_text(head + config)
+    for name, (template, code, values) in TEMPLATED.items():
+        common = {"name": name, "device_kind": "cpu", "instances": 1, "model_folder": "", "dtype": "auto", "threads": 0}
+        for path, text in {**render(template, {**common, **values}), "1/model.py": code}.items():
+            (repository / name / path).parent.mkdir(parents=True, exist_ok=True)
+            (repository / name / path).write_text(text)
 
 
 def free_ports(count: int) -> list[int]:
@@ -140,7 +251,7 @@ def running(folder: Path) -> Iterator[Triton]:
     }
     command = [
         str(wheel.executable), f"--model-repository={repository}", f"--backend-directory={wheel.backends}",
-        "--model-control-mode=explicit", *(f"--load-model={name}" for name in MODELS),
+        "--model-control-mode=explicit", *(f"--load-model={name}" for name in NAMES),
         "--http-address=127.0.0.1", "--grpc-address=127.0.0.1", "--metrics-address=127.0.0.1",
         f"--http-port={http}", f"--grpc-port={grpc}", f"--metrics-port={metrics}",
     ]  # fmt: skip

@@ -49,8 +49,10 @@ class Streams:
     def __init__(self) -> None:
         self._channels: dict[str, tuple[grpc.aio.Channel, Any]] = {}  # with the stub
         self._opening = asyncio.Lock()
+        self._ended = False
 
     async def close(self) -> None:
+        self._ended = True
         for address in list(self._channels):
             await self._drop(address)
 
@@ -84,8 +86,10 @@ class Streams:
             task = asyncio.current_task()
             if task is None or task.cancelling():
                 raise
-            # not the caller was cancelled: the channel was closed under the call, at the end or by one that failed
-            raise _unanswered(address, model, "its connection was given up") from None
+            # not the caller was cancelled, but the channel closed: at the end, or by a call that could not connect
+            if begun or self._ended:
+                raise _unanswered(address, model, "the service ends") from None
+            raise _unreachable(address, model, "another request could not connect") from None
         except grpc.aio.AioRpcError as exc:
             error = _error(exc, address, model, begun)
             if isinstance(error, RuntimeUnavailable):
@@ -136,13 +140,16 @@ def _error(exc: grpc.aio.AioRpcError, address: str, model: str, begun: bool) -> 
 
     code, details = exc.code(), exc.details() or "no details"
     if code is grpc.StatusCode.UNAVAILABLE and "failed to connect" in details and not begun:
-        return RuntimeUnavailable(
-            f"the runtime of {model} at {address} can't be reached ({details}); nothing was sent to it",
-            retry_after_s=1.0,
-        )
+        return _unreachable(address, model, details)
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
         return _unanswered(address, model, details)
     return InferenceFailed(details, 400 if code is grpc.StatusCode.INVALID_ARGUMENT else 500)
+
+
+def _unreachable(address: str, model: str, details: str) -> RuntimeUnavailable:
+    return RuntimeUnavailable(
+        f"the runtime of {model} at {address} can't be reached ({details}); nothing was sent to it", retry_after_s=1.0
+    )
 
 
 def _unanswered(address: str, model: str, details: str) -> UpstreamFailed:

@@ -356,11 +356,14 @@ async def test_completions(client: openai.AsyncOpenAI, prompt: Any, texts: list[
     assert (streamed, [reasons[c.index] for c in made.choices]) == (texts, [c.finish_reason for c in made.choices])
 
 
-async def test_a_model_that_tells_text_alone(client: openai.AsyncOpenAI) -> None:
+async def test_a_model_that_tells_text_alone(surface: Surface, client: openai.AsyncOpenAI) -> None:
     made = await client.completions.create(model="pieces", prompt="hi")
     assert (made.choices[0].text, made.choices[0].finish_reason, made.usage) == ("hi 0.hi 1.hi 2.", "stop", None)
     with pytest.raises(openai.BadRequestError, match="no input for 'max_tokens'"):
         await client.completions.create(model="pieces", prompt="hi", max_tokens=3)
+    odd = packed("pieces", prompt="hi", **{"\ud800": 1})
+    status, answer, _ = await ask(surface, "POST", "/v1/completions", data=odd)
+    assert (status, answer["error"]["param"]) == (400, "?"), "what no text can hold is told of all the same"
     with pytest.raises(openai.BadRequestError, match="takes no chats"):
         await client.chat.completions.create(model="pieces", messages=HI)
 

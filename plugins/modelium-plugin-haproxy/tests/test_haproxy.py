@@ -162,6 +162,7 @@ async def lab(tmp_path: Path) -> AsyncIterator[Lab]:
         client = await stack.enter_async_context(aiohttp.ClientSession())
         lab = Lab(tmp_path, service, runtime, grpc_runtime, processes, client, make(tmp_path, processes), front)
         stack.push_async_callback(processes.stop, "haproxy", grace_s=0)
+        stack.push_async_callback(processes.stop, "haproxy-2", grace_s=0)
         info = await lab.driver.start(front)
         assert not info.adopted and info.version.startswith(("2.", "3."))
         lab.url = f"http://127.0.0.1:{info.port}"
@@ -389,11 +390,33 @@ async def test_it_is_adopted_with_its_routes_by_the_next_one(lab: Lab) -> None:
     assert (await lab.by("/v2/models/m/infer"), await lab.by("/v2/models/n/infer")) == ("service", "runtime")
 
 
-async def test_other_settings_are_another_one_on_the_same_ports(lab: Lab) -> None:
-    pid = _pid(lab)
-    info = await lab.another(threads=2).start(lab.front.model_copy(update={"port": int(lab.url.rpartition(":")[2])}))
-    assert not info.adopted and info.pid != pid
+async def test_another_configuration_takes_over_and_loses_nothing(lab: Lab) -> None:
+    await lab.driver.admit(lab.route())
+    over = asyncio.Event()
+    answered: list[str] = []
+
+    async def client() -> None:
+        while not over.is_set():
+            answered.append(await lab.by("/v2/models/m/infer"))
+
+    clients = [asyncio.ensure_future(client()) for _ in range(4)]
+    pids = [_pid(lab)]
+    for threads in (2, 1, 3):
+        before = len(answered)
+        driver = lab.another(threads=threads)
+        info = await driver.start(lab.front)
+        assert not info.adopted and info.pid not in pids and f":{info.port}" in lab.url
+        pids.append(info.pid)
+        await _until(lambda before=before: len(answered) > before + 50)  # type: ignore[misc]
+        assert list(await driver.read()) == ["m"]
+    over.set()
+    await asyncio.gather(*clients)
+    assert set(answered) == {"runtime"}  # its routes came along
+    await driver.divert("m")
     assert await lab.by("/v2/models/m/infer") == "service"
+    await lab.client.close()
+    await _until(lambda: len(lab.processes.names()) == 1)  # the former ones end by themselves
+    await driver.stop()
 
 
 async def test_killed_it_is_missed_and_started_again(lab: Lab) -> None:
@@ -459,7 +482,7 @@ def test_what_is_no_haproxy_is_told(tmp_path: Path) -> None:
 
 
 def _pid(lab: Lab) -> int:
-    record = lab.processes.find("haproxy")
+    record = lab.processes.find("haproxy") or lab.processes.find("haproxy-2")
     assert record is not None
     return record.pid
 

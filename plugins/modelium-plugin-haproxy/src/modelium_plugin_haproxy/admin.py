@@ -56,10 +56,15 @@ class Admin:
         return {name: c._replace(organisations=organisations.get(name, {})) for name, c in models.items()}
 
     async def answers(self) -> bool:
+        return await self.pid() is not None
+
+    async def pid(self) -> int | None:
+        """Of the process that answers; None when none does."""
         try:
-            return bool(await self._say("show version"))
+            found = re.search(r"^Pid: (\d+)", await self._say("show info"), re.MULTILINE)
         except RuntimeUnavailable:
-            return False
+            return None
+        return int(found[1]) if found is not None else None
 
     async def _say(self, command: str) -> str:
         try:

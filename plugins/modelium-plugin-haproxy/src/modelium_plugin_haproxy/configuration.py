@@ -102,7 +102,7 @@ global
     nbthread {settings.threads}
     noreuseport
     maxconn {_connections(settings)}
-    stats socket {files.admin} mode 600 level admin
+    stats socket {files.admin} mode 600 level admin expose-fd listeners
     log stderr format raw daemon notice
     tune.bufsize {BUFFER_BYTES}
     tune.h2.max-frame-size 65536
@@ -115,6 +115,7 @@ defaults
     option http-no-delay
     option dontlognull
     option abortonclose
+    option idle-close-on-response
     http-reuse always
     retries 0
     timeout connect 5s

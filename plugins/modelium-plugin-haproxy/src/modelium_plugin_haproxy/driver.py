@@ -38,35 +38,48 @@ class HAProxyDriver:
         """Raises `ConfigError` when it can't run, or an address can't be bound."""
         executable = await asyncio.to_thread(find_executable, self._settings)
         version = await asyncio.to_thread(version_of, executable)
-        name = self._context.name
-        record = self._context.processes.find(name)
-        if record is not None:
-            facts = record.facts
-            wanted = front.model_copy(
-                update={
-                    "port": front.port or facts.get("port", 0),
-                    "grpc_port": front.grpc_port or facts.get("grpc_port", 0),
-                }
-            )
-            if facts.get("configuration") == self._hash(wanted) and await self._admin.answers():
+        former = self._find()
+        if former is not None:
+            ports = {key: getattr(front, key) or former.facts.get(key, 0) for key in ("port", "grpc_port")}
+            front = front.model_copy(update=ports)
+            if not await self._admin.answers():
+                await self.stop()
+                former = None
+            elif former.facts.get("configuration") == self._hash(front):
                 self._entries = await self._admin.routes()
-                return self._info(record, version, adopted=True)
-            await self._context.processes.stop(name, grace_s=5)
+                return self._info(former, version, adopted=True)
         chosen = await asyncio.to_thread(_with_ports, front)
+        self._entries = await self._admin.routes() if former is not None else {}
         await asyncio.to_thread(self._write, chosen)
         await self._check(executable)
+        record = await self._spawn(executable, chosen, former)
+        return self._info(record, version, adopted=False)
+
+    async def _spawn(self, executable: Path, front: Front, former: ProcessRecord | None) -> ProcessRecord:
+        """Start one; it takes over the sockets of the former, which ends once it has served what it has."""
+        first, second = self._names
+        name = second if former is not None and former.name == first else first
+        takeover = ["-x", str(self._files.admin), "-sf", str(former.pid)] if former is not None else []
         record = await self._context.processes.spawn(
             name,
-            [str(executable), "-db", "-f", str(self._files.configuration)],
-            facts={"configuration": self._hash(chosen), "port": chosen.port, "grpc_port": chosen.grpc_port},
+            [str(executable), "-db", "-f", str(self._files.configuration), *takeover],
+            facts={"configuration": self._hash(front), "port": front.port, "grpc_port": front.grpc_port},
         )
         try:
-            await self._until_it_answers()
+            await self._until_it_answers(record)
         except BaseException:
             await self._context.processes.stop(name, grace_s=0)
             raise
-        self._entries = {}
-        return self._info(record, version, adopted=False)
+        return record
+
+    @property
+    def _names(self) -> tuple[str, str]:
+        return self._context.name, f"{self._context.name}-2"
+
+    def _find(self) -> ProcessRecord | None:
+        """The one that runs, the newer while one takes over from the other."""
+        found = [record for name in self._names if (record := self._context.processes.find(name)) is not None]
+        return max(found, key=lambda record: record.created_at, default=None)
 
     def _info(self, record: ProcessRecord, version: str, *, adopted: bool) -> DataPathInfo:
         ports = {key: int(record.facts.get(key, 0)) for key in ("port", "grpc_port")}
@@ -78,7 +91,7 @@ class HAProxyDriver:
     def _write(self, front: Front) -> None:
         try:
             self._files.state.mkdir(parents=True, exist_ok=True)
-            self._files.map.write_text("")
+            self._files.map.write_text("".join(f"{key} {value}\n" for key, value in self._entries.items()))
             if front.certificate is not None and front.key is not None:
                 _link(self._files.certificate, front.certificate)
                 _link(self._files.certificate.with_suffix(".pem.key"), front.key)
@@ -98,21 +111,21 @@ class HAProxyDriver:
             words = [line for line in said.decode(errors="replace").splitlines() if "ALERT" in line]
             raise ConfigError(f"{executable} does not take Modelium's configuration: {' '.join(words[:2]) or said!r}")
 
-    async def _until_it_answers(self) -> None:
+    async def _until_it_answers(self, record: ProcessRecord) -> None:
         limit = self._settings.start_timeout_s
         try:
             async with asyncio.timeout(limit):
-                while not await self._admin.answers():
-                    if self._context.processes.find(self._context.name) is None:
-                        raise self._ended()
+                while await self._admin.pid() != record.pid:
+                    if self._context.processes.find(record.name) is None:
+                        raise self._ended(record.name)
                     await asyncio.sleep(0.02)
         except TimeoutError as error:
             raise RuntimeUnavailable(
                 f"HAProxy did not answer within {limit:.0f} s (haproxy.start_timeout_s)"
             ) from error
 
-    def _ended(self) -> ConfigError | RuntimeUnavailable:
-        words = [line for line in self.logs(20) if "ALERT" in line or "error" in line.lower()]
+    def _ended(self, name: str) -> ConfigError | RuntimeUnavailable:
+        words = [line for line in self._context.processes.tail(name, 20) if "ALERT" in line or "error" in line.lower()]
         told = " ".join(words[-3:]) or "it said nothing"
         if taken := re.search(r"cannot bind socket \((.*?)\) for \[(.*?):(\d+)\]", told):
             what = "is in use" if "in use" in taken[1] else f"can't be bound ({taken[1]})"
@@ -123,11 +136,13 @@ class HAProxyDriver:
         return RuntimeUnavailable(f"HAProxy ended while it started: {told}")
 
     async def stop(self) -> None:
-        await self._context.processes.stop(self._context.name, grace_s=5)
+        for name in self._names:
+            await self._context.processes.stop(name, grace_s=5)
         self._entries = {}
 
     def logs(self, lines: int) -> list[str]:
-        return self._context.processes.tail(self._context.name, lines)
+        record = self._find()
+        return self._context.processes.tail(record.name if record is not None else self._context.name, lines)
 
     # ------------------------------------------------------------------ routes
 
@@ -159,7 +174,7 @@ class HAProxyDriver:
     # ------------------------------------------------------------------ use
 
     async def read(self) -> Mapping[str, Carried]:
-        if self._context.processes.find(self._context.name) is None:
+        if self._find() is None:
             raise RuntimeUnavailable("HAProxy has ended")
         return await self._admin.use()
 

@@ -98,12 +98,13 @@ class Served:
 
     # ------------------------------------------------------------------ life
 
-    def start(self, *, ready: bool = True, within_s: float = 600) -> Served:
+    def start(self, *, ready: bool = True, wait: bool = True, within_s: float = 600) -> Served:
         """Start it and wait until it is ready; the first start on a machine sets up its Triton."""
         command = [*self.prefix, *MODELIUM, "serve", *self._where, "--port", str(self.port), "--grpc-port", "0"]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=self.env)
-        self.until(lambda: self.answers("/readyz" if ready else "/livez"), within_s, "the service to be ready")
+        if wait:
+            self.until(lambda: self.answers("/readyz" if ready else "/livez"), within_s, "the service to be ready")
         return self
 
     def answers(self, path: str) -> bool:

@@ -6,7 +6,6 @@ above it and what editors show.
 
 from __future__ import annotations
 
-import fnmatch
 import os
 import re
 from collections.abc import Mapping
@@ -168,9 +167,6 @@ class Policies(Section):
     its models."""
     crash_window_s: Seconds = 600
     """The time in which crashes are counted."""
-
-    def is_always_loaded(self, name: str) -> bool:
-        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.always_loaded)
 
 
 class Orchestration(Section):

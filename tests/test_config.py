@@ -193,11 +193,6 @@ class TestValues:
         with pytest.raises(ValueError, match="size"):
             parse_size(text)
 
-    def test_always_loaded_takes_patterns(self) -> None:
-        policies = load_config(write("orchestration: {policies: {always_loaded: [a, 'b-*']}}"), environ={}).policies
-        names = ["a", "A", "ab", "b-", "b-1"]
-        assert [n for n in names if policies.is_always_loaded(n)] == ["a", "b-", "b-1"]
-
     @pytest.mark.parametrize(
         ("host", "url"),
         [

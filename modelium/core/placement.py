@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from modelium.api.units import human
+from modelium.core.states import State
 from modelium.core.turn import Turn, bytes_on
 from modelium.core.world import Account, Model
 
@@ -92,7 +93,10 @@ def never_fits(model: Model, found: Iterable[Spot]) -> str | None:
 
 def never_beside(turn: Turn, model: Model, found: Iterable[Spot]) -> str | None:
     """Why the model can't fit beside what the configuration keeps loaded; None when it can. A pin may go any time."""
-    always = [m for n in sorted(turn.live) if (m := turn.models[n]).always_loaded and n != model.name]
+    live = (turn.models[n] for n in sorted(turn.live) if n != model.name)
+    always = [
+        m for m in live if m.always_loaded and m.state is State.READY and m.measured
+    ]  # what others take is a guess
     rooms: list[str] = []
     for spot in found:
         device, budget = spot.account.id, spot.account.budget_bytes

@@ -7,7 +7,7 @@ from modelium.core.moves import drain
 from modelium.core.runtimes import lose_models
 from modelium.core.states import RuntimeState, State, Want
 from modelium.core.turn import Turn
-from modelium.core.world import Failure, Model, Runtime
+from modelium.core.world import Failure, Runtime
 
 WHY = "its runtime is to be started anew"
 
@@ -20,19 +20,15 @@ def go_on(turn: Turn) -> None:
 
 
 def _empty(turn: Turn, runtime: Runtime) -> None:
+    """Nothing is drained while something loads or is replaced there, which may take long: all the others serve on."""
     held = [m for n in sorted(turn.live) if (m := turn.models[n]).home == runtime.name]
+    if any(m.state is State.LOADING or (m.state is State.READY and m.op) for m in held):
+        return
     for model in held:
-        if model.state is State.READY and not model.op and _free(turn, model):
+        if model.state is State.READY and all(m.home == runtime.name for m in turn.live_dependents(model.name)):
             again = Want.RESTORE if turn.used_lately(model) else Want.NONE
             drain(turn, turn.models[model.name], f"{WHY}: {runtime.recycle}", again=again)
     if all(turn.models[m.name].state is State.FAILED for m in held):
         lose_models(turn, runtime.name, Failure("runtime_unavailable", f"{WHY}: {runtime.recycle}"))
         turn.move_runtime(runtime, RuntimeState.STOPPING, f"started anew: {runtime.recycle}", recycle="")
         turn.out.append(StopRuntime(runtime.name, runtime.epoch))
-
-
-def _free(turn: Turn, model: Model) -> bool:
-    """What is made of it goes too, now or already."""
-    return all(m.state is not State.LOADING for m in turn.live_dependents(model.name)) and not any(
-        m.state is State.READY and m.op for m in turn.live_dependents(model.name)
-    )

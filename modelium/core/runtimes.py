@@ -52,6 +52,7 @@ def runtime_observed(turn: Turn, event: e.RuntimeObserved) -> None:
 def _reconcile(turn: Turn, runtime: str, observed: tuple[ObservedModel, ...], taken_at: float) -> None:
     """Bring what is believed in line with what is seen; what changed after the look is left alone."""
     seen = {m.name: m for m in observed if m.ready}
+    there = {m.name for m in observed}
     foreign: list[str] = []
     for shown in seen.values():
         model = turn.models.get(shown.name)
@@ -66,6 +67,8 @@ def _reconcile(turn: Turn, runtime: str, observed: tuple[ObservedModel, ...], ta
         model = turn.models[name]
         if model.home != runtime or name in seen:
             continue
+        if name in there and model.state in (State.FAILED, State.RECOVERING):
+            continue  # it is neither ready nor gone, and holds memory still
         lost.append(model)
         if model.state is State.RECOVERING:
             _gone(turn, model, "no longer loaded in its runtime")

@@ -199,10 +199,6 @@ class Account:
         """What models may occupy now: the budget, less when others use too much of the device."""
         return max(0, min(self.budget_bytes, self.total_bytes - self.foreign_bytes))
 
-    @property
-    def free_bytes(self) -> int:
-        return self.limit_bytes - self.booked_bytes
-
 
 @dataclass(frozen=True, slots=True)
 class Runtime:

@@ -74,6 +74,8 @@ class Effects:
             case i.CloseRoute(name, op):
                 self._close(name, op)
             case i.Load():
+                if not order.replace:
+                    self._engine.usage.model(order.name).loads()
                 self._engine.runtimes.load(order)
             case i.Unload():
                 self._engine.runtimes.unload(order)

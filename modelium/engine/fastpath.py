@@ -148,7 +148,7 @@ class FastPath:
     async def read(self, *, within_s: float = 0.0) -> None:
         """Bring the book of use up to date, unless it was within the last `within_s` seconds."""
         async with self._reading:
-            if time.monotonic() - self._read_at <= within_s:
+            if within_s and time.monotonic() - self._read_at <= within_s:
                 return
             await self._carried()
 

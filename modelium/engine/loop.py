@@ -22,8 +22,8 @@ log = logging.getLogger(__name__)
 
 Clock = Callable[[], float]
 
-_JUDGES_BY_USE = (e.ReadyAsked, e.Ticked, e.RuntimeDown, e.RuntimeObserved)
-"""What may evict, and what may have lost models, of which those in use come back."""
+_JUDGES_BY_USE = (e.ReadyAsked, e.Ticked, e.RuntimeDown, e.RuntimeObserved, e.Loaded, e.LoadFailed, e.Unloaded)
+"""What may evict, or drain a runtime that is stuck, and what may have lost models, of which those in use come back."""
 
 
 class Loop:
@@ -76,6 +76,8 @@ class Loop:
             ticket = getattr(event, "ticket", None)
             name = getattr(event, "name", "")
             instructions = [] if ticket is None else [Refuse(ticket, name, "internal", "an error in Modelium itself")]
+            if isinstance(event, e.Ticked):
+                instructions.append(WakeAt(event.at + self.policy.sweep_s))  # time goes on
         for instruction in instructions:
             try:
                 if isinstance(instruction, WakeAt):

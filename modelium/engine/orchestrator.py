@@ -131,7 +131,12 @@ class Orchestrator:
             paths.repository, state=paths.state, quarantine=paths.quarantine, trash=paths.trash
         )
         self.runtimes = Runtimes(
-            self.running, lambda: self.loop, self.effects.request_for, self._report_for, self.effects.measured
+            self.running,
+            lambda: self.loop,
+            self.effects.request_for,
+            self._report_for,
+            self.effects.measured,
+            self._see,
         )
         self.planner = Planner(
             host.brain(config.brain.name, config.brain.settings), self.running, self.situation, self.store
@@ -363,7 +368,12 @@ class Orchestrator:
         devices = await asyncio.to_thread(self.host.devices)
         if devices:
             self.devices = devices
-            self.loop.post(e.DevicesObserved(self.clock(), devices, self.runtimes.accounted()))
+            self.loop.post(e.DevicesObserved(self.clock(), devices, self.runtimes.accounted(self._booked)))
+
+    def _booked(self, name: str) -> bool:
+        """Whether a model's memory is on the books; what one holds that is not counts as others'."""
+        model = self.loop.world.models.get(name)
+        return model is not None and bool(model.booking)
 
     def doubts(self) -> list[str]:
         """What the configuration names and is not there."""
@@ -383,6 +393,16 @@ class Orchestrator:
         counts = await source.read()
         known = {n: c for n, c in counts.items() if n in self.catalog.known}
         self.usage.merge(source.name, known, self.clock())
+
+    async def _see(self, finished: Mapping[str, int]) -> None:
+        """Count what goes straight to a runtime, past every door of ours."""
+        if self.fast is not None:
+            await self.fast.read()
+        now = self.clock()
+        for name, total in finished.items():
+            usage = self.usage.get(name)
+            if usage is not None:
+                usage.see(total, now)
 
     async def _read_fast(self) -> None:
         assert self.fast is not None

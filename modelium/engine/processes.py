@@ -122,7 +122,7 @@ class ProcessSupervisor:
             self._write(record)  # should we die right after the start, it tells what was about to run
         except OSError as error:
             raise ConfigError(
-                f"could not write the record and the log of {name}: {error}. It was not started."
+                f"could not write the record and the log of {name}: {error}. It was not started.", code="storage"
             ) from error
         try:
             child = subprocess.Popen(
@@ -148,7 +148,9 @@ class ProcessSupervisor:
         except OSError as error:
             os.killpg(child.pid, signal.SIGKILL)
             child.wait()
-            raise ConfigError(f"could not write {self._record_of(name)}: {error}. {name} was not started.") from error
+            raise ConfigError(
+                f"could not write {self._record_of(name)}: {error}. {name} was not started.", code="storage"
+            ) from error
         return record
 
     def _write(self, record: ProcessRecord) -> None:

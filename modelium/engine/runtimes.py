@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from modelium.core import instructions as i
 from modelium.core.states import RuntimeState
 from modelium.core.world import Failure
 from modelium.engine.loop import Loop
-from modelium.errors import ConfigError, ModeliumError, RuntimeStuck, RuntimeUnavailable
+from modelium.errors import ModeliumError, RuntimeStuck, RuntimeUnavailable
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +46,8 @@ class Running:
 
 RequestFor = Callable[[i.Load], LoadRequest]
 """Reads files: called in a thread."""
+Counted = Callable[[Mapping[str, int]], Awaitable[None]]
+"""Told how many requests each loaded model of a runtime has finished, by the runtime's own count."""
 Measured = Callable[[str, int, float | None], None]
 """Told a model's measured bytes, after a load with its seconds, later without."""
 
@@ -60,6 +62,7 @@ class Runtimes:
         request_for: RequestFor,
         report_for: Callable[[str], Report],
         measured: Measured,
+        counted: Counted,
         *,
         observe_every_s: float = 2.0,
     ):
@@ -68,6 +71,7 @@ class Runtimes:
         self._request_for = request_for
         self._report_for = report_for
         self._tell_measured = measured
+        self._counted = counted
         self._observe_every_s = observe_every_s
         self._tasks: set[asyncio.Task[None]] = set()
         self._ops: dict[str, asyncio.Task[None]] = {}
@@ -181,7 +185,7 @@ class Runtimes:
         except Exception as exc:
             running.known.set()
             if isinstance(exc, ModeliumError):
-                failure = Failure("config" if isinstance(exc, ConfigError) else exc.code, exc.message)
+                failure = Failure(exc.code, exc.message)
             else:
                 log.exception("the driver of %s failed to start it", order.name)
                 failure = Failure("driver", f"its driver failed: {type(exc).__name__}: {exc}")
@@ -230,12 +234,16 @@ class Runtimes:
                 running.poke.set()
                 return
             running.misses = 0
+            known = loop.world.runtimes.get(name)
+            if known is None or known.state is not RuntimeState.UP:
+                return  # it is being ended, or was told of already
             message = exc.message if isinstance(exc, ModeliumError) else f"it did not answer: {exc!r}"
             self.measured.pop(name, None)
             loop.post(e.RuntimeDown(loop.clock(), name, epoch, Failure("runtime_unavailable", message)))
             return
         running.misses = 0
         self._note(name, observation)
+        await self._counted({m.name: m.requests for m in observation.models if m.ready and m.requests is not None})
         loop.post(e.RuntimeObserved(loop.clock(), name, epoch, taken_at, observation))
 
     def _note(self, name: str, observation: Observation) -> None:
@@ -245,11 +253,11 @@ class Runtimes:
                 self._tell_measured(model.name, sum(model.memory.values()), None)
         self.running[name].overhead = dict(observation.overhead)
 
-    def accounted(self) -> dict[str, int]:
-        """Measured bytes of all models, by device."""
+    def accounted(self, booked: Callable[[str], bool]) -> dict[str, int]:
+        """Measured bytes of all models whose memory is `booked`, by device."""
         total: dict[str, int] = {}
         for models in self.measured.values():
-            for memory in models.values():
+            for memory in (memory for name, memory in models.items() if booked(name)):
                 for device, size in memory.items():
                     total[device] = total.get(device, 0) + size
         return total

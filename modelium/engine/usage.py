@@ -79,7 +79,7 @@ class ModelUsage:
     """One model's use since the service started."""
 
     __slots__ = (
-        "_book", "_buckets", "_external", "_results", "_second", "_told", "_window",
+        "_book", "_buckets", "_bypassed", "_counted_from", "_external", "_results", "_second", "_told", "_window",
         "failures", "in_flight", "last_used", "latency", "leases", "name", "requests",
     )  # fmt: skip
 
@@ -101,6 +101,8 @@ class ModelUsage:
         self._second = 0  # the newest second that the buckets know
         self._window = 0  # the buckets' sum
         self._told = 0  # the sum that the core was last told
+        self._bypassed = 0  # of `requests`, those that only the runtime saw
+        self._counted_from: tuple[int, int] | None = None  # the runtime's total, and what had come our way by then
         self._external: dict[str, tuple[int, int]] | None = None  # source -> (requests, in flight) as last read
 
     def begin(self, now: float) -> None:
@@ -164,6 +166,27 @@ class ModelUsage:
             self._count(new, now)
             if used_at is not None and not in_flight:
                 self.last_used = max(before_at, min(used_at, now))
+
+    def loads(self) -> None:
+        """It is not loaded, and about to be: its runtime will count from nothing."""
+        self._counted_from = (0, self.requests - self._bypassed)
+
+    def see(self, total: int, now: float) -> None:
+        """Take in what the runtime itself has counted: what is more than came our way went straight to it.
+
+        `total` is of requests that it has finished, read before this call, so that what came our way is never taken
+        for others'. Calls that it does not count (metadata) are set off once nothing is in flight.
+        """
+        ours = self.requests - self._bypassed
+        if self._counted_from is None or total < self._counted_from[0]:  # it was loaded anew
+            self._counted_from = (total, ours)
+            return
+        new = (total - self._counted_from[0]) - (ours - self._counted_from[1])
+        if new > 0:
+            self._count(new, now)
+            self._bypassed += new
+        if new > 0 or not self.in_flight:
+            self._counted_from = (total, ours)
 
     def qps(self, now: float) -> float:
         """Requests per second over the last minute, in whole seconds: those begun 60 s ago or more don't count."""

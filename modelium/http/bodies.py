@@ -18,6 +18,10 @@ HEADER_LENGTH = istr("Inference-Header-Content-Length")
 """How much of a body is JSON; binary tensors follow. From Triton's binary tensor data extension."""
 
 
+LONG_BYTES = 128 * 1024
+"""JSON longer than this is parsed in a thread."""
+
+
 class TooLarge(ModeliumError):
     code = "too_large"
 
@@ -99,7 +103,8 @@ def _unpacked(body: bytes, coding: str, limit: int) -> bytes:
 
 async def read_json(request: web.Request) -> Any:
     """The JSON value in the body; None when the body is empty."""
-    return parse_json(await read_body(request))
+    body = await read_body(request)
+    return parse_json(body) if len(body) <= LONG_BYTES else await asyncio.to_thread(parse_json, body)
 
 
 def parse_json(body: bytes) -> Any:

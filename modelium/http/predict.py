@@ -16,7 +16,6 @@ import asyncio
 import base64
 import binascii
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -45,7 +44,9 @@ TEXT_INPUTS = ("text_input", "prompt", "text")
 """What models call the input that takes their text, Triton's own name first."""
 
 PIECE = 2**18
-"""Elements that are written as JSON at once; more are written in a thread, piece by piece."""
+"""Elements that are written as JSON at once: nobody else's turn comes meanwhile."""
+LONG_BYTES = 128 * 1024
+"""Outputs longer than this are written in a thread."""
 
 
 @dataclass(slots=True)
@@ -95,7 +96,7 @@ class Predict:
             optional = await self._inference.optional_inputs(lease)
         request, added = build(inputs, optional, asked)
         response = await self._inference.infer(lease, request)
-        if sum(math.prod(tensor.shape) for tensor in response.outputs) > PIECE:
+        if sum(len(tensor.raw or b"") for tensor in response.outputs) > LONG_BYTES:
             return await asyncio.to_thread(render, response, added, asked.is_text)
         return render(response, added, asked.is_text)
 
@@ -242,11 +243,15 @@ def _text_of(response: InferResponse, outputs: Mapping[str, bytes]) -> bytes | N
 
 def _nested(array: npt.NDArray[Any]) -> bytes:
     """An array as nested lists, numbers in as few digits as their type needs; what is no finite number is null."""
-    if array.ndim and array.size > PIECE:
-        return b"[" + b",".join(_nested(part) for part in array) + b"]"
     if array.dtype.kind == "O":
         return orjson.dumps(array.tolist(), default=_bytes)
-    return orjson.dumps(np.ascontiguousarray(array) if array.ndim else array[()], option=orjson.OPT_SERIALIZE_NUMPY)
+    if array.size <= PIECE:
+        return orjson.dumps(np.ascontiguousarray(array) if array.ndim else array[()], option=orjson.OPT_SERIALIZE_NUMPY)
+    rows = PIECE // (array.size // len(array))
+    if not rows:
+        return b"[" + b",".join(_nested(part) for part in array) + b"]"
+    parts = (_nested(array[start : start + rows])[1:-1] for start in range(0, len(array), rows))
+    return b"[" + b",".join(parts) + b"]"
 
 
 def _bytes(element: bytes) -> Any:

@@ -128,7 +128,7 @@ class Upstream:
         payload = await self._body(request) if body is None else _Whole(body)
         headers = CIMultiDict(request.headers)
         _drop_hop_by_hop(headers, _NOT_FOR_UPSTREAM)
-        if headers.get(hdrs.CONTENT_TYPE, "").startswith(FORM):
+        if headers.get(hdrs.CONTENT_TYPE, "").lstrip().lower().startswith(FORM):
             headers[hdrs.CONTENT_TYPE] = "application/octet-stream" if HEADER_LENGTH in headers else "application/json"
         target = request.raw_path
         url = URL(base + (target if target.startswith("/") else str(request.rel_url)), encoded=True)
@@ -196,8 +196,13 @@ class Upstream:
         _drop_hop_by_hop(headers, HOP_BY_HOP)
         declared = headers.get(hdrs.CONTENT_LENGTH)
         chunked = declared is None and request.version >= aiohttp.HttpVersion11
-        if answer.status >= 400 or (declared is not None and int(declared) <= WHOLE_BYTES):  # errors are short
-            body = await _read(answer, model)
+        begun = b""
+        if declared is None and answer.status >= 400:  # most errors are short, and are read before they are passed on
+            while len(begun) <= WHOLE_BYTES and (piece := await _piece(answer, model)):
+                begun += piece
+        short = declared is None and answer.status >= 400 and len(begun) <= WHOLE_BYTES
+        if short or (declared is not None and int(declared) <= WHOLE_BYTES):
+            body = begun or await _read(answer, model)
             whole = web.Response(status=answer.status, reason=answer.reason, headers=headers, body=body)
             if chunked:
                 whole.enable_chunked_encoding()
@@ -206,6 +211,8 @@ class Upstream:
         if chunked:
             response.enable_chunked_encoding()
         await response.prepare(request)
+        if begun:
+            await response.write(begun)
         content = answer.content
         while True:
             try:
@@ -228,6 +235,13 @@ def _drop_hop_by_hop(headers: CIMultiDict[str], names: tuple[istr, ...]) -> None
             headers.popall(name.strip(), None)
     for name in names:
         headers.popall(name, None)
+
+
+async def _piece(answer: aiohttp.ClientResponse, model: str) -> bytes:
+    try:
+        return await answer.content.readany()
+    except (aiohttp.ClientError, OSError) as exc:
+        raise UpstreamFailed(f"the runtime of {model} broke off its answer ({_words(exc)}); ask again") from exc
 
 
 async def _read(answer: aiohttp.ClientResponse, model: str) -> bytes:

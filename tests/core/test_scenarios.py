@@ -262,6 +262,7 @@ def test_what_is_always_loaded_and_does_not_fit_stands_in_nobodys_way() -> None:
     assert sim.world.models["r2"].reason == told
     sim.accept("b", memory=50)
     assert sim.answer(sim.ask("b")) == "never_fits"
+    assert "needs 50 B; cpu:0 has a budget of 100 B less 60 B of r1" in sim.world.models["b"].reason
     sim.load("a")
     sim.settle()
 

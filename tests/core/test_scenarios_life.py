@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 
+from modelium.api.types import Observation, ObservedModel
 from modelium.core import events as e
 from modelium.core import instructions as i
 from modelium.core.states import RuntimeState, State, Want
@@ -1011,6 +1012,55 @@ def test_a_runtime_that_is_stuck_is_started_anew_without_a_lost_request() -> Non
     sim.run()
     assert set(sim.states().values()) == {"READY"}
     assert (sim.answer(ticket), sim.answer(late)) == ("granted", "granted")
+
+
+def test_nothing_is_drained_for_a_stuck_runtime_while_something_loads_there() -> None:
+    sim = make(max_concurrent_loads=2)
+    for name in ("served", "slow", "wedged"):
+        sim.accept(name, memory=20)
+    sim.load("served")
+    sim.ask("slow")
+    sim.ask("wedged")
+    slow, wedged = sim.pending
+    sim.fail(wedged, runtime_lost=True, recycle=True)
+    sim.wait(100)
+    assert (sim.state("served"), sim.state("slow")) == (State.READY, State.LOADING)
+    assert sim.use("served")
+    sim.end("served")
+    sim.complete(slow)
+    assert sim.state("served") is State.DRAINING
+    sim.settle()
+
+
+def test_wholes_of_wholes_go_before_a_stuck_runtime() -> None:
+    sim = make()
+    sim.accept("p", memory=10)
+    sim.accept("w", memory=10, parts=("p",))
+    sim.accept("x", memory=10, parts=("w",))
+    sim.accept("wedged", memory=10)
+    sim.load("x")
+    sim.ask("wedged")
+    sim.fail(sim.pending[-1], runtime_lost=True, recycle=True)
+    sim.run()
+    assert sim.world.runtimes["r"].state is RuntimeState.UP and sim.real["r"].instance == 2
+    sim.settle()
+
+
+def test_what_is_neither_ready_nor_gone_stays_on_the_books() -> None:
+    sim = make()
+    sim.accept("a", memory=60)
+    sim.load("a")
+    sim.unload("a")
+    sim.complete(sim.pending[-1])
+    sim.fail(sim.pending[-1])
+    assert (sim.state("a"), booked(sim)[0]) == (State.FAILED, 60)
+    shown = Observation(instance="1", models=(ObservedModel(name="a", ready=False, memory={"cpu:0": 60}),))
+    sim.now += 1
+    sim.happen(e.RuntimeObserved(sim.now, "r", 1, sim.now - 0.1, shown))
+    assert (sim.state("a"), booked(sim)[0]) == (State.FAILED, 60)
+    sim.now += 1
+    sim.happen(e.RuntimeObserved(sim.now, "r", 1, sim.now - 0.1, Observation(instance="1")))
+    assert (sim.state("a"), booked(sim)[0]) == (State.COLD, 0)
 
 
 def test_a_stuck_runtime_of_somebody_else_is_left_alone() -> None:

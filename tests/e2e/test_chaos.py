@@ -94,7 +94,7 @@ class Chaos:
     gone: set[str] = field(default_factory=set)
     asked: list[Asked] = field(default_factory=list)
     down: list[tuple[float, float]] = field(default_factory=list)
-    """When Modelium was not there."""
+    """When Modelium was not there, or Triton died: connections may break."""
     did: Counter[str] = field(default_factory=Counter)
     over: asyncio.Event = field(default_factory=asyncio.Event)
     up: asyncio.Event = field(default_factory=asyncio.Event)
@@ -214,9 +214,12 @@ class Chaos:
             kill(rng.choice(stubs))
 
     async def kill_triton(self, rng: random.Random) -> None:
+        """HAProxy closes the connections of those whose requests it holds, and leaves it to them to ask again."""
+        began = time.monotonic()
         for pid, command in (await asyncio.to_thread(processes_of, self.service.root)).items():
             if command.split()[0].endswith("/tritonserver"):
                 kill(pid)
+        self.down.append((began, time.monotonic() + 1))
 
     async def kill_service(self, rng: random.Random) -> None:
         began = time.monotonic()
@@ -232,7 +235,7 @@ class Chaos:
     # ------------------------------------------------------------------ afterwards
 
     def unanswered(self) -> list[Asked]:
-        """What was not answered as it must be. Only where Modelium itself was killed may a connection break."""
+        """What was not answered as it must be. Only where something was killed may a connection break."""
         bad = []
         for asked in self.asked:
             if asked.left:

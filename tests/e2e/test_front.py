@@ -1,4 +1,4 @@
-"""The front door with HAProxy: clients of loaded models notice no restart of Modelium, and no model that comes or goes."""
+"""The front door with HAProxy: clients of loaded models notice no restart of Modelium, nor models that come and go."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import tritonclient.grpc as grpc_client
 
-from tests.e2e.kit import Toy, eventually, infer, toy, x_body
+from tests.e2e.kit import Straight, Toy, eventually, infer, toy, triton_address, x_body
 from tests.service import MODELIUM, Served, free_port
 
 MIB = 2**20
@@ -144,6 +144,15 @@ def test_use_is_counted_however_it_comes(service: Served, tmp_path: Path) -> Non
     assert service.model("counted")["requests"] == before + 5
     metrics = service.request("GET", "/metrics").decode()
     assert 'modelium_requests_total{model="counted",organisation="team",result="ok"} 3' in metrics
+
+
+def test_a_model_that_is_used_past_every_door_is_in_use(service: Served, tmp_path: Path) -> None:
+    dropped(service, tmp_path, "straight")
+    before = service.model("straight")
+    for _ in range(5):
+        infer(Straight(triton_address(service)), "straight", [1])
+    service.until(lambda: service.model("straight")["requests"] == before["requests"] + 5, 30, "five to be counted")
+    assert service.model("straight")["idle_s"] < 10
 
 
 def test_haproxy_killed_comes_back_with_its_routes(service: Served, tmp_path: Path) -> None:

@@ -154,9 +154,16 @@ def test_texts_and_bytes_are_answered() -> None:
 
 
 def test_a_large_answer_is_the_same_as_a_small_one() -> None:
-    array = np.arange(PIECE * 3, dtype=np.int64).reshape(3, 2, -1)
-    response = InferResponse("m", "1", [TensorValue("y", "INT64", array.shape, array.tobytes())])
-    assert json.loads(render(response, 0, False))["outputs"]["y"] == array.tolist()
+    for shape in ((3, 2, -1), (-1,), (-1, 3), (1, -1), (2, -1, 1)):
+        array = np.arange(PIECE * 6, dtype=np.int64).reshape(shape)
+        response = InferResponse("m", "1", [TensorValue("y", "INT64", array.shape, array.tobytes())])
+        assert json.loads(render(response, 0, False))["outputs"]["y"] == array.tolist()
+
+
+def test_many_texts_are_answered() -> None:
+    count = PIECE + 1
+    response = InferResponse("m", "1", [TensorValue("y", "BYTES", (count,), b"\1\0\0\0a" * count)])
+    assert json.loads(render(response, 0, False))["outputs"]["y"] == ["a"] * count
 
 
 # --------------------------------------------------------------------------- over HTTP

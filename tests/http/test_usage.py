@@ -184,3 +184,26 @@ def test_runtimes_are_not_models() -> None:
 
 def _transition(subject: str, before: str, after: str, reason: str, at: float = 0.0) -> Transition:
     return Transition(decision=1, at=at, subject=subject, before=before, after=after, reason=reason)
+
+
+def test_what_goes_straight_to_the_runtime_is_use() -> None:
+    usage = UsageBook().model("m")
+    usage.see(100, 1.0)  # what it had counted before we came
+    for now in (2.0, 3.0):
+        usage.begin(now)
+    usage.see(101, 4.0)  # one of ours is done, one under way
+    assert (usage.requests, usage.last_used) == (2, 3.0)
+    usage.end(5.0, 1.0, True)
+    usage.end(5.0, 1.0, True)
+    usage.see(102, 6.0)
+    assert usage.requests == 2
+    usage.see(105, 7.0)
+    assert (usage.requests, usage.last_used, usage.qps(7.0)) == (5, 7.0, 5 / 60)
+    usage.begin(8.0)  # one that the runtime does not count
+    usage.end(8.0, 0.1, True)
+    usage.see(105, 9.0)
+    usage.see(106, 10.0)
+    assert (usage.requests, usage.last_used) == (7, 10.0)
+    usage.see(2, 11.0)  # loaded anew
+    usage.see(3, 12.0)
+    assert (usage.requests, usage.last_used) == (8, 12.0)

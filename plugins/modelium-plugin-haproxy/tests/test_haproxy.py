@@ -255,7 +255,9 @@ async def test_a_body_that_curl_calls_a_form_is_called_what_it_is(lab: Lab) -> N
     form = {"Content-Type": "application/x-www-form-urlencoded"}
     await lab.ask("/v2/models/m/infer", b"{}", **form)
     await lab.ask("/v2/models/m/infer", b"{}xx", **form, **{"Inference-Header-Content-Length": "2"})
-    assert [seen[1] for seen in lab.runtime.seen] == ["application/json", "application/octet-stream"]
+    await lab.ask("/v2/models/m/infer", b"{}", **{"Content-Type": "Application/X-WWW-Form-Urlencoded; a=b"})
+    kinds = [seen[1] for seen in lab.runtime.seen]
+    assert kinds == ["application/json", "application/octet-stream", "application/json"]
 
 
 async def test_bodies_of_any_size_pass(lab: Lab) -> None:

@@ -9,7 +9,6 @@ from modelium_plugin_triton.analyzer import (
     modelium_analyze,
     modelium_completeness,
     modelium_scan,
-    read_repository,
 )
 
 from modelium.api import Analysis, Severity
@@ -247,18 +246,3 @@ class TestScan:
 
     def test_no_code_no_finding(self, tmp_path: Path) -> None:
         assert not list(modelium_scan(folder(tmp_path, None, {"1/model.onnx": b""})) or ())
-
-
-class TestRepository:
-    def test_all_of_it_and_not_a_byte_written(self, tmp_path: Path) -> None:
-        folder(tmp_path, PYTHON, name="good")
-        folder(tmp_path, "nonsense: 1 }", name="bad")
-        folder(tmp_path, None, {"notes.txt": b""}, name="notes")
-        folder(tmp_path, PYTHON, name=".hidden")
-        (tmp_path / "file").write_text("")
-        before = snapshot(tmp_path)
-        found = dict(read_repository(tmp_path))
-        assert list(found) == ["bad", "good"]
-        assert isinstance(found["bad"], ModelError)
-        assert isinstance(found["good"], Analysis)
-        assert snapshot(tmp_path) == before

@@ -299,7 +299,13 @@ async def test_a_process_that_ends_while_imported_does_not_hang(driver: TritonDr
         await driver.load(dies, silent)
     with pytest.raises(DriverError, match="after a new start") as caught:
         await driver.load(dies, silent)
-    assert caught.value.code == "runtime_stuck" and not isinstance(caught.value, RuntimeStuck)
+    assert caught.value.code == "model_stuck" and not isinstance(caught.value, RuntimeStuck)
+    with pytest.raises(DriverError) as caught:
+        await driver.unload("dies")
+    assert caught.value.code == "model_stuck"
+    with pytest.raises(DriverError) as caught:
+        await driver.load(dies, silent)
+    assert caught.value.code == "model_stuck"
     with pytest.raises(RuntimeStuck):
         await driver.load(lab.model("dies"), silent)
     await driver.stop()

@@ -164,7 +164,7 @@ def _http(front: Front, files: Files) -> Iterable[str]:
     acl direct var(txn.to) -m found
     http-request track-sc0 var(txn.model) table {TABLE} if direct
     # What curl calls any body, and Triton's HTTP server crashes on when it is long.
-    acl form req.hdr(content-type) -m beg application/x-www-form-urlencoded
+    acl form req.hdr(content-type) -i -m beg application/x-www-form-urlencoded
     acl binary req.hdr(inference-header-content-length) -m found
     http-request set-header content-type application/octet-stream if direct form binary
     http-request set-header content-type application/json if direct form

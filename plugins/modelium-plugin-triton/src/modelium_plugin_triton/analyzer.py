@@ -105,21 +105,6 @@ def modelium_analyze(path: Path) -> Analysis | None:
     return None if folder is None else _analyze(folder)
 
 
-def read_repository(repository: Path) -> Iterator[tuple[str, Analysis | ModelError]]:
-    """Every model of an existing Triton repository by its folder's name, in order; nothing is written.
-
-    A folder that Triton would refuse comes with the reason, one that is no model directory at all is passed over.
-    """
-    for path in sorted(p for p in repository.iterdir() if p.is_dir() and not p.name.startswith(".")):
-        try:
-            analysis = modelium_analyze(path)
-        except ModelError as exc:
-            yield path.name, exc
-        else:
-            if analysis is not None:
-                yield path.name, analysis
-
-
 # --------------------------------------------------------------------------- what they find
 
 

@@ -49,7 +49,7 @@ class TritonDriver:
         self._environment: Environment | None = None
         self._epoch: attach.Epoch | None = None
         self._gpus: Gpus | None = None
-        self._culprits: dict[str, int | None] = {}
+        self._culprits: dict[str, int] = {}
         self._starting = asyncio.Lock()
         self._installs: dict[str, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -325,7 +325,7 @@ class TritonDriver:
         """End our server with all its models; somebody else's is left alone."""
         if self._settings.endpoint is None:
             # A load that never ends is not waited for.
-            stuck = self._session is not None and bool(self._session.stuck)
+            stuck = self._session is not None and bool(self._session.stuck or self._session.given_up)
             grace_s = server.STUCK_EXIT_S if stuck else server.EXIT_TIMEOUT_S + 15
             await self._context.processes.stop(self._context.name, grace_s=grace_s)
             await asyncio.to_thread(server.sweep_shm, self._repository)

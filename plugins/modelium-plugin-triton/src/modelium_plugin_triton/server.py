@@ -131,7 +131,8 @@ def choose_ports(settings: TritonSettings, state_dir: Path) -> dict[str, int]:
             if holder is None:
                 raise ConfigError(
                     f"triton.{name}_port is {wanted}, and another program uses that port: choose another, or leave it "
-                    "out for a free one"
+                    "out for a free one",
+                    code="address",
                 )
             held.append(holder)
             ports[name] = holder.getsockname()[1]

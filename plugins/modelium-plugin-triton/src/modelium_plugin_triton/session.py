@@ -89,7 +89,9 @@ class Session:
     busy: dict[str, str] = field(default_factory=dict)
     stuck: dict[str, str] = field(default_factory=dict)
     """Models that Triton never gets done with, and why."""
-    culprits: dict[str, int | None] = field(default_factory=dict)
+    given_up: dict[str, float] = field(default_factory=dict)
+    """Models with a load that was given up and that Triton was not done with, and since when (monotonic)."""
+    culprits: dict[str, int] = field(default_factory=dict)
     """Models for whose sake a server was started anew, with what told their files; outlives the session."""
     native: dict[str, dict[str, int]] = field(default_factory=dict)
     stubs: dict[str, int] = field(default_factory=dict)
@@ -138,12 +140,16 @@ class Session:
     async def observe(self) -> Observation:
         """Its models; those that are loading or unloading are there as not ready, since they hold memory."""
         counted, family = await asyncio.gather(self.client.statistics(), self.look())
-        if self.lingering:
-            self.lingering &= await self._in_flux()
+        if self.lingering or self.stuck or self.given_up:
+            flux = await self._in_flux()
+            self.lingering &= flux
+            for name in {*self.stuck, *self.given_up} - flux:
+                self.stuck.pop(name, None)
+                self.given_up.pop(name, None)
         stubs = family.by_model()
         serving = _by_name(counted)
         models = [self._observed(name, versions, stubs.get(name, [])) for name, versions in serving.items()]
-        for name in {*stubs, *self.busy, *self.lingering, *self.stuck} - set(serving):
+        for name in {*stubs, *self.busy, *self.lingering, *self.stuck, *self.given_up} - set(serving):
             memory = added(stub.memory for stub in stubs.get(name, []))
             reason = self.stuck.get(name) or self.busy.get(name) or "loading or unloading"
             models.append(ObservedModel(name=name, ready=False, memory=memory, reason=reason))
@@ -173,7 +179,7 @@ class Session:
         Until the attempt has begun, the task may as well be cancelled.
         """
         async with self.turns[request.name]:
-            await self._check_stuck(request.name, files=await asyncio.to_thread(_newest, request.path))
+            await self._check_stuck(request.name, request.path)
             backend = await asyncio.to_thread(self._check_files, request)
             with self._busy_with(request.name, "loading"):
                 if backend == NO_BACKEND or backend in self.python_based:
@@ -181,17 +187,27 @@ class Session:
                 async with self.alone:
                     return await self._load(request, report, attempt, native=True)
 
-    async def _check_stuck(self, name: str, *, files: int | None = None) -> None:
-        """Raise what is to be said of a model that Triton never gets done with; `files` tells its files from others.
+    async def _check_stuck(self, name: str, folder: Path | None = None) -> None:
+        """Raise what is to be said of a model that Triton is not done with.
 
-        A new start of Triton mends that, and is worth it once: not for files that did it before.
+        One that it never gets done with, a new start of Triton mends, which is worth it once for a load from `folder`:
+        not for files that did it before.
         """
-        if name in self.stuck and name in await self._in_flux():
-            if self.own and self.culprits.get(name) != files:
+        if name not in self.stuck and name not in self.given_up:
+            return
+        if name not in await self._in_flux():
+            self.stuck.pop(name, None)
+            self.given_up.pop(name, None)
+            return
+        if name not in self.stuck and time.monotonic() - self.given_up[name] < self.settings.load_timeout_s:
+            raise DriverError(f"{name}: Triton is not done yet with a load that was given up", code="runtime_busy")
+        why = self.stuck.get(name) or f"{name}: Triton goes on without end with a load that was given up"
+        if self.own and folder is not None:
+            files = await asyncio.to_thread(_newest, folder)
+            if self.culprits.get(name) != files:
                 self.culprits[name] = files
-                raise RuntimeStuck(self.stuck[name])
-            raise DriverError(f"{self.stuck[name]}; {RESTART}", code="runtime_stuck")
-        self.stuck.pop(name, None)
+                raise RuntimeStuck(why)
+        raise DriverError(f"{why}; {RESTART}", code="model_stuck")
 
     async def _load(self, request: LoadRequest, report: Report, attempt: Attempt, native: bool) -> LoadOutcome:
         name = request.name
@@ -293,6 +309,7 @@ class Session:
         while not call.done() and time.monotonic() < deadline:
             family = await self.look()
             if self._in_vain(watch, family):
+                self._wedged(name)
                 break
             for stub in watch.mine(family) if self.own else ():
                 if not stub.completing and await asyncio.to_thread(has_shaken_hands, stub):
@@ -300,8 +317,8 @@ class Session:
             await asyncio.wait({call}, timeout=0.2)
         if not call.done():
             call.cancel()
-            self.stuck[name] = f"{name}: Triton goes on with a load that was given up"
-            log.warning("%s", self.stuck[name])
+            self.given_up[name] = time.monotonic()
+            log.warning("%s: Triton goes on with a load that was given up", name)
             return
         failed = call.exception() is not None  # asked for, so that it counts as seen
         if not request.replace:
@@ -443,8 +460,8 @@ class Session:
 def _newest(folder: Path) -> int:
     """When a file of the model last changed, in nanoseconds."""
     newest = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):  # it is being changed
+    with contextlib.suppress(OSError):  # it is being changed
+        for path in folder.rglob("*"):
             newest = max(newest, path.stat().st_mtime_ns)
     return newest
 

@@ -16,6 +16,7 @@ class LoadWatch:
         self._name = name
         self._old = {stub.key for stub in before.stubs}
         self._zombies = set(before.zombies)
+        self._others = {stub.key[0] for stub in before.stubs}
         self._pids: set[int] = set()
         self._since: dict[int, float] = {}
 
@@ -29,6 +30,8 @@ class LoadWatch:
         `alone`: no other model is being worked on; then a process that ended too soon to be seen was this load's.
         """
         self._pids |= {stub.key[0] for stub in self.mine(family)}
-        dead = {z for z in family.zombies if z in self._pids or (alone and z not in self._zombies)}
+        self._others |= {stub.key[0] for stub in family.stubs} - self._pids
+        unseen = {z for z in family.zombies if z not in self._zombies and z not in self._others}
+        dead = {z for z in family.zombies if z in self._pids} | (unseen if alone else set())
         self._since = {pid: self._since.get(pid, now) for pid in dead}
         return any(now - since > UNNOTICED_S for since in self._since.values())

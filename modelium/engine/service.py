@@ -112,7 +112,7 @@ class Service:
 
     async def _ask(self, event: Any, deadline_s: float | None, organisation: str | None) -> Lease | None:
         engine = self._engine
-        await self.fresh()  # what follows may evict
+        await self.fresh(FRESH_S)  # what follows may evict
         now = engine.clock()
         if deadline_s is None:
             deadline_s = engine.config.policies.request_deadline_s
@@ -246,10 +246,10 @@ class Service:
                 raise ConfigError(f"{name} belongs to the runtime {model.runtime}, which is not there")
         return await asyncio.to_thread(running.driver.logs, model.name if model else None, lines)
 
-    async def fresh(self) -> None:
-        """Bring counts of use up to date that are not kept here."""
+    async def fresh(self, within_s: float = 0.0) -> None:
+        """Bring counts of use up to date that are not kept here, unless they were `within_s` seconds ago."""
         if self._engine.fast is not None:
-            await self._engine.fast.read(within_s=FRESH_S)
+            await self._engine.fast.read(within_s=within_s)
 
     def ready(self) -> bool:
         """The repository was read and at least one runtime is up."""

@@ -380,6 +380,7 @@ async def test_whose_fault_it_is_is_told(lab: Lab, status: int, body: bytes, tol
     await lab.driver.admit(lab.route())
     async with lab.client.post(f"{lab.url}/v2/models/m/infer", data=b"{}") as response:
         assert (response.status, await response.read()) == (told, body)
+    assert (await lab.driver.read())["m"].failures == (told >= 500)
 
 
 async def test_it_is_adopted_with_its_routes_by_the_next_one(lab: Lab) -> None:

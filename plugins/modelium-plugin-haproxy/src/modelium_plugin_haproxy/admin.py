@@ -17,7 +17,7 @@ TABLE = "usage"
 EXPIRE_S = 120
 """How long what is not used stays in the table; what is left of it tells since when."""
 ORGANISATIONS = "organisations"
-_ROW = re.compile(r"key=(.*?) use=\d+ exp=(\d+) .*conn_cur=(\d+) http_req_cnt=(\d+) .*http_fail_cnt=(\d+)")
+_ROW = re.compile(r"key=(.*?) use=\d+ exp=(\d+) .*gpc0=(\d+) conn_cur=(\d+) http_req_cnt=(\d+)")
 _AT_ONCE = 200
 """Commands in one line: HAProxy takes 16 KiB."""
 
@@ -46,7 +46,7 @@ class Admin:
         both = await self._say(f"show table {TABLE};show table {ORGANISATIONS}")
         models: dict[str, Carried] = {}
         organisations: dict[str, dict[str, Carried]] = {}
-        for key, left_ms, now, count, failures in _ROW.findall(both):
+        for key, left_ms, failures, now, count in _ROW.findall(both):
             carried = Carried(int(count), int(now), max(0.0, EXPIRE_S - int(left_ms) / 1000), int(failures))
             model, named, organisation = key.replace("\\ ", " ").partition("|")
             if named:

@@ -127,10 +127,10 @@ defaults
     timeout tunnel 3600s
 
 backend {TABLE}
-    stick-table type string len 201 size 100k expire {EXPIRE_S}s store http_req_cnt,http_fail_cnt,conn_cur
+    stick-table type string len 201 size 100k expire {EXPIRE_S}s store http_req_cnt,gpc0,conn_cur
 
 backend {ORGANISATIONS}
-    stick-table type string len 300 size 100k expire {EXPIRE_S}s store http_req_cnt,http_fail_cnt,conn_cur
+    stick-table type string len 300 size 100k expire {EXPIRE_S}s store http_req_cnt,gpc0,conn_cur
 """.splitlines()
 
 
@@ -217,6 +217,7 @@ def _backends(front: Front) -> Iterable[str]:
         if protocol == "http":
             yield from _error(502, "the runtime took the request and did not answer; it was not sent again")
             yield from _mended(front)
+            yield from _counted()
         yield ""
         # Requests that only the service can answer wait for it while it starts again.
         yield f"backend service_{protocol}"
@@ -236,6 +237,12 @@ def _mended(front: Front) -> Iterable[str]:
         yield f"    http-response set-status 400 if {{ status 500 }} {{ res.body -m beg {_quoted(begin)} }}"
     if front.dead:
         yield f"    http-response set-status 502 if {{ status 500 }} {{ res.body -m sub {_quoted(front.dead)} }}"
+
+
+def _counted() -> Iterable[str]:
+    """Failures as they are told to the client: HAProxy's own count knows them before they are mended."""
+    yield "    http-after-response sc-inc-gpc0(0) if { status ge 500 }"
+    yield "    http-after-response sc-inc-gpc0(1) if { status ge 500 } { sc1_tracked }"
 
 
 def _quoted(text: str) -> str:

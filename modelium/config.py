@@ -64,6 +64,7 @@ Port = Annotated[int, Field(ge=0, le=65535)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+Priority = Annotated[int, Field(ge=-10, le=10)]
 
 
 class Section(BaseModel):
@@ -144,6 +145,10 @@ class Policies(Section):
     """Memory that models may occupy, by device: `{"cpu:0": 2GB, "cuda:0": 20GiB}`."""
     high_priority_teams: tuple[str, ...] = ()
     """Organisations whose requests go first when models wait for room."""
+    model_priorities: dict[str, Priority] = {}
+    """What is added to the priority of requests for a model, by its name or a pattern as in a shell; the first fits."""
+    organisation_priorities: dict[str, Priority] = {}
+    """What is added to the priority of an organisation's requests."""
     request_deadline_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 300
     """How long a request waits for its model, unless it says otherwise (`x-modelium-deadline-s`)."""
     max_queue_per_model: Count = 1000

@@ -6,6 +6,7 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -59,16 +60,22 @@ class Service:
         Raises ModelNotFound, ModelFailed, QueueFull, NeverFits, RuntimeUnavailable, and DeadlinePassed after
         `deadline_s`. Cancelling withdraws the ticket.
         """
-        if organisation in self._engine.config.policies.high_priority_teams:
-            priority += TEAM_PRIORITY
         await self._read(name, deadline_s)
+        whole = bounded(priority + self._standing(name, organisation))
         lease = await self._ask(
-            lambda ticket, now, deadline_at: e.ReadyAsked(now, ticket, name, deadline_at, bounded(priority)),
+            lambda ticket, now, deadline_at: e.ReadyAsked(now, ticket, name, deadline_at, whole),
             deadline_s,
             organisation,
         )
         assert lease is not None
         return lease
+
+    def _standing(self, name: str, organisation: str) -> int:
+        """What the configuration adds to the priority of a request."""
+        policies = self._engine.config.policies
+        own = next((p for pattern, p in policies.model_priorities.items() if fnmatchcase(name, pattern)), 0)
+        team = TEAM_PRIORITY if organisation in policies.high_priority_teams else 0
+        return own + team + policies.organisation_priorities.get(organisation, 0)
 
     async def load_soon(self, name: str, *, priority: int = 0, organisation: str = "") -> None:
         """Have a model loaded without waiting for it. Raises `ModelLoading` with how far it is, unless it is READY.

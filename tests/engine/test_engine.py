@@ -7,6 +7,7 @@ import json
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -732,3 +733,25 @@ async def test_who_does_not_wait_has_it_loaded_once_for_the_next(tmp_path: Path)
         assert r.service.view("a").in_flight == 0
         with pytest.raises(ModelNotFound):
             await r.service.load_soon("nobody")
+
+
+async def test_who_asks_and_for_what_has_a_standing(tmp_path: Path) -> None:
+    policies: dict[str, Any] = {
+        "max_concurrent_loads": 1, "high_priority_teams": ["vip"], "organisation_priorities": {"slow": -3},
+        "model_priorities": {"b*": 4, "*": 1},
+    }  # fmt: skip
+    async with rig(tmp_path, **policies) as r:
+        for name in ("a", "b", "busy"):
+            await r.add(name)
+            await r.service.unload(name)
+        held = r.runtime.hold("load", "busy")
+        asking = [asyncio.ensure_future(r.service.acquire("busy"))]
+        await held.arrived.wait()
+        for name, organisation in (("a", "slow"), ("a", "vip"), ("b", "")):
+            asking.append(asyncio.ensure_future(r.service.acquire(name, priority=1, organisation=organisation)))
+            await asyncio.sleep(0)
+        tickets = r.engine.loop.world.tickets.values()
+        assert sorted((t.model, t.priority) for t in tickets) == [("a", -1), ("a", 7), ("b", 5), ("busy", 4)]
+        held.release()
+        for lease in await asyncio.gather(*asking):
+            lease.release()

@@ -58,6 +58,7 @@ async def running(config: Config, *, stop_runtimes: bool = False) -> AsyncIterat
             allowed_hosts=config.server.allowed_hosts,
             allowed_origins=config.server.allowed_origins,
             metrics=config.metrics.enabled,
+            access_log=config.logging.access,
         )
         try:
             app = build_app(service, settings)
@@ -104,6 +105,7 @@ async def _listening(
         certificate=certificate,
         key=key,
         sockets=sockets,
+        access_log=settings.access_log,
         client_errors=UNPARSABLE,
         dead=DEAD,
     )

@@ -231,6 +231,9 @@ class Logging(Section):
     """`console` for people, `json` for programs: one object in each line."""
     level: Literal["debug", "info", "warning", "error"] = "info"
     """The least that is written."""
+    access: bool = False
+    """One line for each HTTP request too: in this log for what the service answers, in the data path's own
+    (`modelium logs haproxy`) for all."""
 
 
 class Plugins(Section):

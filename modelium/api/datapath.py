@@ -31,6 +31,8 @@ class Front(Frozen):
     key: Path | None = None
     sockets: tuple[Path, Path] | None = None
     """Unix sockets for clients besides, for HTTP and for gRPC."""
+    access_log: bool = False
+    """Write a line for each request."""
     client_errors: tuple[str, ...] = ()
     """How answers of runtimes under status 500 begin that are the client's fault, and are to have status 400."""
     dead: str = ""

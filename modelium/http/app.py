@@ -85,7 +85,8 @@ async def serving(
     """
     runner = web.AppRunner(
         app,
-        access_log=None,
+        access_log=logging.getLogger("modelium.access") if app[SETTINGS].access_log else None,
+        access_log_format='%a "%r" %s %b bytes %Tf s "%{User-Agent}i"',
         logger=_ServerLog(log),
         auto_decompress=False,  # bodies are passed on as they come
         handler_cancellation=True,  # who leaves stops waiting, and the runtime stops working for nobody

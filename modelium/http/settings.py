@@ -30,6 +30,8 @@ class HttpSettings:
     heartbeat_s: float = 15.0
     """Between signs of life on `/events`."""
     metrics: bool = True
+    access_log: bool = False
+    """Write a line for each request."""
 
 
 SETTINGS: web.AppKey[HttpSettings] = web.AppKey("settings", HttpSettings)

@@ -6,8 +6,14 @@ import asyncio
 import json
 from typing import Any
 
+import aiohttp
+import pytest
+
 from modelium.errors import NeverFits
+from modelium.http.app import build_app, serving
+from modelium.http.settings import HttpSettings
 from tests.http.conftest import Surface
+from tests.http.fakes import FakeService
 from tests.http.test_kserve import ask
 from tests.http.upstreams import Recorder
 
@@ -193,3 +199,18 @@ async def test_who_reads_too_slowly_is_told_what_is_missing(surface: Surface) ->
 async def test_open_feeds_do_not_hold_up_the_end(surface: Surface) -> None:
     response = await surface.client.get(f"{surface.url}/events")
     assert response.status == 200  # the fixture's end would take long if it held
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+async def test_an_access_log_where_it_is_wanted(
+    service: FakeService, caplog: pytest.LogCaptureFixture, wanted: bool
+) -> None:
+    caplog.set_level("INFO", "modelium.access")
+    app = build_app(service, HttpSettings(access_log=wanted))  # type: ignore[arg-type]
+    async with (
+        serving(app, "127.0.0.1", 0, grace_s=0.1) as (host, port),
+        aiohttp.ClientSession() as client,
+        client.get(f"http://{host}:{port}/livez?x=1") as response,
+    ):
+        assert await response.text() == "ok\n"
+    assert any('"GET /livez?x=1 HTTP/1.1" 200' in line for line in caplog.messages) is wanted

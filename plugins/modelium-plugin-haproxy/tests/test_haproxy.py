@@ -422,6 +422,17 @@ async def test_another_configuration_takes_over_and_loses_nothing(lab: Lab) -> N
     await driver.stop()
 
 
+async def test_an_access_log_where_it_is_wanted(lab: Lab) -> None:
+    await lab.driver.admit(lab.route())
+    await lab.ask("/v2/models/m/infer?quiet")
+    again = lab.another()
+    await again.start(lab.front.model_copy(update={"access_log": True}))
+    async with aiohttp.ClientSession() as client, client.post(f"{lab.url}/v2/models/m/infer?loud", data=b"{}"):
+        pass
+    await _until(lambda: any("infer?loud" in line for line in again.logs(50)))
+    assert not any("quiet" in line for line in again.logs(50))
+
+
 async def test_killed_it_is_missed_and_started_again(lab: Lab) -> None:
     await lab.driver.admit(lab.route())
     os.kill(_pid(lab), signal.SIGKILL)

@@ -93,17 +93,19 @@ def _address(endpoint: str) -> str:
 
 def render(front: Front, settings: HAProxySettings, files: Files) -> str:
     """The whole file."""
-    return "\n".join((*_general(settings, files), *_http(front, files), *_grpc(front, files), *_backends(front), ""))
+    parts = (*_general(settings, files, front.access_log), *_http(front, files), *_grpc(front, files))
+    return "\n".join((*parts, *_backends(front), ""))
 
 
-def _general(settings: HAProxySettings, files: Files) -> Iterable[str]:
+def _general(settings: HAProxySettings, files: Files, access_log: bool) -> Iterable[str]:
+    level, requests = ("info", "option httplog\n    log global") if access_log else ("notice", "option dontlognull")
     return f"""\
 global
     nbthread {settings.threads}
     noreuseport
     maxconn {_connections(settings)}
     stats socket {files.admin} mode 600 level admin expose-fd listeners
-    log stderr format raw daemon notice
+    log stderr format timed daemon {level}
     tune.bufsize {BUFFER_BYTES}
     tune.h2.max-frame-size 65536
     tune.h2.initial-window-size 1048576
@@ -113,7 +115,7 @@ defaults
     mode http
     option http-keep-alive
     option http-no-delay
-    option dontlognull
+    {requests}
     option abortonclose
     option idle-close-on-response
     http-reuse always

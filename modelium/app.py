@@ -143,7 +143,7 @@ def serve(config: Config, *, stop_runtimes: bool = False, ready: Callable[[str, 
                 ready(url, config.paths())
             await ended.wait()
             log.info("stopping")
-        if not stop_runtimes and (left := _supervisor(config.paths()).names()):
+        if not stop_runtimes and (left := supervisor(config.paths()).names()):
             log.info("still running: %s; `%s` ends what is left", ", ".join(left), down_command(config))
 
     with setup(format=config.logging.format, level=config.logging.level):
@@ -159,14 +159,14 @@ def down(config: Config, tell: Callable[[list[str]], None]) -> list[str]:
     if not paths.state.is_dir():
         raise ConfigError(f"no service has ever had {paths.root} as its root: name another by --root or --repository")
     with _only_one(paths, "end that first, and then its runtimes"):
-        supervisor = _supervisor(paths)
-        names = supervisor.names()
+        processes = supervisor(paths)
+        names = processes.names()
         if names:
             tell(names)
 
         async def stop() -> None:
             for name in names:
-                await supervisor.stop(name)
+                await processes.stop(name)
 
         asyncio.run(stop())
     return names
@@ -183,7 +183,8 @@ def down_command(config: Config) -> str:
     return shlex.join(words)
 
 
-def _supervisor(paths: Paths) -> ProcessSupervisor:
+def supervisor(paths: Paths) -> ProcessSupervisor:
+    """Of the processes that services of this root have started."""
     return ProcessSupervisor(paths.root, state_dir=paths.state / "processes", log_dir=paths.state / "logs")
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from modelium.api.units import human
+from modelium.app import supervisor
 from modelium.config import Config, load_config, validate_sections
 from modelium.errors import ModeliumError
 from modelium.host import PluginHost
@@ -53,6 +54,9 @@ def _checks(config: Config) -> Iterator[tuple[str, bool, str, str]]:
     yield from _folders(config)
     problem = _bind(config.server.host, config.server.port)
     found = problem or f"{config.server.host}:{config.server.port} is free"
+    left = _left_running(config) if problem else []
+    if left:
+        problem, found = "", f"{problem}; {', '.join(left)} of an earlier service goes on, and is taken over"
     yield "port", not problem, found, "end what uses it, or choose another server.port"
     yield from _plugins(config)
 
@@ -79,6 +83,15 @@ def _folders(config: Config) -> Iterator[tuple[str, bool, str, str]]:
 def _existing(folder: Path) -> Path:
     """The folder itself, or the nearest above it that is there."""
     return next(path for path in (folder, *folder.parents) if path.exists())
+
+
+def _left_running(config: Config) -> list[str]:
+    """The processes of this root that go on without a service."""
+    try:
+        paths = config.paths()
+    except ModeliumError:
+        return []
+    return supervisor(paths).names() if paths.state.is_dir() else []
 
 
 def _bind(host: str, port: int) -> str:

@@ -151,7 +151,8 @@ class TestHookspecs:
 
 class TestServe:
     async def test_until_it_is_told_to_end(self, tmp_path: Path, unused_tcp_port: int, alone: Modelium) -> None:
-        process = await start("serve", "--root", "root", "--port", str(unused_tcp_port), "--json", cwd=tmp_path)
+        (tmp_path / "c.yaml").write_text(f"server: {{port: {unused_tcp_port}, grpc_port: 0}}")
+        process = await start("serve", "--root", "root", "--config", "c.yaml", "--json", cwd=tmp_path)
         assert process.stderr is not None
         async with asyncio.timeout(60):
             while b"answers on" not in (line := await process.stderr.readline()):
@@ -166,6 +167,9 @@ class TestServe:
         assert "is served already" in (await alone("down", "--root", "root")).err
         process.send_signal(signal.SIGTERM)
         assert (await finish(process)).code == 0
+        checked = await alone("check", "--config", "c.yaml", "--root", "root", "--json")
+        left = {row["name"]: row for row in checked.json["checks"]}
+        assert left["port"]["ok"] and "haproxy of an earlier service goes on" in left["port"]["found"]
         assert (await alone("down", "--root", "root", "--json")).json == {"ended": ["haproxy"]}
         assert (await alone("down", "--root", "root", "--json")).json == {"ended": []}
         assert (await alone("down", "--root", "typo")).code == 2 and not (tmp_path / "typo").exists()

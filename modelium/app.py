@@ -26,7 +26,7 @@ from modelium.engine.service import Service
 from modelium.errors import ConfigError
 from modelium.host import PluginHost
 from modelium.http.answers import DEAD
-from modelium.http.app import UPSTREAM, build_app, serving
+from modelium.http.app import CHANNELS, UPSTREAM, build_app, serving
 from modelium.http.guard import guarded_names
 from modelium.http.kserve import UNPARSABLE
 from modelium.http.rpc.server import serving_rpc
@@ -89,7 +89,14 @@ async def _listening(
         async with (
             serving(app, server.host, server.port, socket=http_socket, tls=tls) as (_, port),
             serving_rpc(
-                service, settings, app[UPSTREAM], server.host, server.grpc_port, socket=grpc_socket, tls=tls
+                service,
+                settings,
+                app[UPSTREAM],
+                app[CHANNELS],
+                server.host,
+                server.grpc_port,
+                socket=grpc_socket,
+                tls=tls,
             ) as grpc_port,
         ):
             yield port, grpc_port
@@ -111,7 +118,7 @@ async def _listening(
     )
     async with (
         serving(app, front.service_http),
-        serving_rpc(service, settings, app[UPSTREAM], front.service_grpc),
+        serving_rpc(service, settings, app[UPSTREAM], app[CHANNELS], front.service_grpc),
     ):
         info = await engine.fast.start(front)
         log.info("requests for loaded models go by %s %s", info.name, info.version)

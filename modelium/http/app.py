@@ -22,11 +22,13 @@ from modelium.http.kserve import KServe
 from modelium.http.metrics import Metrics
 from modelium.http.openai import OpenAI
 from modelium.http.predict import Predict
+from modelium.http.rpc.channels import Channels
 from modelium.http.settings import SETTINGS, HttpSettings
 from modelium.http.streams import Streams
 from modelium.http.upstream import Upstream
 
 UPSTREAM: web.AppKey[Upstream] = web.AppKey("upstream", Upstream)
+CHANNELS: web.AppKey[Channels] = web.AppKey("channels", Channels)
 
 if TYPE_CHECKING:
     from modelium.engine.service import Service
@@ -40,11 +42,13 @@ MAX_HEADER_BYTES = 64 * 1024
 def build_app(service: Service, settings: HttpSettings | None = None) -> web.Application:
     """The whole surface over `service`. To be served by `serving`, which sets what an application can't."""
     settings = settings or HttpSettings()
-    upstream, streams = Upstream(settings), Streams()
+    upstream, channels = Upstream(settings), Channels()
+    streams = Streams(channels)
     admin = Admin(service, settings)
     app = web.Application(middlewares=[errors, make_guard(settings)])
     app[SETTINGS] = settings
     app[UPSTREAM] = upstream
+    app[CHANNELS] = channels
     app.add_routes(KServe(service, settings, upstream, streams).routes())
     inference = Inference(upstream, streams)
     app.add_routes(OpenAI(service, settings, upstream, inference).routes())
@@ -57,7 +61,7 @@ def build_app(service: Service, settings: HttpSettings | None = None) -> web.App
         await upstream.open()
         yield
         await upstream.close()
-        await streams.close()
+        await channels.close()
 
     app.cleanup_ctx.append(clients)
     app.on_shutdown.append(admin.close_feeds)

@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import grpc
+import grpc.aio
 
 from modelium.errors import ModeliumError, RuntimeUnavailable
 from modelium.http.answers import BadRequest, UpstreamFailed, check_process
 from modelium.http.messages import InferRequest, InferResponse
+from modelium.http.rpc.channels import Channels
 from modelium.http.tensors import Parameters, TensorValue, join_bytes, split_bytes, to_raw
 
-if TYPE_CHECKING:
-    import grpc.aio
-
+METHOD = "/inference.GRPCInferenceService/ModelStreamInfer"
 FINAL = "triton_final_response"
 """Parameter of a stream's last response."""
 WANT_FINAL = "triton_enable_empty_final_response"
-
-_OPTIONS = (
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.max_send_message_length", -1),
-    # else a new channel to an address waits as long as the last one that failed to reach it
-    ("grpc.use_local_subchannel_pool", 1),
-)
 
 _CONTENTS = {
     "BOOL": "bool_contents", "INT8": "int_contents", "INT16": "int_contents", "INT32": "int_contents",
@@ -44,17 +39,10 @@ class InferenceFailed(ModeliumError):
 
 
 class Streams:
-    """gRPC channels to runtimes, one for each address, opened when first needed."""
+    """Streams to runtimes, each for one request."""
 
-    def __init__(self) -> None:
-        self._channels: dict[str, tuple[grpc.aio.Channel, Any]] = {}  # with the stub
-        self._opening = asyncio.Lock()
-        self._ended = False
-
-    async def close(self) -> None:
-        self._ended = True
-        for address in list(self._channels):
-            await self._drop(address)
+    def __init__(self, channels: Channels) -> None:
+        self._channels = channels
 
     async def infer(self, address: str, model: str, version: str, request: InferRequest) -> list[InferResponse]:
         """All responses to `request`, in their order. Cancelling it cancels the inference."""
@@ -67,15 +55,15 @@ class Streams:
 
         To be closed by who does not take them all (`contextlib.aclosing`): that cancels the inference.
         """
-        stub = await self._stub(address)
-        import grpc
+        from tritonclient.grpc import service_pb2 as pb
 
         # Errors come in band. The metadata `triton_grpc_error` would make them statuses, but Triton 2.51 then crashes,
         # now and then, on an inference that fails.
-        call = stub.ModelStreamInfer(_one(to_proto(model, version, request)))
+        call = self._channels.stream(address, METHOD)(_one(to_proto(model, version, request).SerializeToString()))
         begun, failure = False, ""
         try:
-            async for message in call:  # to the end, which comes by itself after the one request's last response
+            async for answer in call:  # to the end, which comes by itself after the one request's last response
+                message = pb.ModelStreamInferResponse.FromString(answer)
                 failure = failure or message.error_message
                 response = from_proto(message.infer_response)
                 final = response.parameters.pop(FINAL, False)
@@ -86,14 +74,12 @@ class Streams:
             task = asyncio.current_task()
             if task is None or task.cancelling():
                 raise
-            # not the caller was cancelled, but the channel closed: at the end, or by a call that could not connect
-            if begun or self._ended:
-                raise _unanswered(address, model, "the service ends") from None
-            raise _unreachable(address, model, "another request could not connect") from None
+            # not the caller was cancelled, but the channel closed under it
+            raise _unanswered(address, model, "the service ends") from None
         except grpc.aio.AioRpcError as exc:
             error = _error(exc, address, model, begun)
             if isinstance(error, RuntimeUnavailable):
-                await self._drop(address)  # its runtime may never come back there
+                self._channels.drop(address)  # its runtime may never come back there
             raise error from exc
         finally:
             call.cancel()  # when the client left; else it is over
@@ -101,30 +87,8 @@ class Streams:
             check_process(failure.encode(), model)
             raise InferenceFailed(failure, _status(failure))
 
-    async def _stub(self, address: str) -> Any:
-        if address not in self._channels:
-            async with self._opening:
-                # gRPC's modules take a while to import: not on the event loop
-                grpc_aio, service = await asyncio.to_thread(_modules)
-                if address not in self._channels:
-                    channel = grpc_aio.insecure_channel(address, options=_OPTIONS)
-                    self._channels[address] = channel, service.GRPCInferenceServiceStub(channel)
-        return self._channels[address][1]
 
-    async def _drop(self, address: str) -> None:
-        channel, _ = self._channels.pop(address, (None, None))
-        if channel is not None:
-            await channel.close(None)
-
-
-def _modules() -> tuple[Any, Any]:
-    import grpc.aio
-    from tritonclient.grpc import service_pb2_grpc
-
-    return grpc.aio, service_pb2_grpc
-
-
-async def _one(message: Any) -> AsyncIterator[Any]:
+async def _one(message: bytes) -> AsyncIterator[bytes]:
     yield message
 
 
@@ -136,8 +100,6 @@ def _status(message: str) -> int:
 
 
 def _error(exc: grpc.aio.AioRpcError, address: str, model: str, begun: bool) -> ModeliumError:
-    import grpc
-
     code, details = exc.code(), exc.details() or "no details"
     if code is grpc.StatusCode.UNAVAILABLE and "failed to connect" in details and not begun:
         return _unreachable(address, model, details)

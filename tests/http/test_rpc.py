@@ -22,6 +22,7 @@ from tritonclient.grpc import service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
 from modelium.errors import CapacityError, ModelFailed, QueueFull
+from modelium.http.rpc.channels import Channels
 from modelium.http.rpc.server import serving_rpc
 from modelium.http.rpc.wire import text_field
 from modelium.http.settings import HttpSettings
@@ -39,9 +40,9 @@ class Rpc:
 
 @pytest.fixture
 async def rpc(service: FakeService, settings: HttpSettings) -> AsyncIterator[Rpc]:
-    upstream = Upstream(settings)
+    upstream, channels = Upstream(settings), Channels()
     await upstream.open()
-    serving = serving_rpc(service, settings, upstream, "127.0.0.1", 0, grace_s=0.1)  # type: ignore[arg-type]
+    serving = serving_rpc(service, settings, upstream, channels, "127.0.0.1", 0, grace_s=0.1)  # type: ignore[arg-type]
     async with serving as port, grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         yield Rpc(
             f"127.0.0.1:{port}",
@@ -49,6 +50,7 @@ async def rpc(service: FakeService, settings: HttpSettings) -> AsyncIterator[Rpc
             health_pb2_grpc.HealthStub(channel),
         )
     await upstream.close()
+    await channels.close()
 
 
 def floats(name: str = "identity", *values: float) -> Any:

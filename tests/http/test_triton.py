@@ -17,6 +17,7 @@ from tritonclient.utils import InferenceServerException
 
 from modelium.http.answers import UpstreamFailed
 from modelium.http.messages import InferRequest
+from modelium.http.rpc.channels import Channels
 from modelium.http.streams import Streams
 from tests.http.conftest import Surface
 from tests.http.test_kserve import ask
@@ -282,11 +283,12 @@ async def test_a_channel_that_is_closed_under_a_call_is_an_error() -> None:
         arrived.set()
         await asyncio.Event().wait()
 
-    streams = Streams()
+    channels = Channels()
+    streams = Streams(channels)
     async with scripted(says_nothing) as url:
         asking = asyncio.create_task(streams.infer(url.removeprefix("http://"), "m", "", InferRequest([])))
         await arrived.wait()
-        await streams.close()
+        await channels.close()
         with pytest.raises(UpstreamFailed, match="the service ends"):
             await asking
 

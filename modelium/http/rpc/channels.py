@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import Any
 
 import grpc
 import grpc.aio
+
+DROP_GRACE_S = 60.0
+"""For calls that are still under way on a channel that is let go of."""
 
 OPTIONS = (
     ("grpc.max_receive_message_length", -1),
@@ -22,6 +26,8 @@ class Channels:
     def __init__(self) -> None:
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._calls: dict[tuple[str, str], Callable[..., Any]] = {}
+        self._dropping: set[asyncio.Task[None]] = set()
+        self.closed = False
 
     def unary(self, address: str, method: str) -> Callable[..., Any]:
         """A function that calls `method` (`/package.Service/Name`) with one message for one message."""
@@ -48,14 +54,22 @@ class Channels:
             self._channels[address] = channel
         return channel
 
-    async def drop(self, address: str) -> None:
+    def drop(self, address: str) -> None:
         """Let go of an address where nobody answers: its runtime may never come back there."""
         for key in [key for key in self._calls if key[0] == address]:
             del self._calls[key]
         channel = self._channels.pop(address, None)
         if channel is not None:
-            await channel.close(None)
+            task = asyncio.ensure_future(channel.close(DROP_GRACE_S))
+            self._dropping.add(task)
+            task.add_done_callback(self._dropping.discard)
 
     async def close(self) -> None:
-        for address in list(self._channels):
-            await self.drop(address)
+        """Calls under way are cancelled."""
+        self.closed = True
+        for task in self._dropping:
+            task.cancel()
+        for channel in self._channels.values():
+            await channel.close(None)
+        self._channels.clear()
+        self._calls.clear()

@@ -91,7 +91,7 @@ class Passing:
         code, details = exc.code(), exc.details() or ""
         if code in _LOST:
             if code is grpc.StatusCode.UNAVAILABLE and "failed to connect" in details:
-                await self._channels.drop(address)
+                self._channels.drop(address)
                 raise RuntimeUnavailable(
                     f"the runtime of {model} at {address} can't be reached ({details}); nothing was sent to it",
                     retry_after_s=1.0,

@@ -239,6 +239,7 @@ async def serving_rpc(
     service: Service,
     settings: HttpSettings,
     upstream: Upstream,
+    channels: Channels,
     host: str | Path,
     port: int = 0,
     *,
@@ -250,7 +251,6 @@ async def serving_rpc(
 
     A path as `host` is a Unix socket; `socket` is one besides. `tls` is a certificate with its key, both PEM.
     """
-    channels = Channels()
     server = grpc.aio.server(options=(*OPTIONS, ("grpc.so_reuseport", 0)))
     server.add_generic_rpc_handlers((Rpc(service, settings, ModelRepository(service, upstream), channels),))
     try:
@@ -271,4 +271,3 @@ async def serving_rpc(
         yield bound
     finally:
         await server.stop(grace_s)
-        await channels.close()

@@ -53,6 +53,22 @@ RETRY_AFTER_S: Mapping[str, float] = {"queue_full": 1.0, "deadline_passed": 5.0,
 """For codes after which asking again helps, where the error itself says no time."""
 
 
+REQUEST_ID = "X-Request-ID"
+ID = web.RequestKey("id", str)
+MAX_ID_BYTES = 200
+
+
+def request_id(found: str | None) -> str:
+    """The id that the client gave its request, if it is of a sane length; else a new one."""
+    return found if found and len(found) <= MAX_ID_BYTES else secrets.token_hex(16)
+
+
+async def name_request(request: web.Request, response: web.StreamResponse) -> None:
+    """Tell the client the id of its request, under which log lines speak of it."""
+    if ID in request:
+        response.headers[REQUEST_ID] = request[ID]
+
+
 class BadRequest(ModeliumError):
     """The request is not what it must be."""
 
@@ -137,7 +153,8 @@ def error_answer(request: web.Request, error: ModeliumError, status: int | None 
 
 @web.middleware
 async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Turn whatever a handler raises into an answer."""
+    """Turn whatever a handler raises into an answer; the request gets its id first."""
+    id = request[ID] = request_id(request.headers.get(REQUEST_ID))
     try:
         return await handler(request)
     except ModeliumError as exc:
@@ -149,11 +166,9 @@ async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     except Exception as exc:
         if isinstance(exc, ConnectionError) and (request.transport is None or request.transport.is_closing()):
             return web.Response(status=499)  # the client is gone, or was broken off: nobody reads this
-        request_id = secrets.token_hex(8)
-        log.exception("request %s (%s %s) failed unexpectedly", request_id, request.method, request.path)
+        log.exception("request %s (%s %s) failed unexpectedly", id, request.method, request.path)
         failure = ModeliumError(
-            f"something went wrong inside Modelium; its log tells more under request {request_id}",
-            request_id=request_id,
+            f"something went wrong inside Modelium; its log tells more under request {id}", request_id=id
         )
         status = 500
     if request.writer.output_size:  # the answer was under way: only breaking it off is honest

@@ -15,7 +15,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 
 from modelium.errors import ConfigError
 from modelium.http.admin import Admin
-from modelium.http.answers import errors
+from modelium.http.answers import errors, name_request
 from modelium.http.guard import make_guard
 from modelium.http.inference import Inference
 from modelium.http.kserve import KServe
@@ -64,6 +64,7 @@ def build_app(service: Service, settings: HttpSettings | None = None) -> web.App
         await channels.close()
 
     app.cleanup_ctx.append(clients)
+    app.on_response_prepare.append(name_request)
     app.on_shutdown.append(admin.close_feeds)
     return app
 
@@ -90,7 +91,7 @@ async def serving(
     runner = web.AppRunner(
         app,
         access_log=logging.getLogger("modelium.access") if app[SETTINGS].access_log else None,
-        access_log_format='%a "%r" %s %b bytes %Tf s "%{User-Agent}i"',
+        access_log_format='%a "%r" %s %b bytes %Tf s "%{User-Agent}i" %{X-Request-ID}o',
         logger=_ServerLog(log),
         auto_decompress=False,  # bodies are passed on as they come
         handler_cancellation=True,  # who leaves stops waiting, and the runtime stops working for nobody

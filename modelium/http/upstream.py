@@ -17,7 +17,7 @@ from multidict import CIMultiDict, istr
 from yarl import URL
 
 from modelium.errors import ModeliumError, RuntimeUnavailable
-from modelium.http.answers import UpstreamFailed
+from modelium.http.answers import ID, REQUEST_ID, UpstreamFailed
 from modelium.http.bodies import HEADER_LENGTH, TooLarge, check_header_length, some
 from modelium.http.settings import HttpSettings
 
@@ -130,6 +130,7 @@ class Upstream:
         _drop_hop_by_hop(headers, _NOT_FOR_UPSTREAM)
         if headers.get(hdrs.CONTENT_TYPE, "").lstrip().lower().startswith(FORM):
             headers[hdrs.CONTENT_TYPE] = "application/octet-stream" if HEADER_LENGTH in headers else "application/json"
+        headers[REQUEST_ID] = request[ID]
         target = request.raw_path
         url = URL(base + (target if target.startswith("/") else str(request.rel_url)), encoded=True)
         async with await self._send(request.method, url, headers, payload, model) as answer:

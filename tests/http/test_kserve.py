@@ -192,6 +192,18 @@ async def test_ready_means_that_a_request_would_be_answered(
     assert surface.service.calls == []
 
 
+async def test_each_request_has_an_id_that_the_runtime_and_the_client_know(
+    surface: Surface, upstream: Recorder
+) -> None:
+    for given in ("mine-1", "", "x" * 1000):
+        _, _, headers = await ask(surface, "POST", "/v2/models/m/infer", data=b"{}", headers={"X-Request-ID": given})
+        told = headers["X-Request-ID"]
+        assert told == given if given == "mine-1" else len(told) == 32
+        assert upstream.seen[-1].headers["X-Request-ID"] == told
+    _, _, headers = await ask(surface, "GET", "/nothing", headers={"X-Request-ID": "mine-2"})
+    assert headers["X-Request-ID"] == "mine-2"
+
+
 async def test_an_unknown_model_is_not_ready(surface: Surface) -> None:
     assert (await ask(surface, "GET", "/v2/models/nope/ready"))[0] == 400
 

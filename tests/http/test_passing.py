@@ -176,7 +176,7 @@ async def test_headers_pass_and_those_of_the_connection_do_not(surface: Surface,
         f"POST {INFER}?a=%20b&c HTTP/1.1", "Host: localhost", "Connection: close, X-Secret", "X-Secret: 1",
         "traceparent: 00-1-2-01", "X-Twice: 1", "X-Twice: 2", "Inference-Header-Content-Length: 2", "TE: trailers",
         "Content-Length: 3", "Upgrade: h2c", "Keep-Alive: 3", "Proxy-Authorization: x", "Authorization: y",
-        "x-modelium-organisation: team", "", "",
+        "x-modelium-organisation: team", "X-Request-ID: 7", "", "",
     ]  # fmt: skip
     found = await exchange(surface.url, "\r\n".join(head).encode() + b"abc")
     answered, _, body = found.partition(b"\r\n\r\n")
@@ -191,6 +191,7 @@ async def test_headers_pass_and_those_of_the_connection_do_not(surface: Surface,
         {
             "Host": upstream.url.removeprefix("http://"), "traceparent": "00-1-2-01", "Authorization": "y",
             "Inference-Header-Content-Length": "2", "Content-Length": "3", "x-modelium-organisation": "team",
+            "X-Request-ID": "7",
         }.items() | {("X-Twice", "1"), ("X-Twice", "2")}
     )  # fmt: skip
     assert surface.service.usage.model("m").results() == [("team", (1, 0, 0))]

@@ -222,6 +222,13 @@ async def test_a_model_is_loaded_by_its_first_call(rpc: Rpc, real: Triton, servi
     assert (name, priority) == ("identity", 3) and 20 < deadline_s < 31
 
 
+async def test_each_call_has_an_id(rpc: Rpc, real: Triton) -> None:
+    for mine in ((("x-request-id", "mine"),), ()):
+        call = rpc.stub.ModelInfer(floats(), metadata=mine)
+        told = dict(await call.initial_metadata())["x-request-id"]
+        assert told == "mine" if mine else len(told) == 32
+
+
 async def test_who_does_not_wait_is_told_how_far_it_is(rpc: Rpc, real: Triton, service: FakeService) -> None:
     service.put("identity", "LOADING")
     with pytest.raises(grpc.aio.AioRpcError) as caught:

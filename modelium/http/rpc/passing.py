@@ -15,7 +15,7 @@ import grpc.aio
 from modelium.engine.admission import Lease
 from modelium.errors import ModeliumError, RuntimeUnavailable
 from modelium.http.admission import DEADLINE, GRPC, acquire, endpoint
-from modelium.http.answers import BadRequest, UpstreamFailed, check_process
+from modelium.http.answers import REQUEST_ID, BadRequest, UpstreamFailed, check_process, request_id
 from modelium.http.rpc.channels import Channels
 from modelium.http.rpc.status import refuse
 from modelium.http.rpc.wire import text_field
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 Context = Any
 """A `grpc.aio.ServicerContext`: gRPC brings no types."""
+
+_ID = REQUEST_ID.lower()
 
 _OF_THE_CONNECTION = ("grpc-", "content-type", "te", "user-agent")
 """Beginnings of metadata that speak of one connection, or that every client sets for itself."""
@@ -73,16 +75,14 @@ class Passing:
 
     async def forward(self, address: str, method: str, message: bytes, context: Context, model: str) -> bytes:
         """Pass on a call and its answer, metadata and status included. `model` is for messages."""
-        call = self._channels.unary(address, method)(
-            message, timeout=context.time_remaining(), metadata=passed_on(context)
-        )
+        metadata = passed_on(context)
+        call = self._channels.unary(address, method)(message, timeout=context.time_remaining(), metadata=metadata)
         try:
             answer: bytes = await call
         except grpc.aio.AioRpcError as exc:
             await self._failed(exc, address, context, model)
         initial, trailing = await call.initial_metadata(), await call.trailing_metadata()
-        if initial:
-            await context.send_initial_metadata(tuple(initial))
+        await context.send_initial_metadata((*initial, *(pair for pair in metadata if pair[0] == _ID)))
         if trailing:
             context.set_trailing_metadata(tuple(trailing))
         return answer
@@ -212,8 +212,11 @@ def metadata_of(context: Context) -> dict[str, str]:
 
 
 def passed_on(context: Context) -> tuple[tuple[str, str | bytes], ...]:
+    """The call's metadata for the runtime, with an id of the request, made where the client gave none."""
     found: Any = context.invocation_metadata() or ()
-    return tuple((key, value) for key, value in found if not key.startswith(_OF_THE_CONNECTION))
+    kept = [(key, value) for key, value in found if key != _ID and not key.startswith(_OF_THE_CONNECTION)]
+    given = next((value for key, value in found if key == _ID), None)
+    return (*kept, (_ID, request_id(given)))
 
 
 def _in_band(message: bytes, error: ModeliumError) -> bytes:

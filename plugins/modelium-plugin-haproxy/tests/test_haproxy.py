@@ -41,12 +41,14 @@ class Server:
     held: asyncio.Event | None = None
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
     left: asyncio.Event = field(default_factory=asyncio.Event)
+    ids: list[str] = field(default_factory=list)
     address: str = ""
     answer: web.Response | None = None
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         body = await request.read()
         self.seen.append((request.raw_path, request.headers.get("Content-Type", ""), body))
+        self.ids.append(request.headers.get("X-Request-ID", ""))
         self.arrived.set()
         if self.held is not None:
             try:
@@ -258,6 +260,20 @@ async def test_a_body_that_curl_calls_a_form_is_called_what_it_is(lab: Lab) -> N
     await lab.ask("/v2/models/m/infer", b"{}", **{"Content-Type": "Application/X-WWW-Form-Urlencoded; a=b"})
     kinds = [seen[1] for seen in lab.runtime.seen]
     assert kinds == ["application/json", "application/octet-stream", "application/json"]
+
+
+async def test_each_request_has_an_id(lab: Lab) -> None:
+    """On either way, which the runtime or the service sees and the client is told."""
+    await lab.driver.admit(lab.route())
+    for path, server in (("/v2/models/m/infer", lab.runtime), ("/v2/models/other/infer", lab.service)):
+        for given in ("mine", ""):
+            headers = {**JSON, "X-Request-ID": given}
+            async with lab.client.post(lab.url + path, data=b"{}", headers=headers) as response:
+                told = response.headers["X-Request-ID"]
+            assert server.ids[-1] == told
+            assert told == given if given else len(told) == 36
+    call = lab.rpc.ModelInfer(pb.ModelInferRequest(model_name="m"), metadata=(("x-request-id", "mine"),))
+    assert dict(await call.initial_metadata())["x-request-id"] == "mine"
 
 
 async def test_bodies_of_any_size_pass(lab: Lab) -> None:

@@ -147,6 +147,7 @@ def _http(front: Front, files: Files) -> Iterable[str]:
     yield f"    bind {_bind(front.host, front.port)}{_tls(front, files, 'h2,http/1.1')}"
     if front.sockets is not None:
         yield f"    bind unix@{front.sockets[0]} mode 660"
+    yield from _named(front.access_log)
     # A page in a browser, or a name that the service is not known by: the service judges.
     conditions = ["METH_POST", "!{ req.hdr(origin) -m found }"]
     if front.hosts is not None:
@@ -184,6 +185,7 @@ def _grpc(front: Front, files: Files) -> Iterable[str]:
     yield f"    bind {_bind(front.host, front.grpc_port)}{_tls(front, files, 'h2') or ' proto h2'}"
     if front.sockets is not None:
         yield f"    bind unix@{front.sockets[1]} mode 660 proto h2"
+    yield from _named(front.access_log)
     yield from f"""\
     acl inference path /inference.GRPCInferenceService/ModelInfer /inference.GRPCInferenceService/ModelStreamInfer
     http-request wait-for-body time 2s at-least 16 if inference
@@ -200,6 +202,15 @@ def _grpc(front: Front, files: Files) -> Iterable[str]:
     use_backend runtimes_grpc if direct
     default_backend service_grpc
 """.splitlines()
+
+
+def _named(access_log: bool) -> Iterable[str]:
+    """An id for each request, told to the runtime and the client, and written to the access log."""
+    yield "    http-request set-header x-request-id %[uuid()] unless { req.hdr(x-request-id),length gt 0 }"
+    yield "    http-request set-var(txn.id) req.hdr(x-request-id)"
+    yield "    http-after-response set-header x-request-id %[var(txn.id)]"
+    if access_log:
+        yield "    http-request capture req.hdr(x-request-id) len 64"
 
 
 def _backends(front: Front) -> Iterable[str]:

@@ -91,7 +91,7 @@ class RuntimeDriver(Protocol):
 
     Methods may be called again after failing. `load` and `unload` of different models may run at the same time, of
     one model never. Errors are `DriverError`s: `LoadRejected` when the model is at fault, `RuntimeUnavailable` when
-    the runtime is, `RuntimeStuck` from a load that only a new start of the runtime makes possible.
+    the runtime is, `RuntimeStuck` where only a new start of the runtime helps.
     """
 
     async def start(self) -> RuntimeInfo:

@@ -144,6 +144,8 @@ class UnloadFailed(Event):
     name: str
     op: int
     failure: Failure
+    recycle: bool = False
+    """The runtime has to be started anew."""
 
 
 # ------------------------------------------------------------------ what is observed

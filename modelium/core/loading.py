@@ -149,6 +149,8 @@ def unload_failed(turn: Turn, event: e.UnloadFailed) -> None:
     model = turn.models.get(event.name)
     if model is not None and model.op == event.op and model.state is State.UNLOADING:
         stuck(turn, model, event.failure)
+        if event.recycle:
+            recycle(turn, model.home, event.failure.message)
 
 
 def stuck(turn: Turn, model: Model, failure: Failure) -> None:

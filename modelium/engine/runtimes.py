@@ -161,7 +161,8 @@ class Runtimes:
                 log.exception("the driver of %s failed while it unloaded %s", order.runtime, order.name)
                 failure = Failure("driver", f"the driver of {order.runtime} failed: {type(exc).__name__}: {exc}")
             self.poke(order.runtime)
-            loop.post(e.UnloadFailed(loop.clock(), order.name, order.op, failure))
+            stuck = isinstance(exc, RuntimeStuck)
+            loop.post(e.UnloadFailed(loop.clock(), order.name, order.op, failure, stuck))
 
     async def _bring_up(self, order: i.StartRuntime) -> None:
         loop = self._loop()

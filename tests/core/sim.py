@@ -375,7 +375,7 @@ class Sim:
             case i.CloseRoute(name, op):
                 self.happen(e.Drained(self.now, name, op))
             case i.Unload(name, op):
-                self.happen(e.UnloadFailed(self.now, name, op, Failure("driver", "it does not go")))
+                self.happen(e.UnloadFailed(self.now, name, op, Failure("driver", "it does not go"), recycle))
             case i.Load(name, op):
                 code = "runtime_stuck" if recycle else "runtime_unavailable" if runtime_lost else "load_rejected"
                 self.happen(e.LoadFailed(self.now, name, op, Failure(code, "it failed"), runtime_lost, recycle))

@@ -232,6 +232,7 @@ EVENTS: Mapping[str, Callable[[Sim], e.Event]] = {
     "Unloaded": lambda s: e.Unloaded(s.now, M, _op(s)),
     "Unloaded, stale": lambda s: e.Unloaded(s.now, M, STALE),
     "UnloadFailed": lambda s: e.UnloadFailed(s.now, M, _op(s), FAILURE),
+    "UnloadFailed, runtime stuck": lambda s: e.UnloadFailed(s.now, M, _op(s), FAILURE, recycle=True),
     "UnloadFailed, stale": lambda s: e.UnloadFailed(s.now, M, STALE, FAILURE),
     "UseObserved": lambda s: e.UseObserved(s.now, ((M, Use(0, 9, s.now, 0.1)),)),
     "DevicesObserved": _devices,

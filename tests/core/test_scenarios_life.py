@@ -1014,6 +1014,24 @@ def test_a_runtime_that_is_stuck_is_started_anew_without_a_lost_request() -> Non
     assert (sim.answer(ticket), sim.answer(late)) == ("granted", "granted")
 
 
+def test_an_unload_that_only_a_new_start_makes_possible() -> None:
+    sim = make()
+    sim.accept("busy", memory=20)
+    sim.accept("wedged", memory=20)
+    sim.load("busy")
+    sim.load("wedged")
+    sim.use("busy")
+    sim.unload("wedged")
+    sim.complete(sim.pending[-1])
+    sim.fail(sim.pending[-1], recycle=True)
+    assert sim.states() == {"busy": "DRAINING", "wedged": "FAILED"}
+    sim.end("busy")
+    sim.run()
+    sim.wait(1)
+    sim.run()
+    assert (sim.states(), sim.real["r"].instance) == ({"busy": "READY", "wedged": "COLD"}, 2)
+
+
 def test_nothing_is_drained_for_a_stuck_runtime_while_something_loads_there() -> None:
     sim = make(max_concurrent_loads=2)
     for name in ("served", "slow", "wedged"):

@@ -300,9 +300,7 @@ async def test_a_process_that_ends_while_imported_does_not_hang(driver: TritonDr
     with pytest.raises(DriverError, match="after a new start") as caught:
         await driver.load(dies, silent)
     assert caught.value.code == "model_stuck" and not isinstance(caught.value, RuntimeStuck)
-    with pytest.raises(DriverError) as caught:
-        await driver.unload("dies")
-    assert caught.value.code == "model_stuck"
+    await driver.unload("dies")  # nothing is left of it to unload
     with pytest.raises(DriverError) as caught:
         await driver.load(dies, silent)
     assert caught.value.code == "model_stuck"
@@ -311,6 +309,23 @@ async def test_a_process_that_ends_while_imported_does_not_hang(driver: TritonDr
     await driver.stop()
     await driver.start()
     await driver.load(lab.model("dies"), silent)
+
+
+async def test_what_it_waits_for_without_end_is_unloaded_at_once_though_its_folder_is_gone(
+    driver: TritonDriver, lab: Lab
+) -> None:
+    """It is no longer in Triton's index then, and Triton would never answer an unload of it."""
+    dies = lab.model("dies", code(head="import os, time; time.sleep(1); os._exit(3)"))
+    with pytest.raises(LoadRejected, match="ended before"):
+        await driver.load(dies, silent)
+    lab.remove("dies")
+    seen = await shown(driver, "dies")
+    assert seen is not None and not seen.ready
+    async with asyncio.timeout(10):
+        await driver.unload("dies")
+    with pytest.raises(RuntimeStuck):
+        await driver.load(lab.model("dies"), silent)
+    await driver.stop()
 
 
 async def test_memory_that_is_not_there_may_be_tried_again(driver: TritonDriver, lab: Lab) -> None:

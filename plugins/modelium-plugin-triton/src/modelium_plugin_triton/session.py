@@ -8,7 +8,7 @@ import json
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ RESTART = "it can be loaded after a new start of Triton (for Modelium's own: `mo
 
 _ALIVE = {"LOADING", "READY", "UNLOADING"}
 """States in the repository index of versions that hold memory."""
+_FLUX = {"LOADING", "UNLOADING"}
 
 
 class GivenUp(Exception):
@@ -122,7 +123,7 @@ class Session:
             self.stubs[name] = sum(count for _, count in told)
 
     async def _in_flux(self) -> set[str]:
-        return {m.name for m in await self.client.index() if m.state in ("LOADING", "UNLOADING")}
+        return {m.name for m in await self.client.index() if m.state in _FLUX}
 
     def _save(self) -> None:
         with contextlib.suppress(OSError):
@@ -140,13 +141,9 @@ class Session:
     async def observe(self) -> Observation:
         """Its models; those that are loading or unloading are there as not ready, since they hold memory."""
         counted, family = await asyncio.gather(self.client.statistics(), self.look())
-        if self.lingering or self.stuck or self.given_up:
-            flux = await self._in_flux()
-            self.lingering &= flux
-            for name in {*self.stuck, *self.given_up} - flux:
-                self.stuck.pop(name, None)
-                self.given_up.pop(name, None)
         stubs = family.by_model()
+        if self.lingering or self.stuck or self.given_up:
+            self.lingering &= await self._forget_done(set(stubs))
         serving = _by_name(counted)
         models = [self._observed(name, versions, stubs.get(name, [])) for name, versions in serving.items()]
         for name in {*stubs, *self.busy, *self.lingering, *self.stuck, *self.given_up} - set(serving):
@@ -155,6 +152,21 @@ class Session:
             models.append(ObservedModel(name=name, ready=False, memory=memory, reason=reason))
         known = added(sizes for name, sizes in self.native.items() if name in serving)
         return Observation(instance=self.instance, models=tuple(models), overhead=less(family.server, known))
+
+    async def _forget_done(self, alive: Set[str]) -> set[str]:
+        """Forget the loads that Triton is done with after all; gives the models that it works on.
+
+        A model whose folder is gone is not listed: one that it waits for without end stays so, another is done when it
+        has no process any more. `alive`: the models that have one.
+        """
+        index = await self.client.index()
+        listed = {m.name for m in index}
+        flux = {m.name for m in index if m.state in _FLUX}
+        for name in {*self.stuck, *self.given_up} - flux:
+            if name in listed or (name not in self.stuck and name not in alive):
+                self.stuck.pop(name, None)
+                self.given_up.pop(name, None)
+        return flux
 
     def _observed(self, name: str, versions: Sequence[Counted], stubs: Sequence[Stub]) -> ObservedModel:
         reason = ""
@@ -187,22 +199,20 @@ class Session:
                 async with self.alone:
                     return await self._load(request, report, attempt, native=True)
 
-    async def _check_stuck(self, name: str, folder: Path | None = None) -> None:
+    async def _check_stuck(self, name: str, folder: Path) -> None:
         """Raise what is to be said of a model that Triton is not done with.
 
-        One that it never gets done with, a new start of Triton mends, which is worth it once for a load from `folder`:
-        not for files that did it before.
+        One that it never gets done with, a new start of Triton mends, which is worth it once for the files in `folder`:
+        not for such as did it before.
         """
+        if name in self.stuck or name in self.given_up:
+            await self._forget_done(set((await self.look()).by_model()))
         if name not in self.stuck and name not in self.given_up:
-            return
-        if name not in await self._in_flux():
-            self.stuck.pop(name, None)
-            self.given_up.pop(name, None)
             return
         if name not in self.stuck and time.monotonic() - self.given_up[name] < self.settings.load_timeout_s:
             raise DriverError(f"{name}: Triton is not done yet with a load that was given up", code="runtime_busy")
         why = self.stuck.get(name) or f"{name}: Triton goes on without end with a load that was given up"
-        if self.own and folder is not None:
+        if self.own:
             files = await asyncio.to_thread(_newest, folder)
             if self.culprits.get(name) != files:
                 self.culprits[name] = files
@@ -282,14 +292,16 @@ class Session:
                 report(Progress(stage="loading", done=held, total=request.memory_bytes or None, unit="bytes"))
                 if self._in_vain(watch, family):
                     call.cancel()
-                    raise self._wedged(request.name)
+                    raise self._wedged(request.name, watch, family)
         finally:
             stop.cancel()
 
     def _in_vain(self, watch: LoadWatch, family: Family) -> bool:
         return watch.is_in_vain(family, time.monotonic(), alone=len(self.busy) == 1)
 
-    def _wedged(self, name: str) -> LoadRejected:
+    def _wedged(self, name: str, watch: LoadWatch, family: Family) -> LoadRejected:
+        for stub in watch.mine(family) if self.own else ():
+            kill(stub)  # nothing will ever be asked of its other instances
         said = [line for line in reasons.since_load(name, self.tail(400)) if "Failed to" in line][-1:]
         self.stuck[name] = f"{name}: Triton waits without end for a process of it that has died"
         return LoadRejected(
@@ -309,7 +321,7 @@ class Session:
         while not call.done() and time.monotonic() < deadline:
             family = await self.look()
             if self._in_vain(watch, family):
-                self._wedged(name)
+                self._wedged(name, watch, family)
                 break
             for stub in watch.mine(family) if self.own else ():
                 if not stub.completing and await asyncio.to_thread(has_shaken_hands, stub):
@@ -380,7 +392,9 @@ class Session:
 
     async def unload(self, name: str) -> UnloadOutcome:
         async with self.turns[name]:
-            await self._check_stuck(name)
+            if name in self.stuck and not await self._serves(name):
+                return UnloadOutcome()  # nothing is left of it; only the next load needs a new start of Triton
+            await self._check_stuck(name, self.repository / name)
             with self._busy_with(name, "unloading"):
                 if name not in self.native:
                     await self._remove(name)

@@ -205,8 +205,12 @@ async def test_requests_are_counted(driver: TritonDriver, lab: Lab) -> None:
         for _ in range(3):
             answer = await client.infer("double", [x])
     assert answer.as_numpy("y").tolist() == [2, 4, 6]
-    seen = await shown(driver, "double")
-    assert seen is not None and seen.requests == 3 and seen.versions == ("1",)
+
+    async def counted() -> bool:  # Triton counts a request after it has answered
+        seen = await shown(driver, "double")
+        return seen is not None and (seen.requests, seen.versions) == (3, ("1",))
+
+    await eventually(counted, "three requests are counted")
 
 
 async def test_progress_of_a_load_is_told(driver: TritonDriver, lab: Lab) -> None:

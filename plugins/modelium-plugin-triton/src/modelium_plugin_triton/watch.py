@@ -27,11 +27,13 @@ class LoadWatch:
     def is_in_vain(self, family: Family, now: float, *, alone: bool) -> bool:
         """Whether a process of the load died and Triton has not noticed for long.
 
-        `alone`: no other model is being worked on; then a process that ended too soon to be seen was this load's.
+        A process that ended too soon to be seen was this load's when no other model is being worked on (`alone`), and
+        counts as such while the load has no process that lives: hardly a load is without one for long.
         """
-        self._pids |= {stub.key[0] for stub in self.mine(family)}
+        mine = {stub.key[0] for stub in self.mine(family)}
+        self._pids |= mine
         self._others |= {stub.key[0] for stub in family.stubs} - self._pids
         unseen = {z for z in family.zombies if z not in self._zombies and z not in self._others}
-        dead = {z for z in family.zombies if z in self._pids} | (unseen if alone else set())
+        dead = {z for z in family.zombies if z in self._pids} | (unseen if alone or not mine else set())
         self._since = {pid: self._since.get(pid, now) for pid in dead}
         return any(now - since > UNNOTICED_S for since in self._since.values())

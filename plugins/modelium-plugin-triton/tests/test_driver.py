@@ -332,6 +332,21 @@ async def test_what_it_waits_for_without_end_is_unloaded_at_once_though_its_fold
     await driver.stop()
 
 
+async def test_what_it_waits_for_without_end_is_found_by_the_next_one_too(driver: TritonDriver, lab: Lab) -> None:
+    dies = lab.model("dies", code(head="import os, time; time.sleep(1); os._exit(3)"))
+    with pytest.raises(LoadRejected, match="ended before"):
+        await driver.load(dies, silent)
+    await driver.close()
+    another = lab.driver()
+    await another.start()
+    with pytest.raises(LoadRejected, match="ended before"):
+        await another.load(lab.model("dies"), silent)
+    with pytest.raises(RuntimeStuck):
+        await another.load(lab.model("dies"), silent)
+    await another.stop()
+    await another.close()
+
+
 async def test_memory_that_is_not_there_may_be_tried_again(driver: TritonDriver, lab: Lab) -> None:
     with pytest.raises(DriverError) as caught:
         await driver.load(lab.model("huge", code("raise MemoryError('no room for the weights')")), silent)

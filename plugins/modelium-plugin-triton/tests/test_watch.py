@@ -42,3 +42,11 @@ def test_an_unseen_death_is_anothers_while_this_load_has_a_process_and_is_not_al
     watch = LoadWatch("m", family(""))
     looks = [family("m1", "2")] * LONG
     assert not any(watch.is_in_vain(look, number * STEP_S, alone=False) for number, look in enumerate(looks))
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_a_load_behind_one_that_is_in_vain_is_so_too(behind: bool) -> None:
+    dead = family("", "1")
+    watch = LoadWatch("m", dead, behind=behind)
+    found = [watch.is_in_vain(dead, number * STEP_S, alone=False) for number in range(LONG)]
+    assert found[-1] is behind

@@ -84,6 +84,8 @@ class Session:
     tail: Callable[[int], list[str]] = lambda lines: []
     lingering: set[str] = field(default_factory=set)
     """Models that were loading or unloading when we came."""
+    inherited: frozenset[int] = frozenset()
+    """Processes that had died unnoticed when we came: Triton may wait for one of them without end."""
     used_backends: set[str] = field(default_factory=set)
     """Of the models that it holds or held."""
     missing_backends: set[str] = field(default_factory=set)
@@ -110,6 +112,7 @@ class Session:
             saved = json.loads(self.memory_file.read_text())
             if saved.get("instance") == self.instance:
                 self.native = saved["models"]
+        self.inherited = frozenset((await self.look()).zombies)
         self.lingering = await self._in_flux()
         for name, versions in _by_name(await self.client.statistics()).items():
             with contextlib.suppress(CallFailed):  # it has just been unloaded
@@ -228,7 +231,8 @@ class Session:
         parameters = await asyncio.to_thread(self._parameters, request)
         attempt.begun = True
         began = time.monotonic()
-        watch = LoadWatch(name, before)
+        behind = not self.inherited.isdisjoint(before.zombies) and name in await self._in_flux()
+        watch = LoadWatch(name, before, behind=behind)
         call = asyncio.ensure_future(self.client.load(name, parameters))
         try:
             await self._follow(call, request, watch, report, attempt.given_up)

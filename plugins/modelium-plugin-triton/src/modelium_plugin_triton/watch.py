@@ -10,12 +10,16 @@ configuration: then it never does."""
 
 
 class LoadWatch:
-    """Told what the server's processes are again and again, from just before the load."""
+    """Told what the server's processes are again and again, from just before the load.
 
-    def __init__(self, name: str, before: Family):
+    `behind`: Triton is at work on the model already, and this load waits for that; then a process that had ended before
+    may be what Triton waits for.
+    """
+
+    def __init__(self, name: str, before: Family, *, behind: bool = False):
         self._name = name
         self._old = {stub.key for stub in before.stubs}
-        self._zombies = set(before.zombies)
+        self._zombies = set() if behind else set(before.zombies)
         self._others = {stub.key[0] for stub in before.stubs}
         self._pids: set[int] = set()
         self._since: dict[int, float] = {}

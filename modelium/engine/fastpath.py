@@ -39,7 +39,6 @@ class FastPath:
         self._changed: dict[str, None] = {}
         self._wake = asyncio.Event()
         self._drains: dict[str, asyncio.Task[None]] = {}
-        self._settled = False
         self._sync = False
         self._read_at = 0.0
         self._anew = True
@@ -77,9 +76,8 @@ class FastPath:
 
     def settled(self) -> None:
         """What is loaded is known: the data path may let go of all else that it carries from an earlier life."""
-        if not self._settled:
-            self._settled = self._sync = True
-            self._wake.set()
+        self._sync = True
+        self._wake.set()
 
     def _change(self, name: str) -> None:
         self._changed[name] = None
@@ -137,7 +135,8 @@ class FastPath:
         while name in self._changed and name not in self._wanted:
             await asyncio.sleep(DRAIN_EVERY_S / 10)
         while name not in self._wanted:
-            use = await self._carried()
+            async with self._reading:
+                use = await self._carried()
             if use is not None and not use.get(name, Carried(0, 0)).in_flight:
                 then()
                 return
@@ -153,7 +152,10 @@ class FastPath:
             await self._carried()
 
     async def _carried(self) -> Mapping[str, Carried] | None:
-        """What it has carried; None while it is down. What was in flight in one that died is over."""
+        """What it has carried; None while it is down. What was in flight in one that died is over.
+
+        One at a time: a reading that is overtaken by a later one would look like a data path that began anew.
+        """
         if self.trouble:
             return None
         try:

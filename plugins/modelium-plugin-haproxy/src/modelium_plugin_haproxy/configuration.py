@@ -69,9 +69,9 @@ def entries(route: DataRoute) -> dict[str, str]:
     return found
 
 
-def model_of(key: str) -> str:
-    """The model that an entry of the map is for."""
-    return key.split("/")[1]
+def keys_of(model: str) -> tuple[str, ...]:
+    """Of all entries that a model may have."""
+    return (*(f"http/{model}/{verb}" for verb in VERBS), f"grpc/{model}", f"openai/{model}")
 
 
 def _address(endpoint: str) -> str:
@@ -165,19 +165,13 @@ def _http(front: Front, files: Files) -> Iterable[str]:
     http-request set-var(txn.key) str(openai/),concat(,txn.model) if openai {{ var(txn.model) -m found }}
     http-request set-var(txn.to) var(txn.key),map_str({files.map}) if {{ var(txn.key) -m found }}
     acl direct var(txn.to) -m found
-    http-request track-sc0 var(txn.model) table {TABLE} if direct
     # What curl calls any body, and Triton's HTTP server crashes on when it is long.
     acl form req.hdr(content-type) -i -m beg application/x-www-form-urlencoded
     acl binary req.hdr(inference-header-content-length) -m found
     http-request set-header content-type application/octet-stream if direct form binary
     http-request set-header content-type application/json if direct form
-    acl named req.hdr(x-modelium-organisation) -m found
-    http-request set-var(txn.organisation) req.hdr(x-modelium-organisation) if direct named
-    http-request set-var(txn.who) var(txn.model),concat(|,txn.organisation) if direct named
-    http-request track-sc1 var(txn.who) table {ORGANISATIONS} if direct named
-    use_backend runtimes_http if direct
-    default_backend service_http
 """.splitlines()
+    yield from _carried("http")
 
 
 def _grpc(front: Front, files: Files) -> Iterable[str]:
@@ -194,13 +188,20 @@ def _grpc(front: Front, files: Files) -> Iterable[str]:
     http-request set-var(txn.model) req.body,bytes(5),protobuf(1) if inference plain
     http-request set-var(txn.to) str(grpc/),concat(,txn.model),map_str({files.map}) if {{ var(txn.model) -m found }}
     acl direct var(txn.to) -m found
+""".splitlines()
+    yield from _carried("grpc")
+
+
+def _carried(protocol: str) -> Iterable[str]:
+    """Where a request goes, and on whose account when it goes straight to a runtime."""
+    return f"""\
     http-request track-sc0 var(txn.model) table {TABLE} if direct
     acl named req.hdr(x-modelium-organisation) -m found
     http-request set-var(txn.organisation) req.hdr(x-modelium-organisation) if direct named
     http-request set-var(txn.who) var(txn.model),concat(|,txn.organisation) if direct named
     http-request track-sc1 var(txn.who) table {ORGANISATIONS} if direct named
-    use_backend runtimes_grpc if direct
-    default_backend service_grpc
+    use_backend runtimes_{protocol} if direct
+    default_backend service_{protocol}
 """.splitlines()
 
 

@@ -15,7 +15,7 @@ from modelium.api.datapath import Carried, DataPathContext, DataPathInfo, DataRo
 from modelium.errors import ConfigError, RuntimeUnavailable
 from modelium_plugin_haproxy import configuration
 from modelium_plugin_haproxy.admin import Admin
-from modelium_plugin_haproxy.configuration import Files, entries, model_of
+from modelium_plugin_haproxy.configuration import Files, entries, keys_of
 from modelium_plugin_haproxy.locate import find_executable, version_of
 from modelium_plugin_haproxy.settings import HAProxySettings
 
@@ -159,7 +159,7 @@ class HAProxyDriver:
         await self._change({}, self._of(model))
 
     def _of(self, model: str) -> set[str]:
-        return {key for key in self._entries if model_of(key) == model}
+        return self._entries.keys() & keys_of(model)
 
     async def _change(self, wanted: Mapping[str, str], there: set[str]) -> None:
         """Bring the entries `there` to what is wanted."""

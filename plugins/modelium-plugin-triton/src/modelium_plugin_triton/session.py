@@ -46,9 +46,9 @@ SMALL_BYTES = 4 << 20
 
 RESTART = "it can be loaded after a new start of Triton (for Modelium's own: `modelium down`, then `modelium serve`)"
 
-_ALIVE = {"LOADING", "READY", "UNLOADING"}
-"""States in the repository index of versions that hold memory."""
 _FLUX = {"LOADING", "UNLOADING"}
+_ALIVE = {"READY", *_FLUX}
+"""States in the repository index of versions that hold memory."""
 
 
 class GivenUp(Exception):

@@ -27,6 +27,7 @@ from modelium.engine.views import (
     ModelDetail,
     ModelView,
     PlanPreview,
+    RuntimeView,
     StatusView,
 )
 from modelium.errors import ConfigError, DeadlinePassed, ModelConflict, ModelError, ModelLoading, ModelNotFound
@@ -211,6 +212,10 @@ class Service:
         """What would happen if `path` were dropped; nothing is done."""
         return await preview.preview(self._engine, path)
 
+    @property
+    def runtimes(self) -> tuple[RuntimeView, ...]:
+        return showing.runtimes(self._engine)
+
     def status(self) -> StatusView:
         engine = self._engine
         world = engine.loop.world
@@ -224,7 +229,7 @@ class Service:
             queue=tuple(sorted(n for n in world.queue if world.models[n].state is State.QUEUED)),
             waiting=len(world.tickets),
             devices=showing.devices(engine),
-            runtimes=showing.runtimes(engine),
+            runtimes=self.runtimes,
             data_path=showing.data_path(engine),
             listening=engine.listening,
             plugins=tuple(engine.host.plugins()),

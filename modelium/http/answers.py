@@ -17,7 +17,7 @@ from typing import Any
 
 from aiohttp import web
 
-from modelium.errors import ModeliumError, ModelLoading
+from modelium.errors import ModeliumError, ModelLoading, RuntimeUnavailable
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +87,13 @@ class UpstreamFailed(ModeliumError):
     code = "upstream_failed"
 
 
+def unreachable(model: str, address: str, why: str) -> RuntimeUnavailable:
+    """Nothing was sent to a runtime."""
+    return RuntimeUnavailable(
+        f"the runtime of {model} at {address} can't be reached ({why}); nothing was sent to it", retry_after_s=1.0
+    )
+
+
 DEAD = "is not healthy"
 _DEAD = re.compile(rb"Stub process '[^']*' " + DEAD.encode())
 """What Triton answers, under 500, or 400 to `generate_stream`, for a Python model whose process has ended (2.51)."""
@@ -111,6 +118,12 @@ def json_answer(
 def status_of(error: ModeliumError) -> int:
     codes = [error.code, *(vars(kind)["code"] for kind in type(error).__mro__ if "code" in vars(kind))]
     return next(STATUS[code] for code in codes if code in STATUS)
+
+
+def retry_after(error: ModeliumError) -> str | None:
+    """Whole seconds after which asking again may help; None where nobody can tell."""
+    seconds = error.retry_after_s if error.retry_after_s is not None else RETRY_AFTER_S.get(error.code)
+    return None if seconds is None else str(max(1, math.ceil(seconds)))
 
 
 def kserve_shape(error: ModeliumError, status: int) -> Any:
@@ -143,10 +156,8 @@ SHAPES: list[tuple[str, Shape]] = [("/v2", kserve_shape), ("/v1", openai_shape),
 def error_answer(request: web.Request, error: ModeliumError, status: int | None = None) -> web.Response:
     """`error` in the shape of the protocol that `request` speaks."""
     shape = next(shape for prefix, shape in SHAPES if request.path.startswith(prefix) or prefix == "/")
-    headers = {}
-    retry_after_s = error.retry_after_s if error.retry_after_s is not None else RETRY_AFTER_S.get(error.code)
-    if retry_after_s is not None:
-        headers["Retry-After"] = str(max(1, math.ceil(retry_after_s)))
+    again = retry_after(error)
+    headers = {} if again is None else {"Retry-After": again}
     status = status or status_of(error)
     return json_answer(shape(error, status), status, headers)
 

@@ -25,7 +25,6 @@ from modelium.errors import LoadRejected, ModelFailed, ModeliumError, ModelNotFo
 from modelium.http.admission import GRPC, HTTP, acquire, deadline_of, endpoint
 from modelium.http.answers import (
     BadRequest,
-    NotSupported,
     UpstreamFailed,
     check_process,
     error_answer,
@@ -47,8 +46,6 @@ UNPARSABLE = (
     '{"error":"attempt to get members for non-object',
 )
 """How Triton's answers begin, under status 500, to bodies that are no JSON, or not of its shape (seen on 2.51)."""
-
-
 _UNPARSABLE = tuple(begin.encode() for begin in UNPARSABLE)
 
 
@@ -161,10 +158,8 @@ class KServe:
         return web.Response(headers=headers, content_type="text/plain")
 
     async def statistics(self, request: web.Request) -> web.StreamResponse:
-        model = self._service.view(request.match_info["model"])
-        if model.state not in (State.READY, State.DRAINING):
-            raise BadRequest(f"{model.name} is {model.state}: only a loaded model has statistics")
-        return await self._upstream.forward(request, self._repository.address_of(model.runtime), model.name)
+        name, address = self._repository.loaded(request.match_info["model"])
+        return await self._upstream.forward(request, address, name)
 
     async def all_statistics(self, request: web.Request) -> web.StreamResponse:
         """What each runtime tells of its models, in one list."""
@@ -177,16 +172,8 @@ class KServe:
         return json_answer({"model_stats": found})
 
     async def runtime_setting(self, request: web.Request) -> web.StreamResponse:
-        """Shared memory, trace and logging belong to a runtime: passed on where there is no doubt which one."""
-        runtimes = self._repository.runtimes()
-        if len(runtimes) != 1:
-            names = ", ".join(info.name for info in runtimes) or "none"
-            raise NotSupported(
-                f"{request.path} is a runtime's own, and passed on where exactly one runtime speaks {HTTP}; up are: "
-                f"{names}"
-            )
-        address = runtimes[0].endpoint(HTTP) or ""
-        return await self._upstream.forward(request, address, runtimes[0].name)
+        runtime = self._repository.only_runtime(request.path)
+        return await self._upstream.forward(request, runtime.endpoint(HTTP) or "", runtime.name)
 
     # ------------------------------------------------------------------ the server
 

@@ -155,7 +155,7 @@ class OpenAI:
             view = self._service.view(name)
         except ModelNotFound:
             return None
-        info = next((each.info for each in self._service.status().runtimes if each.name == view.runtime), None)
+        info = next((each.info for each in self._service.runtimes if each.name == view.runtime), None)
         if info is None or info.endpoint(OPENAI) or not info.endpoint(HTTP):
             return None
         return view.task or ""

@@ -15,7 +15,7 @@ from modelium.core.states import RuntimeState, State
 from modelium.errors import ModelNotFound, RuntimeUnavailable
 from modelium.http.admin import views
 from modelium.http.admission import HTTP
-from modelium.http.answers import BadRequest, UpstreamFailed
+from modelium.http.answers import BadRequest, NotSupported, UpstreamFailed
 from modelium.http.upstream import Upstream
 
 if TYPE_CHECKING:
@@ -87,10 +87,28 @@ class ModelRepository:
 
     def runtimes(self, protocol: str = HTTP) -> list[RuntimeInfo]:
         """Those that are up and speak `protocol`."""
-        shown = self._service.status().runtimes
         return [
-            v.info for v in shown if v.state == RuntimeState.UP and v.info is not None and v.info.endpoint(protocol)
+            v.info
+            for v in self._service.runtimes
+            if v.state == RuntimeState.UP and v.info is not None and v.info.endpoint(protocol)
         ]
+
+    def only_runtime(self, what: str, protocol: str = HTTP) -> RuntimeInfo:
+        """The one that `what` is about: shared memory, trace and logging are passed on where there is no doubt."""
+        runtimes = self.runtimes(protocol)
+        if len(runtimes) != 1:
+            names = ", ".join(info.name for info in runtimes) or "none"
+            raise NotSupported(
+                f"{what} is a runtime's own, and passed on where exactly one runtime speaks {protocol}; up are: {names}"
+            )
+        return runtimes[0]
+
+    def loaded(self, name: str, protocol: str = HTTP) -> tuple[str, str]:
+        """The name of a loaded model, and where its runtime tells of it."""
+        model = self._service.view(name)
+        if model.state not in (State.READY, State.DRAINING):
+            raise BadRequest(f"{model.name} is {model.state}: only a loaded model has statistics")
+        return model.name, self.address_of(model.runtime, protocol)
 
     def address_of(self, runtime: str | None, protocol: str = HTTP) -> str:
         for info in self.runtimes(protocol):

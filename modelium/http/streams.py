@@ -10,7 +10,7 @@ import grpc
 import grpc.aio
 
 from modelium.errors import ModeliumError, RuntimeUnavailable
-from modelium.http.answers import BadRequest, UpstreamFailed, check_process
+from modelium.http.answers import BadRequest, UpstreamFailed, check_process, unreachable
 from modelium.http.messages import InferRequest, InferResponse
 from modelium.http.rpc.channels import Channels
 from modelium.http.tensors import Parameters, TensorValue, join_bytes, split_bytes, to_raw
@@ -102,16 +102,10 @@ def _status(message: str) -> int:
 def _error(exc: grpc.aio.AioRpcError, address: str, model: str, begun: bool) -> ModeliumError:
     code, details = exc.code(), exc.details() or "no details"
     if code is grpc.StatusCode.UNAVAILABLE and "failed to connect" in details and not begun:
-        return _unreachable(address, model, details)
+        return unreachable(model, address, details)
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
         return _unanswered(address, model, details)
     return InferenceFailed(details, 400 if code is grpc.StatusCode.INVALID_ARGUMENT else 500)
-
-
-def _unreachable(address: str, model: str, details: str) -> RuntimeUnavailable:
-    return RuntimeUnavailable(
-        f"the runtime of {model} at {address} can't be reached ({details}); nothing was sent to it", retry_after_s=1.0
-    )
 
 
 def _unanswered(address: str, model: str, details: str) -> UpstreamFailed:

@@ -8,6 +8,7 @@ the pool. Once a byte has left, the runtime may have worked on it, and its failu
 from __future__ import annotations
 
 import logging
+from collections.abc import Awaitable
 
 import aiohttp
 from aiohttp import hdrs, web
@@ -16,8 +17,8 @@ from aiohttp.payload import BytesPayload, Payload
 from multidict import CIMultiDict, istr
 from yarl import URL
 
-from modelium.errors import ModeliumError, RuntimeUnavailable
-from modelium.http.answers import ID, REQUEST_ID, UpstreamFailed
+from modelium.errors import ModeliumError
+from modelium.http.answers import ID, REQUEST_ID, UpstreamFailed, unreachable
 from modelium.http.bodies import HEADER_LENGTH, TooLarge, check_header_length, some
 from modelium.http.settings import HttpSettings
 
@@ -146,7 +147,7 @@ class Upstream:
             headers[hdrs.CONTENT_TYPE] = "application/octet-stream"
         payload = None if body is None else _Whole(body)
         async with await self._send(method, URL(url, encoded=True), headers, payload, model) as answer:
-            return answer.status, CIMultiDict(answer.headers), await _read(answer, model)
+            return answer.status, CIMultiDict(answer.headers), await _taken(answer.read(), model)
 
     async def _body(self, request: web.Request) -> Payload | None:
         headers, content = request.headers, request.content
@@ -178,13 +179,13 @@ class Upstream:
             try:
                 return await self._session.request(method, url, headers=headers, data=body, allow_redirects=False)
             except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as exc:
-                raise _unreachable(url, model, exc) from exc
+                raise unreachable(model, url.authority, _words(exc)) from exc
             except (aiohttp.ClientError, OSError) as exc:
                 if isinstance(body, _Streamed) and body.fault is not None:
                     raise body.fault from exc
                 if isinstance(body, _Whole) and not body.handed:
                     if last:
-                        raise _unreachable(url, model, exc) from exc
+                        raise unreachable(model, url.authority, _words(exc)) from exc
                     continue
                 raise UpstreamFailed(
                     f"the runtime of {model} at {url.authority} took the request and did not answer "
@@ -199,11 +200,11 @@ class Upstream:
         chunked = declared is None and request.version >= aiohttp.HttpVersion11
         begun = b""
         if declared is None and answer.status >= 400:  # most errors are short, and are read before they are passed on
-            while len(begun) <= WHOLE_BYTES and (piece := await _piece(answer, model)):
+            while len(begun) <= WHOLE_BYTES and (piece := await _taken(answer.content.readany(), model)):
                 begun += piece
         short = declared is None and answer.status >= 400 and len(begun) <= WHOLE_BYTES
         if short or (declared is not None and int(declared) <= WHOLE_BYTES):
-            body = begun or await _read(answer, model)
+            body = begun or await _taken(answer.read(), model)
             whole = web.Response(status=answer.status, reason=answer.reason, headers=headers, body=body)
             if chunked:
                 whole.enable_chunked_encoding()
@@ -238,16 +239,10 @@ def _drop_hop_by_hop(headers: CIMultiDict[str], names: tuple[istr, ...]) -> None
         headers.popall(name, None)
 
 
-async def _piece(answer: aiohttp.ClientResponse, model: str) -> bytes:
+async def _taken(reading: Awaitable[bytes], model: str) -> bytes:
+    """What is read of a runtime's answer before the client has any of it."""
     try:
-        return await answer.content.readany()
-    except (aiohttp.ClientError, OSError) as exc:
-        raise UpstreamFailed(f"the runtime of {model} broke off its answer ({_words(exc)}); ask again") from exc
-
-
-async def _read(answer: aiohttp.ClientResponse, model: str) -> bytes:
-    try:
-        return await answer.read()
+        return await reading
     except (aiohttp.ClientError, OSError) as exc:
         raise UpstreamFailed(f"the runtime of {model} broke off its answer ({_words(exc)}); ask again") from exc
 
@@ -261,13 +256,6 @@ def _break_off(request: web.Request, ends_with_connection: bool) -> None:
         transport.abort()  # an orderly close would mean the end of the body
     else:
         transport.close()
-
-
-def _unreachable(url: URL, model: str, exc: Exception) -> RuntimeUnavailable:
-    return RuntimeUnavailable(
-        f"the runtime of {model} at {url.authority} can't be reached ({_words(exc)}); nothing was sent to it",
-        retry_after_s=1.0,
-    )
 
 
 def _words(exc: BaseException) -> str:

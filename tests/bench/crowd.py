@@ -20,10 +20,7 @@ def rows(folder: Path) -> Iterator[tuple[str, str, str]]:
     policies = {"min_resident_seconds": 0, "request_deadline_s": 900}
     with served(folder / "root", {"orchestration": {"policies": policies}}) as service:
         for number in range(MODELS):
-            hidden = identity(folder / f"m{number:02d}")
-            config = hidden / "config.pbtxt"
-            config.write_text(config.read_text().replace('"identity"', f'"{hidden.name}"'))
-            service.drop(hidden)
+            service.drop(identity(folder / f"m{number:02d}"))
         service.until(lambda: len(service.ps()) == MODELS, 300, "all to be accepted")
         service.until(lambda: {m["state"] for m in service.ps().values()} <= {"READY", "COLD"}, 300, "rest")
         for name in service.ps():

@@ -11,11 +11,11 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import aiohttp
 import grpc.aio
@@ -26,8 +26,7 @@ from tritonclient.grpc import service_pb2_grpc
 
 from tests.service import Served, free_port, served
 
-CONFIG = """name: "identity"
-backend: "python"
+CONFIG = """backend: "python"
 max_batch_size: 0
 input [{ name: "INPUT0" data_type: TYPE_FP32 dims: [ -1 ] }]
 output [{ name: "OUTPUT0" data_type: TYPE_FP32 dims: [ -1 ] }]
@@ -43,6 +42,8 @@ class TritonPythonModel:
             for r in requests
         ]
 """
+T = TypeVar("T")
+
 ROUNDS = 5
 SECONDS = 4
 PATH = "/v2/models/identity/infer"
@@ -130,6 +131,20 @@ def _ms(text: str) -> float:
     return float(number) * {"us": 1e-3, "ms": 1.0, "s": 1e3}[unit]
 
 
+def side_by_side(targets: Mapping[str, str], measure: Callable[[str], T]) -> dict[str, list[T]]:
+    """Each target measured once in each round, since a machine's speed drifts."""
+    found: dict[str, list[T]] = {name: [] for name in targets}
+    for _ in range(ROUNDS):
+        for name, target in targets.items():
+            found[name].append(measure(target))
+    return found
+
+
+def ratio(rates: Sequence[float], base: Sequence[float]) -> float:
+    """The median over the rounds."""
+    return median(rate / other for rate, other in zip(rates, base, strict=True))
+
+
 def rows(folder: Path) -> Iterator[tuple[str, str, str]]:
     if shutil.which("wrk") is None:
         yield ("the front door", "not measured: wrk is not installed", "")
@@ -158,15 +173,11 @@ def rows(folder: Path) -> Iterator[tuple[str, str, str]]:
             (folder / "nginx.conf").write_text(NGINX.format(folder=folder, port=web, address=address))
             stack.enter_context(running("nginx", "-c", folder / "nginx.conf"))
             urls["nginx, one worker"] = f"http://127.0.0.1:{web}"
-        found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in urls}
-        for _ in range(ROUNDS):
-            for name, url in urls.items():
-                found[name].append(wrk(url + PATH, script))
+        found = side_by_side(urls, lambda url: wrk(url + PATH, script))
         bars = {"Modelium over HAProxy": "0.85 of plain HAProxy", "Modelium over aiohttp": "0.35 of plain HAProxy"}
         for name, runs in found.items():
-            ratios = [run[0] / base[0] for run, base in zip(runs, found["plain HAProxy, one thread"], strict=True)]
-            rate = median(run[0] for run in runs)
-            told = f"{rate:,.0f} requests/s, {median(ratios):.2f} of plain HAProxy"
+            rates, base = ([rate for rate, _, _ in each] for each in (runs, found["plain HAProxy, one thread"]))
+            told = f"{median(rates):,.0f} requests/s, {ratio(rates, base):.2f} of plain HAProxy"
             yield (f"{name}, wrk -t1 -c8", told, bars.get(name, ""))
         for name, url in urls.items():
             _, middle, tail = wrk(url + PATH, script, connections=1)
@@ -188,14 +199,11 @@ def _grpc(fast: Served, slow: Served) -> Iterator[tuple[str, str, str]]:
         "over Python": slow.grpc_address(),
     }
     for callers in (1, 8):
-        rates: dict[str, list[float]] = {name: [] for name in targets}
-        for _ in range(ROUNDS):
-            for name, target in targets.items():
-                rates[name].append(asyncio.run(_infer(target, callers)))
+        rates = side_by_side(targets, lambda target, callers=callers: asyncio.run(_infer(target, callers)))  # type: ignore[misc]
+        base = rates["straight"]
         for name, found in rates.items():
-            ratios = [rate / base for rate, base in zip(found, rates["straight"], strict=True)]
             bar = "0.6 of straight" if name == "over HAProxy" else ""
-            told = f"{median(found):,.0f} calls/s, {median(ratios):.2f} of straight"
+            told = f"{median(found):,.0f} calls/s, {ratio(found, base):.2f} of straight"
             yield (f"gRPC ModelInfer {name}, {callers} caller(s)", told, bar)
 
 
@@ -221,15 +229,12 @@ async def _infer(target: str, callers: int, seconds: float = 2.0) -> float:
 def _large(fast: Served, slow: Served, straight: str) -> Iterator[tuple[str, str, str]]:
     urls = {"straight": f"http://{straight}", "over HAProxy": fast.url, "over aiohttp": slow.url}
     for mega in (1, 16):
-        rates: dict[str, list[float]] = {name: [] for name in urls}
-        for _ in range(ROUNDS):
-            for name, url in urls.items():
-                rates[name].append(asyncio.run(_megabytes(url, mega)))
+        rates = side_by_side(urls, lambda url, mega=mega: asyncio.run(_megabytes(url, mega)))  # type: ignore[misc]
+        base = rates["straight"]
         for name, found in rates.items():
-            ratios = [rate / base for rate, base in zip(found, rates["straight"], strict=True)]
             yield (
                 f"{mega} MB binary there and back, {name}",
-                f"{median(found):,.0f} MB/s, {median(ratios):.2f} of straight",
+                f"{median(found):,.0f} MB/s, {ratio(found, base):.2f} of straight",
                 "",
             )
 

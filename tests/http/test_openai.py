@@ -26,7 +26,7 @@ from modelium.http.openai import PASSED_ON
 from tests.http.conftest import Surface
 from tests.http.test_kserve import ask
 from tests.http.tritonserver import Triton, free_ports
-from tests.http.upstreams import Recorder, read_request, recording, scripted
+from tests.http.upstreams import Recorder, in_two_pieces, read_request, recording, scripted
 
 CHAT = "/v1/chat/completions"
 HI: list[Any] = [{"role": "user", "content": "hi there"}]
@@ -228,16 +228,7 @@ async def test_the_model_of_a_form_is_found(surface: Surface, speaks: Recorder) 
 
 async def test_its_stream_passes_as_it_comes(surface: Surface, speaks: Recorder) -> None:
     go_on = asyncio.Event()
-
-    async def answer(request: web.Request, body: bytes) -> web.StreamResponse:
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
-        await response.prepare(request)
-        await response.write(b"data: 1\n\n")
-        await go_on.wait()
-        await response.write(b"data: [DONE]\n\n")
-        return response
-
-    speaks.answer = answer
+    speaks.answer = in_two_pieces(go_on, b"data: 1\n\n", b"data: [DONE]\n\n")
     usage = surface.service.usage.model("m")
     async with surface.client.post(surface.url + CHAT, data=packed(stream=True)) as response:
         assert await response.content.readany() == b"data: 1\n\n"

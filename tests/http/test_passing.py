@@ -19,7 +19,7 @@ from modelium.http.settings import HttpSettings
 from modelium.http.upstream import WHOLE_BYTES
 from tests.http.conftest import Surface
 from tests.http.fakes import FakeService
-from tests.http.upstreams import Recorder, exchange, read_request, scripted
+from tests.http.upstreams import Recorder, exchange, in_two_pieces, read_request, scripted
 
 
 @pytest.fixture(autouse=True)
@@ -102,16 +102,7 @@ async def test_packed_bodies_stay_packed(surface: Surface, upstream: Recorder) -
 
 async def test_pieces_pass_as_they_come(surface: Surface, upstream: Recorder) -> None:
     go_on = asyncio.Event()
-
-    async def answer(request: web.Request, body: bytes) -> web.StreamResponse:
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
-        await response.prepare(request)
-        await response.write(b"data: 1\n\n")
-        await go_on.wait()
-        await response.write(b"data: 2\n\n")
-        return response
-
-    upstream.answer = answer
+    upstream.answer = in_two_pieces(go_on, b"data: 1\n\n", b"data: 2\n\n")
     async with surface.client.post(f"{surface.url}/v2/models/m/generate_stream", data=b"{}") as response:
         assert await response.content.readany() == b"data: 1\n\n"
         go_on.set()

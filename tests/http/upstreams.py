@@ -26,6 +26,20 @@ async def echo(request: web.Request, body: bytes) -> web.StreamResponse:
     return web.Response(body=body, headers={"Content-Type": "application/octet-stream"})
 
 
+def in_two_pieces(go_on: asyncio.Event, first: bytes, second: bytes) -> Answer:
+    """Server-sent events; the second only once it is told to go on."""
+
+    async def answer(request: web.Request, body: bytes) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        await response.write(first)
+        await go_on.wait()
+        await response.write(second)
+        return response
+
+    return answer
+
+
 @dataclass
 class Recorder:
     """A server that notes each request whole and answers by `answer`."""

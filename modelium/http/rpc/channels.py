@@ -27,20 +27,19 @@ class Channels:
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._calls: dict[tuple[str, str], Callable[..., Any]] = {}
         self._dropping: set[asyncio.Task[None]] = set()
-        self.closed = False
 
     def unary(self, address: str, method: str) -> Callable[..., Any]:
         """A function that calls `method` (`/package.Service/Name`) with one message for one message."""
-        call = self._calls.get((address, method))
-        if call is None:
-            call = self._calls[address, method] = self._channel(address).unary_unary(method)
-        return call
+        return self._call(address, method, "unary_unary")
 
     def stream(self, address: str, method: str) -> Callable[..., Any]:
         """The same with streams both ways."""
+        return self._call(address, method, "stream_stream")
+
+    def _call(self, address: str, method: str, kind: str) -> Callable[..., Any]:
         call = self._calls.get((address, method))
         if call is None:
-            call = self._calls[address, method] = self._channel(address).stream_stream(method)
+            call = self._calls[address, method] = getattr(self._channel(address), kind)(method)
         return call
 
     def _channel(self, address: str) -> grpc.aio.Channel:
@@ -66,7 +65,6 @@ class Channels:
 
     async def close(self) -> None:
         """Calls under way are cancelled."""
-        self.closed = True
         for task in self._dropping:
             task.cancel()
         for channel in self._channels.values():

@@ -15,7 +15,7 @@ import grpc.aio
 from modelium.engine.admission import Lease
 from modelium.errors import ModeliumError, RuntimeUnavailable
 from modelium.http.admission import DEADLINE, GRPC, acquire, endpoint
-from modelium.http.answers import REQUEST_ID, BadRequest, UpstreamFailed, check_process, request_id
+from modelium.http.answers import REQUEST_ID, BadRequest, UpstreamFailed, check_process, request_id, unreachable
 from modelium.http.rpc.channels import Channels
 from modelium.http.rpc.status import refuse
 from modelium.http.rpc.wire import text_field
@@ -52,11 +52,7 @@ class Passing:
         ok = True  # also when the client leaves: that is no failure of the model's
         try:
             return await self.forward(endpoint(lease, GRPC), method, message, context, lease.model)
-        except UpstreamFailed as exc:
-            ok = False
-            self._service.poke(lease.runtime)
-            await refuse(context, exc)
-        except RuntimeUnavailable as exc:
+        except (UpstreamFailed, RuntimeUnavailable) as exc:
             ok = False
             self._service.poke(lease.runtime)
             await refuse(context, exc)
@@ -92,10 +88,7 @@ class Passing:
         if code in _LOST:
             if code is grpc.StatusCode.UNAVAILABLE and "failed to connect" in details:
                 self._channels.drop(address)
-                raise RuntimeUnavailable(
-                    f"the runtime of {model} at {address} can't be reached ({details}); nothing was sent to it",
-                    retry_after_s=1.0,
-                ) from exc
+                raise unreachable(model, address, details) from exc
             raise UpstreamFailed(
                 f"the runtime of {model} at {address} took the call and did not answer ({details})"
             ) from exc

@@ -17,7 +17,7 @@ import modelium
 from modelium.core.states import State
 from modelium.errors import ConfigError, ModeliumError, ModelNotFound
 from modelium.http.admission import GRPC, deadline_of
-from modelium.http.answers import BadRequest, NotSupported
+from modelium.http.answers import BadRequest
 from modelium.http.repository import EXTENSIONS, NOT_SERVABLE, ModelRepository
 from modelium.http.rpc.channels import OPTIONS, Channels
 from modelium.http.rpc.passing import Context, Passing, metadata_of
@@ -107,11 +107,8 @@ class Rpc(grpc.GenericRpcHandler):  # type: ignore[misc]  # gRPC brings no types
         method = INFERENCE + "ModelStatistics"
         asked = self._parsed("ModelStatisticsRequest", message)
         if asked.name:
-            model = self._service.view(asked.name)
-            if model.state not in (State.READY, State.DRAINING):
-                raise BadRequest(f"{model.name} is {model.state}: only a loaded model has statistics")
-            address = self._repository.address_of(model.runtime, GRPC)
-            return await self._passing.forward(address, method, message, context, model.name)
+            name, address = self._repository.loaded(asked.name, GRPC)
+            return await self._passing.forward(address, method, message, context, name)
         found = self._pb.ModelStatisticsResponse()
         for info in self._repository.runtimes(GRPC):
             answer = await self._passing.forward(info.endpoint(GRPC) or "", method, message, context, info.name)
@@ -119,18 +116,9 @@ class Rpc(grpc.GenericRpcHandler):  # type: ignore[misc]  # gRPC brings no types
         return bytes(found.SerializeToString())
 
     def _to_runtime(self, method: str) -> Unary:
-        """Shared memory, trace and logging belong to a runtime: passed on where there is no doubt which one."""
-
         async def call(message: bytes, context: Context) -> bytes:
-            runtimes = self._repository.runtimes(GRPC)
-            if len(runtimes) != 1:
-                names = ", ".join(info.name for info in runtimes) or "none"
-                raise NotSupported(
-                    f"{method} is a runtime's own, and passed on where exactly one runtime speaks {GRPC}; up are: "
-                    f"{names}"
-                )
-            address = runtimes[0].endpoint(GRPC) or ""
-            return await self._passing.forward(address, method, message, context, runtimes[0].name)
+            runtime = self._repository.only_runtime(method, GRPC)
+            return await self._passing.forward(runtime.endpoint(GRPC) or "", method, message, context, runtime.name)
 
         return call
 

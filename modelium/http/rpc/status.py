@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any, NoReturn
@@ -11,7 +10,7 @@ from typing import Any, NoReturn
 import grpc
 
 from modelium.errors import ModeliumError, ModelLoading
-from modelium.http.answers import RETRY_AFTER_S, status_of
+from modelium.http.answers import retry_after, status_of
 
 CODES: Mapping[int, grpc.StatusCode] = {
     HTTPStatus.BAD_REQUEST: grpc.StatusCode.INVALID_ARGUMENT,
@@ -36,11 +35,10 @@ def code_of(error: ModeliumError) -> grpc.StatusCode:
 async def refuse(context: Any, error: ModeliumError) -> NoReturn:
     """End the call with the error; `retry-after` in the trailing metadata says when to ask again, in seconds, and
     `x-modelium-loading` how far a model is, as JSON."""
-    retry_after_s = error.retry_after_s if error.retry_after_s is not None else RETRY_AFTER_S.get(error.code)
     trailing = [("x-modelium-code", error.code)]
     if isinstance(error, ModelLoading):
         trailing.append(("x-modelium-loading", json.dumps(error.fields)))
-    if retry_after_s is not None:
-        trailing.append(("retry-after", str(max(1, math.ceil(retry_after_s)))))
+    if (again := retry_after(error)) is not None:
+        trailing.append(("retry-after", again))
     await context.abort(code_of(error), error.message, tuple(trailing))
     raise AssertionError("unreachable")

@@ -127,7 +127,8 @@ async def _accepted(client: Client, follower: Follower, name: str, place: str) -
         else:
             gone_since = None
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(follower.changed.wait(), min(LOOK_S, patience))
+            async with asyncio.timeout(min(LOOK_S, patience)):
+                await follower.changed.wait()
 
 
 def _refuse(view: dict[str, Any] | None) -> None:

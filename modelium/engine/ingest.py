@@ -201,7 +201,8 @@ class Ingest:
 
     async def _poked(self, drop: Drop, within_s: float) -> None:
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(drop.poke.wait(), within_s)
+            async with asyncio.timeout(within_s):
+                await drop.poke.wait()
 
     # ------------------------------------------------------------------ taking it in
 

@@ -100,7 +100,8 @@ class _Process:
     async def ended_by_itself(self) -> str:
         """How it ended, given a moment to do so after it closed its output."""
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._process.wait(), 5)
+            async with asyncio.timeout(5):
+                await self._process.wait()
         return await self.end()
 
     @property
@@ -239,7 +240,8 @@ class Inspector:
     async def _answered(self, process: _Process, request: Mapping[str, Any], path: Path, within_s: float) -> Any:
         """The result of one request; a process that dies or hangs is ended. Raises what the answer says."""
         try:
-            answer = await asyncio.wait_for(process.ask(request), within_s)
+            async with asyncio.timeout(within_s):
+                answer = await process.ask(request)
         except TimeoutError:
             await process.end()
             raise ModelError(
@@ -274,7 +276,9 @@ class Inspector:
         limits = [f"--memory-bytes={memory_bytes}", f"--cpu-s={cpu_s}"]
         process = await _Process.start([*limits, *self._disabled, *modules])
         try:
-            self._result(await asyncio.wait_for(process.answer(), START_S))
+            async with asyncio.timeout(START_S):
+                answer = await process.answer()
+            self._result(answer)
         except (_Died, TimeoutError) as exc:
             how = await process.ended_by_itself() if isinstance(exc, _Died) else await process.end()
             raise PluginError(

@@ -212,7 +212,8 @@ class Runtimes:
         running = self.running[name]
         while True:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(running.poke.wait(), self._observe_every_s)
+                async with asyncio.timeout(self._observe_every_s):
+                    await running.poke.wait()
             running.poke.clear()
             state = self._loop().world.runtimes.get(name)
             if state is not None and state.state is RuntimeState.UP and state.epoch == running.epoch:

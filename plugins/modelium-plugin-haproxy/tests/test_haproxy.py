@@ -387,6 +387,8 @@ async def test_a_runtime_out_of_reach_is_the_services_to_judge(lab: Lab) -> None
         (500, b'{"error":"Unable to parse \'data\': no"}', 400),
         (500, b'{"error":"Unable"}', 500),
         (500, b'{"error":"Stub process \'m_0_0\' is not healthy."}', 502),
+        (400, b'data: {"error":"Stub process \'m_0_0\' is not healthy."}\n\n', 502),
+        (400, b'{"error":"Unable"}', 400),
         (503, b'{"error":"Unable to parse "}', 503),
         (200, b'{"error":"Unable to parse "}', 200),
     ],

@@ -246,11 +246,11 @@ def _backends(front: Front) -> Iterable[str]:
 def _mended(front: Front) -> Iterable[str]:
     """Whose fault an error is, told as the service itself would."""
     if front.client_errors or front.dead:
-        yield "    http-response wait-for-body time 1s at-least 200 if { status 500 }"
+        yield "    http-response wait-for-body time 1s at-least 200 if { status 400 500 }"
+    if front.dead:
+        yield f"    http-response set-status 502 if {{ status 400 500 }} {{ res.body -m sub {_quoted(front.dead)} }}"
     for begin in front.client_errors:
         yield f"    http-response set-status 400 if {{ status 500 }} {{ res.body -m beg {_quoted(begin)} }}"
-    if front.dead:
-        yield f"    http-response set-status 502 if {{ status 500 }} {{ res.body -m sub {_quoted(front.dead)} }}"
 
 
 def _counted() -> Iterable[str]:

@@ -7,6 +7,7 @@ import json
 import os
 import stat
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,19 +65,42 @@ class Entry:
         return not HOUSEKEEPING.isdisjoint(self.name.split("/")[:-1])
 
 
-def walk(drop: Path) -> list[Entry]:
+_listed: dict[Path, tuple[Entry, ...]] | None = None
+"""What was listed within `listed_once`."""
+
+
+@contextmanager
+def listed_once() -> Iterator[None]:
+    """Within it each drop is listed once: all looks at it see the same files. For one thread."""
+    global _listed  # noqa: PLW0603
+    _listed = {}
+    try:
+        yield
+    finally:
+        _listed = None
+
+
+def walk(drop: Path) -> tuple[Entry, ...]:
     """Everything in the drop, sorted by name; `drop` may be a file.
 
     Raises `ModelError` when there are too many files or too deep folders, or when it can't be read.
     """
+    if _listed is None:
+        return _walk(drop)
+    if drop not in _listed:
+        _listed[drop] = _walk(drop)
+    return _listed[drop]
+
+
+def _walk(drop: Path) -> tuple[Entry, ...]:
     try:
         top = os.lstat(drop)
         if not stat.S_ISDIR(top.st_mode):
-            return [_entry(drop.name, drop, top, drop)]
+            return (_entry(drop.name, drop, top, drop),)
         found = list(_below(drop, "", 0, drop, itertools.count()))
     except OSError as exc:
         raise ModelError(f"{drop.name} can't be read: {exc.strerror}: {exc.filename}", code="unreadable") from exc
-    return sorted(found, key=lambda e: e.name)
+    return tuple(sorted(found, key=lambda e: e.name))
 
 
 def files(drop: Path) -> list[Entry]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,14 @@ log = logging.getLogger(__name__)
 
 BATCH = 100
 """Entries read in a thread before the event loop takes them in."""
-STUDIED_AT_ONCE = 4
+STUDIED = 32
+"""Folders looked into without a break: a drop waits for as many."""
+ASKED = 2
+"""Batches of them that the inspector has before it, so that it always has one."""
+AHEAD = 32
+"""Batches that may wait for the runtimes, once looked into."""
 
-Inspect = Callable[[Path], Awaitable[Inspection]]
+Inspect = Callable[[Sequence[Path]], Awaitable[list[Inspection | ModeliumError]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +88,8 @@ class Catalog:
         self._leaving: set[str] = set()
         self._unstudied: dict[str, Entry] = {}
         """Folders that are still to be looked into."""
+        self._asked = asyncio.Semaphore(ASKED)
+        self._planning = asyncio.Lock()
         self._studied: dict[str, asyncio.Event] = {}
         """Folders that are being looked into."""
         self.known: dict[str, Known] = {}
@@ -177,17 +185,17 @@ class Catalog:
         return task
 
     async def _study_all(self, entries: list[Entry]) -> None:
-        """Look into folders; while the inspector looks into one, others are planned and written down."""
+        """Look into folders; while the inspector looks into some, others are planned and written down."""
         self._unstudied.update((entry.name, entry) for entry in entries)
-        waiting = iter(entries)
+        batches = [entries[start : start + STUDIED] for start in range(0, len(entries), STUDIED)]
+        waiting = iter(batches)
 
         async def work() -> None:
-            for entry in waiting:
-                if self._unstudied.get(entry.name) is entry:
-                    await self._study(entry)
+            for batch in waiting:
+                await self._study(batch, self._asked)
 
         async with asyncio.TaskGroup() as group:
-            for _ in range(min(STUDIED_AT_ONCE, len(entries))):
+            for _ in range(min(AHEAD, len(batches))):
                 group.create_task(work())
 
     def coming(self, name: str) -> asyncio.Task[Any] | None:
@@ -195,7 +203,7 @@ class Catalog:
         if name in self.known:
             return None
         if (entry := self._unstudied.get(name)) is not None:
-            return self._background(self._study(entry))
+            return self._background(self._study([entry]))
         if (done := self._studied.get(name)) is not None:
             return self._background(done.wait())
         return None if self.read_once.is_set() else self._background(self.look(name, settled=True))
@@ -207,44 +215,76 @@ class Catalog:
             self.known.pop(name, None)
             self._invalid.pop(name, None)
 
-    async def _study(self, entry: Entry) -> None:
-        """Find out what a folder without a manifest is; nothing in it is changed."""
-        self._unstudied.pop(entry.name, None)
-        done = self._studied[entry.name] = asyncio.Event()
+    async def _study(self, entries: Sequence[Entry], gate: AbstractAsyncContextManager[Any] | None = None) -> None:
+        """Find out what folders without a manifest are, those that nobody has yet; nothing in them is changed."""
+        mine: list[Entry] = []
+        done = asyncio.Event()
         try:
-            await self._look_into(entry)
+            async with gate or nullcontext():
+                for entry in entries:
+                    if self._unstudied.get(entry.name) is entry:
+                        self._studied[entry.name] = done
+                        del self._unstudied[entry.name]
+                        mine.append(entry)
+                found = await self._look_into(mine)
+            await self._runtimes_known()
+            async with self._planning:
+                await self._plan(found)
+        except (ConfigError, PluginError) as exc:
+            for entry in mine:
+                _not_its_fault(entry.name, exc)
         finally:
             done.set()
-            self._studied.pop(entry.name, None)
+            for entry in mine:
+                self._studied.pop(entry.name, None)
 
-    async def _look_into(self, entry: Entry) -> None:
-        await self._runtimes_known()
-        try:
-            check_model_name(entry.name)
-            inspection = await self._inspect(entry.path)
-            refused = [f.message for f in inspection.findings if f.severity is Severity.REFUSE]
-            if refused or inspection.analysis is None:
-                raise ModelError("; ".join(refused) or f"{entry.name} is no model that any analyzer knows")
-            plan = self._planner.plan(entry.name, inspection.analysis)
-        except (ConfigError, PluginError) as exc:
-            log.error("%s could not be looked into, which is not its fault; it is tried again: %s", entry.name, exc)
-            return
-        except ModeliumError as exc:
-            self._refuse(entry.name, entry.revision, exc)
-            return
-        manifest = Manifest(
+    async def _look_into(self, entries: Iterable[Entry]) -> list[tuple[Entry, Inspection | ModeliumError]]:
+        good = []
+        for entry in entries:
+            try:
+                check_model_name(entry.name)
+                good.append(entry)
+            except ModelError as exc:
+                self._refuse(entry.name, entry.revision, exc)
+        return list(zip(good, await self._inspect([entry.path for entry in good]), strict=True)) if good else []
+
+    async def _plan(self, found: Iterable[tuple[Entry, Inspection | ModeliumError]]) -> None:
+        planned: list[tuple[Entry, Manifest]] = []
+        for entry, inspection in found:
+            await asyncio.sleep(0)  # requests come first
+            try:
+                planned.append((entry, self._planned(entry, inspection)))
+            except (ConfigError, PluginError) as exc:
+                _not_its_fault(entry.name, exc)
+            except ModeliumError as exc:
+                self._refuse(entry.name, entry.revision, exc)
+        await asyncio.to_thread(self._keep, [manifest for _, manifest in planned])
+        for entry, manifest in planned:
+            await asyncio.sleep(0)
+            self._accept(replace(entry, manifest=manifest), manifest)
+
+    def _planned(self, entry: Entry, inspection: Inspection | ModeliumError) -> Manifest:
+        if isinstance(inspection, ModeliumError):
+            raise inspection
+        refused = [f.message for f in inspection.findings if f.severity is Severity.REFUSE]
+        if refused or inspection.analysis is None:
+            raise ModelError("; ".join(refused) or f"{entry.name} is no model that any analyzer knows")
+        return Manifest(
             name=entry.name,
             created_at=time.time(),
             source=str(entry.path),
             revision=entry.revision,
             inspection=inspection,
-            plan=plan,
+            plan=self._planner.plan(entry.name, inspection.analysis),
         )
-        try:
-            await asyncio.to_thread(self._repository.keep_manifest, manifest)
-        except OSError as exc:
-            log.error("what was found out about %s could not be kept: %s", entry.name, exc)
-        self._accept(replace(entry, manifest=manifest), manifest)
+
+    def _keep(self, manifests: Iterable[Manifest]) -> None:
+        """Runs in a thread."""
+        for manifest in manifests:
+            try:
+                self._repository.keep_manifest(manifest)
+            except OSError as exc:
+                log.error("what was found out about %s could not be kept: %s", manifest.name, exc)
 
     # ------------------------------------------------------------------ telling the core
 
@@ -343,3 +383,7 @@ def _is_name(name: str) -> bool:
     except ModelError:
         return False
     return True
+
+
+def _not_its_fault(name: str, exc: ModeliumError) -> None:
+    log.error("%s could not be looked into, which is not its fault; it is tried again: %s", name, exc)

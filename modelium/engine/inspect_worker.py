@@ -17,6 +17,7 @@ import itertools
 import json
 import os
 import resource
+import select
 import signal
 import stat
 import sys
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from modelium.api.types import Inspection, Severity
+from modelium.builtin.files import listed_once
 from modelium.errors import ConfigError, ModelError, ModeliumError, PluginError
 
 NICENESS = 5
@@ -84,18 +86,27 @@ def _leave_network(libc: ctypes.CDLL) -> None:
 # --------------------------------------------------------------------------- what is asked of it
 
 
+def _check_name(path: Path) -> None:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as exc:
+        shown = os.fsencode(path.name).decode("utf-8", "backslashreplace")
+        raise ModelError(f"{shown} has a name that is not UTF-8: rename it and drop it again", code="bad_name") from exc
+
+
 def inspect(host: Any, path: Path) -> Inspection:
     """Scan, then analyse unless something refuses the drop already. Raises `ModelError`, `PluginError`."""
-    findings = host.scan(path)
-    severities = {finding.severity for finding in findings}
-    key, total = content_key(path)
-    analysis = None
-    if Severity.REFUSE not in severities:
-        try:
-            analysis = host.analyze(path)
-        except ModelError:
-            if Severity.CONVERT not in severities:  # what is converted first is analysed again
-                raise
+    with listed_once():
+        findings = host.scan(path)
+        severities = {finding.severity for finding in findings}
+        key, total = content_key(path)
+        analysis = None
+        if Severity.REFUSE not in severities:
+            try:
+                analysis = host.analyze(path)
+            except ModelError:
+                if Severity.CONVERT not in severities:  # what is converted first is analysed again
+                    raise
     return Inspection(content_key=key, total_bytes=total, findings=findings, analysis=analysis)
 
 
@@ -160,6 +171,7 @@ class Worker:
             "convert": lambda: convert(self.host, path, Path(request["target"]), request["codes"]),
         }
         try:
+            _check_name(path)
             answer: Answer = {"result": operations[request["operation"]]()}
         except ModeliumError as exc:
             answer = {"error": _as_json(exc)}
@@ -219,6 +231,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     worker = Worker(PluginHost.load(options.disable))
     _send(out, {"result": "ready", "failures": worker.new_failures()})
     for module in options.preload:
+        if select.select([sys.stdin], [], [], 0)[0]:
+            break
         with contextlib.suppress(ImportError):
             importlib.import_module(module)
     for line in sys.stdin.buffer:

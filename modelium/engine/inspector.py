@@ -69,14 +69,12 @@ class _Process:
         )
         return cls(process)
 
-    async def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
+    async def send(self, requests: Iterable[Mapping[str, Any]]) -> None:
+        """They are answered in their order; a process that has died is found by the first `answer`."""
         assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps(request).encode() + b"\n")
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            self._process.stdin.write(b"".join(json.dumps(request).encode() + b"\n" for request in requests))
             await self._process.stdin.drain()
-        except (BrokenPipeError, ConnectionResetError) as exc:
-            raise _Died from exc
-        return await self.answer()
 
     async def answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
@@ -166,7 +164,9 @@ class Inspector:
 
     async def completeness(self, path: Path) -> Completeness | None:
         """How much of a drop has arrived; None when no format can tell. Raises `ModelError`, `PluginError`."""
-        answer = await self._ask(path, "completeness", self._completeness_s)
+        (answer,) = await self._ask([path], "completeness", self._completeness_s)
+        if isinstance(answer, ModeliumError):
+            raise answer
         return None if answer is None else self._read(Completeness, path, answer)
 
     async def inspect(self, path: Path) -> Inspection:
@@ -175,7 +175,20 @@ class Inspector:
         Raises `ModelError` with the reason when it is no model, a broken one, or one that ended or held up the
         process; `PluginError` when plugins can't agree or the process can't start.
         """
-        return self._read(Inspection, path, await self._ask(path, "inspect", self._inspect_s))
+        (found,) = await self.inspect_all([path])
+        if isinstance(found, ModeliumError):
+            raise found
+        return found
+
+    async def inspect_all(self, paths: Sequence[Path]) -> list[Inspection | ModeliumError]:
+        """`inspect` for each in turn, without waits in between; what it would raise stands in its place."""
+        found: list[Inspection | ModeliumError] = []
+        for path, answer in zip(paths, await self._ask(paths, "inspect", self._inspect_s), strict=True):
+            try:
+                found.append(answer if isinstance(answer, ModeliumError) else self._read(Inspection, path, answer))
+            except ModelError as exc:
+                found.append(exc)
+        return found
 
     async def convert(self, path: Path, target: Path, findings: Sequence[Finding]) -> str:
         """Make a usable drop at `target` (which must not exist), and return one line that says what was done.
@@ -190,7 +203,8 @@ class Inspector:
         process = await self._start(self._convert_memory_bytes, cpu_s=int(self._convert_s))
         self._conversions.add(process)
         try:
-            return str(await self._answered(process, request, path, self._convert_s))
+            await process.send([request])
+            return str(await self._answer(process, path, self._convert_s))
         except BaseException:
             await process.end()
             await asyncio.to_thread(shutil.rmtree, target, True)
@@ -209,39 +223,49 @@ class Inspector:
 
     # ------------------------------------------------------------------ asking
 
-    async def _ask(self, path: Path, operation: str, within_s: float) -> Any:
-        request = _request(path, operation)
+    async def _ask(self, paths: Sequence[Path], operation: str, within_s: float) -> list[Any]:
+        """The answer for each path, which can be a `ModeliumError`; each may take `within_s`."""
+        answers: list[Any] = []
+        died_at = -1
         async with self._turn:
-            try:
-                return await self._attempt(request, path, within_s)
-            except ModelError as exc:
-                if exc.code != _DIED:
-                    raise
-                log.warning("%s; it is looked at once more", exc.message)  # something else may have killed the process
-            return await self._attempt(request, path, within_s)
+            while (at := len(answers)) < len(paths):
+                answers += await self._attempt(paths[at:], operation, within_s)
+                last = answers[-1]
+                if isinstance(last, ModelError) and last.code == _DIED and died_at != len(answers) - 1:
+                    log.warning("%s; it is looked at once more", last.message)  # something else may have killed it
+                    answers.pop()
+                    died_at = len(answers)
+        return answers
 
-    async def _attempt(self, request: Mapping[str, Any], path: Path, within_s: float) -> Any:
+    async def _attempt(self, paths: Sequence[Path], operation: str, within_s: float) -> list[Any]:
+        """The answers of one process: all, or those up to the path at which it ended."""
         if self._closed:
             raise _stopping()
         if self._process is None or not self._process.alive:
             self._process = await self._start(self._memory_bytes, preload=True)
         process = self._process
+        answers: list[Any] = []
         try:
-            return await self._answered(process, request, path, within_s)
-        except ModeliumError as exc:
-            if exc.code in (_DIED, _TIMEOUT):
-                self._process = None
-            raise
-        except BaseException:  # cancelled: its answer would be taken for the next one's
+            await process.send(_request(path, operation) for path in paths)
+            for path in paths:
+                try:
+                    answers.append(await self._answer(process, path, within_s))
+                except ModeliumError as exc:
+                    answers.append(exc)
+                    if exc.code in (_DIED, _TIMEOUT):
+                        self._process = None
+                        break
+        except BaseException:  # cancelled: its answers would be taken for the next one's
             self._process = None
             await process.end()
             raise
+        return answers
 
-    async def _answered(self, process: _Process, request: Mapping[str, Any], path: Path, within_s: float) -> Any:
+    async def _answer(self, process: _Process, path: Path, within_s: float) -> Any:
         """The result of one request; a process that dies or hangs is ended. Raises what the answer says."""
         try:
             async with asyncio.timeout(within_s):
-                answer = await process.ask(request)
+                answer = await process.answer()
         except TimeoutError:
             await process.end()
             raise ModelError(
@@ -304,9 +328,4 @@ def _stopping() -> PluginError:
 
 
 def _request(path: Path, operation: str, **more: Any) -> dict[str, Any]:
-    try:
-        str(path).encode()
-    except UnicodeEncodeError as exc:
-        shown = os.fsencode(path.name).decode("utf-8", "backslashreplace")
-        raise ModelError(f"{shown} has a name that is not UTF-8: rename it and drop it again", code="bad_name") from exc
     return {"operation": operation, "path": str(path.absolute()), **more}

@@ -145,7 +145,7 @@ class Orchestrator:
             self.repository,
             self.planner,
             self.store,
-            self.inspector.inspect,
+            self.inspector.inspect_all,
             lambda: self.loop,
             self.runtimes_known,
             config.orchestration.settle_s,

@@ -116,3 +116,12 @@ def test_json_that_is_too_large_is_not_read(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "x.json").write_text('{"a": 1234567}')
     with pytest.raises(ModelError, match="more than such a file ever needs"):
         read_json(tmp_path / "x.json")
+
+
+def test_within_one_look_a_drop_is_listed_once(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("x")
+    with files.listed_once():
+        before = files.walk(tmp_path)
+        (tmp_path / "b").write_text("x")
+        assert files.walk(tmp_path) == before
+    assert [e.name for e in files.walk(tmp_path)] == ["a", "b"]

@@ -31,7 +31,7 @@ from modelium.core.states import State
 from modelium.discovery import Source
 from modelium.engine.orchestrator import Orchestrator
 from modelium.engine.service import Service
-from modelium.errors import ModelError
+from modelium.errors import ModelError, ModeliumError
 from modelium.host import PluginHost
 from modelium.paths import Paths
 
@@ -69,6 +69,15 @@ class ToyInspector:
         except ModelError:
             return None
         return Completeness(complete=toy.get("whole", True), reason="half of it is missing")
+
+    async def inspect_all(self, paths: Sequence[Path]) -> list[Inspection | ModeliumError]:
+        found: list[Inspection | ModeliumError] = []
+        for path in paths:
+            try:
+                found.append(await self.inspect(path))
+            except ModeliumError as exc:
+                found.append(exc)
+        return found
 
     async def inspect(self, path: Path) -> Inspection:
         self.inspected.append(path.name)

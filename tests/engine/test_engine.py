@@ -534,24 +534,24 @@ async def test_a_request_for_a_folder_that_was_not_looked_into_yet_comes_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     theirs = tmp_path / "theirs"
-    for number in range(50):
+    for number in range(100):
         (theirs / f"m{number:02d}/1").mkdir(parents=True)
         (theirs / f"m{number:02d}/1/x.toy").write_text(json.dumps({"size": 1}))
     go = asyncio.Event()
     real = ToyInspector.inspect
 
     async def slow(self: ToyInspector, path: Path) -> Inspection:
-        if path.name != "m49":
+        if path.name != "m99":
             await go.wait()
         return await real(self, path)
 
     monkeypatch.setattr(ToyInspector, "inspect", slow)
     async with rig(tmp_path / "root", repository=theirs) as r:
         await r.until(r.engine.catalog.read_once.is_set)
-        (await r.service.acquire("m49")).release()
-        assert r.state("m48") == "-"
+        (await r.service.acquire("m99")).release()
+        assert r.state("m98") == "-"
         go.set()
-        await r.until(lambda: len(r.service.names()) == 50)
+        await r.until(lambda: len(r.service.names()) == 100)
 
 
 async def test_a_request_before_the_repository_was_read_waits_for_that(

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from modelium.api import Finding, Severity
+from modelium.api import Finding, Inspection, Severity
 from modelium.engine.inspect_worker import content_key
 from modelium.engine.inspector import Inspector
 from modelium.errors import ModelError, PluginError
@@ -217,6 +217,24 @@ async def test_a_death_costs_one_drop(rude: Callable[[str], Path], name: str, ho
         assert f"{name}.rude" in caught.value.message
         assert not psutil.pid_exists(before)
         assert await pid_of(inspector, rude) != before
+
+
+async def test_of_many_asked_at_once_each_has_its_own_answer(rude: Callable[[str], Path], tmp_path: Path) -> None:
+    good = [onnx_model(tmp_path / f"{i}.onnx", size=i + 1) for i in range(4)]
+    unknown = tmp_path / "x.txt"
+    unknown.write_text("nothing")
+    paths = [good[0], rude("die"), good[1], rude("spin"), unknown, good[2], rude("exit"), good[3]]
+    async with running(inspect_s=1.5) as inspector:
+        found = await inspector.inspect_all(paths)
+        told = [f.analysis.parameters if isinstance(f, Inspection) and f.analysis else f for f in found]
+        assert [told[i] for i in (0, 2, 5, 7)] == [1, 4, 9, 16]
+        assert [getattr(told[i], "code", None) for i in (1, 3, 4, 6)] == [
+            "inspection_died",
+            "inspection_timeout",
+            "unknown_format",
+            "inspection_died",
+        ]
+        assert await inspector.inspect_all([]) == []
 
 
 async def test_what_else_kills_the_process_costs_no_drop(rude: Callable[[str], Path]) -> None:

@@ -16,6 +16,8 @@ from modelium.errors import DriverError, RuntimeUnavailable
 
 T = TypeVar("T")
 
+RECONNECT_MS = 100
+
 NOT_EXPLICIT = "explicit model load / unload is not allowed"
 """Triton's answer to load and unload outside of explicit mode (core/src/model_repository_manager)."""
 
@@ -53,7 +55,14 @@ class TritonClient:
 
     def __init__(self, address: str):
         self.address = address
-        options = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+        options = [
+            ("grpc.max_receive_message_length", -1),
+            ("grpc.max_send_message_length", -1),
+            # a server that starts is awaited: the usual wait after a refused connection is a second, and grows
+            ("grpc.initial_reconnect_backoff_ms", RECONNECT_MS),
+            ("grpc.min_reconnect_backoff_ms", RECONNECT_MS),
+            ("grpc.max_reconnect_backoff_ms", 10 * RECONNECT_MS),
+        ]
         if address.startswith("grpcs://"):
             target, credentials = address.removeprefix("grpcs://"), grpc.ssl_channel_credentials()
             self._channel = grpc.aio.secure_channel(target, credentials, options)

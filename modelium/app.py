@@ -57,6 +57,9 @@ async def running(config: Config, *, stop_runtimes: bool = False) -> AsyncIterat
             host=config.server.host,
             allowed_hosts=config.server.allowed_hosts,
             allowed_origins=config.server.allowed_origins,
+            max_body_bytes=config.server.max_body_bytes,
+            max_json_bytes=config.server.max_json_bytes,
+            client_stall_s=config.server.client_stall_s,
             metrics=config.metrics.enabled,
             access_log=config.logging.access,
         )
@@ -113,6 +116,8 @@ async def _listening(
         key=key,
         sockets=sockets,
         access_log=settings.access_log,
+        max_body_bytes=settings.max_body_bytes,
+        client_stall_s=settings.client_stall_s,
         client_errors=UNPARSABLE,
         dead=DEAD,
     )

@@ -112,6 +112,14 @@ class Server(Section):
     allowed_origins: tuple[str, ...] = ()
     """Origins (`https://app.example`) of web pages that may send more than GET requests."""
 
+    max_body_bytes: Size | None = None
+    """Of one request, on its way to a runtime as it comes; a longer one is answered 413. Without it there is no limit
+    but the runtime's."""
+    max_json_bytes: Size = 16 * 2**20
+    """Of a request that the service has to read itself: OpenAI's routes, `/predict`, orders."""
+    client_stall_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 60
+    """The longest that a client may pause in the middle of a request; then it is answered 408."""
+
     @model_validator(mode="after")
     def _distinct(self) -> Self:
         if self.port and self.port == self.grpc_port:

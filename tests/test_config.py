@@ -100,7 +100,8 @@ class TestRefusing:
     def test_unknown_keys_with_place_and_suggestion(self) -> None:
         assert refused("server:\n  prot: 80\n") == [
             "modelium.yaml line 2: unknown key server.prot; did you mean 'port'? "
-            "(known in server: allowed_hosts, allowed_origins, data_path, grpc_port, host, port, socket_directory, tls)"
+            "(known in server: allowed_hosts, allowed_origins, client_stall_s, data_path, grpc_port, host, "
+            "max_body_bytes, max_json_bytes, port, socket_directory, tls)"
         ]
         (line,) = refused("orchestration:\n  policies:\n    evict_after_idle_second: 3")
         assert line.startswith(

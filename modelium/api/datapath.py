@@ -33,6 +33,10 @@ class Front(Frozen):
     """Unix sockets for clients besides, for HTTP and for gRPC."""
     access_log: bool = False
     """Write a line for each request."""
+    max_body_bytes: int | None = None
+    """Of a request that goes straight to a runtime; the service refuses longer ones. None: any."""
+    client_stall_s: float = 60.0
+    """The longest pause of a client in the middle of its HTTP request."""
     client_errors: tuple[str, ...] = ()
     """How answers of runtimes under status 500 begin that are the client's fault, and are to have status 400."""
     dead: str = ""

@@ -67,7 +67,7 @@ async def read_raw(request: web.Request) -> bytes:
     room = settings.max_json_bytes
     pieces = []
     while (request.content_length or 0) <= settings.max_json_bytes and room >= 0:
-        piece = await some(request.content, settings.body_stall_s)
+        piece = await some(request.content, settings.client_stall_s)
         if not piece:
             break
         pieces.append(piece)

@@ -68,7 +68,7 @@ class _Streamed(Payload):
         self.fault: ModeliumError | None = None
         """What is wrong with the body itself, so that its end is not taken for the runtime's."""
         self._limit = settings.max_body_bytes if bounded else None
-        self._stall_s = settings.body_stall_s
+        self._stall_s = settings.client_stall_s
 
     async def write(self, writer: AbstractStreamWriter) -> None:
         size = 0
@@ -166,7 +166,7 @@ class Upstream:
         if content.total_bytes >= length:  # it came together with its head, as small ones do
             return _Whole(content.read_nowait())
         pieces = []
-        while length and (piece := await some(content, self._settings.body_stall_s)):
+        while length and (piece := await some(content, self._settings.client_stall_s)):
             pieces.append(piece)
             length -= len(piece)
         return _Whole(b"".join(pieces))

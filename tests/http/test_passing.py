@@ -500,7 +500,7 @@ class TestBounded:
 class TestStalled:
     @pytest.fixture
     def settings(self) -> HttpSettings:
-        return HttpSettings(body_stall_s=0.2)
+        return HttpSettings(client_stall_s=0.2)
 
     @pytest.mark.parametrize(
         ("head", "part", "rest"),

@@ -239,7 +239,10 @@ async def serving_rpc(
 
     A path as `host` is a Unix socket; `socket` is one besides. `tls` is a certificate with its key, both PEM.
     """
-    server = grpc.aio.server(options=(*OPTIONS, ("grpc.so_reuseport", 0)))
+    options = dict(OPTIONS) | {"grpc.so_reuseport": 0}
+    if settings.max_body_bytes is not None:
+        options["grpc.max_receive_message_length"] = settings.max_body_bytes
+    server = grpc.aio.server(options=tuple(options.items()))
     server.add_generic_rpc_handlers((Rpc(service, settings, ModelRepository(service, upstream), channels),))
     try:
         if socket is not None:

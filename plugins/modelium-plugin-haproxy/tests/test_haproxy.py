@@ -44,12 +44,14 @@ class Server:
     ids: list[str] = field(default_factory=list)
     address: str = ""
     answer: web.Response | None = None
+    delay_s: float = 0.0
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         body = await request.read()
         self.seen.append((request.raw_path, request.headers.get("Content-Type", ""), body))
         self.ids.append(request.headers.get("X-Request-ID", ""))
         self.arrived.set()
+        await asyncio.sleep(self.delay_s)
         if self.held is not None:
             try:
                 await self.held.wait()
@@ -109,6 +111,7 @@ class Lab:
     driver: HAProxyDriver
     front: Front
     url: str = ""
+    rpc_address: str = ""
     rpc: Any = None
 
     def another(self, **settings: Any) -> HAProxyDriver:
@@ -168,7 +171,8 @@ async def lab(tmp_path: Path) -> AsyncIterator[Lab]:
         info = await lab.driver.start(front)
         assert not info.adopted and info.version.startswith(("2.", "3."))
         lab.url = f"http://127.0.0.1:{info.port}"
-        channel = await stack.enter_async_context(grpc.aio.insecure_channel(f"127.0.0.1:{info.grpc_port}"))
+        lab.rpc_address = f"127.0.0.1:{info.grpc_port}"
+        channel = await stack.enter_async_context(grpc.aio.insecure_channel(lab.rpc_address))
         lab.rpc = service_pb2_grpc.GRPCInferenceServiceStub(channel)
         yield lab
 
@@ -438,6 +442,57 @@ async def test_another_configuration_takes_over_and_loses_nothing(lab: Lab) -> N
     await lab.client.close()
     await _until(lambda: len(lab.processes.names()) == 1)  # the former ones end by themselves
     await driver.stop()
+
+
+async def test_what_is_too_long_is_the_services_to_refuse(lab: Lab) -> None:
+    await lab.driver.admit(lab.route())
+    await lab.another().start(lab.front.model_copy(update={"max_body_bytes": 1000}))
+    await lab.client.close()
+
+    async def pieces() -> AsyncIterator[bytes]:
+        yield b"x"
+
+    async with aiohttp.ClientSession() as client, grpc.aio.insecure_channel(lab.rpc_address) as channel:
+        for body, by in ((b"x" * 1000, "runtime"), (b"x" * 1001, "service"), (pieces(), "service")):
+            async with client.post(f"{lab.url}/v2/models/m/infer", data=body) as response:
+                assert (await response.json())["by"] == by
+        rpc = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        for raw, by in ((b"x" * 900, "rt"), (b"x" * 1100, "service")):
+            answer = await rpc.ModelInfer(pb.ModelInferRequest(model_name="m", raw_input_contents=[raw]))
+            assert answer.model_version == by
+        messages = iter([pb.ModelInferRequest(model_name="m")])
+        async for part in rpc.ModelStreamInfer(messages):
+            assert part.infer_response.model_version == "service"
+
+
+async def test_a_client_that_pauses_is_told_and_one_that_waits_is_not(lab: Lab) -> None:
+    await lab.driver.admit(lab.route())
+    await lab.another().start(lab.front.model_copy(update={"client_stall_s": 0.3}))
+    port = int(lab.url.rpartition(":")[2])
+    whole = b"POST /v2/models/m/infer HTTP/1.1\r\nHost: localhost\r\nContent-Length: 6\r\n\r\nabcdef"
+    for sent, told in ((whole[:-3], b"nothing came of the body"), (whole[:40], b"complete request in time")):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(sent)
+        assert b" 408 " in await reader.readline()
+        answer = await reader.read()
+        assert told in answer and b"x-stalled" not in answer
+        writer.close()
+    lab.runtime.delay_s = 1.0
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(whole)
+    assert b" 200 " in await reader.readline()
+    writer.close()
+
+
+async def test_what_is_no_http_is_told_so(lab: Lab) -> None:
+    port = int(lab.url.rpartition(":")[2])
+    endless = b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"".join(b"x-%d: y\r\n" % i for i in range(10_000))
+    for sent in (b"what is this\r\n\r\n", endless):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(sent)
+        assert b" 400 " in await reader.readline()
+        assert b"invalid request" in await reader.read()
+        writer.close()
 
 
 async def test_an_access_log_where_it_is_wanted(lab: Lab) -> None:

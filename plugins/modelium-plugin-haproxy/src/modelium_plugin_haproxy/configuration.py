@@ -121,7 +121,6 @@ defaults
     http-reuse always
     retries 0
     timeout connect 5s
-    timeout http-request 60s
     timeout http-keep-alive 3600s
     timeout client 3600s
     timeout server 3600s
@@ -153,7 +152,15 @@ def _http(front: Front, files: Files) -> Iterable[str]:
     if front.hosts is not None:
         yield f"    acl known req.hdr(host),lower,regsub(:[0-9]+$,) {' '.join(front.hosts)}"
         conditions.append("known")
+    if front.max_body_bytes is not None:  # what is too long, or may be, is the service's to refuse
+        conditions.append(f"{{ req.hdr(content-length) -m int le {front.max_body_bytes} }}")
     direct = " ".join(conditions)
+    yield f"    timeout http-request {_ms(front.client_stall_s)}"
+    yield f"    timeout client {_ms(front.client_stall_s)}"
+    # HAProxy says 400 where a body stops coming. Its words for what is no HTTP, or too slow with it, are its own.
+    yield from _error(400, f"nothing came of the body for {front.client_stall_s:g} s", "x-stalled 1")
+    yield "    http-after-response set-status 408 if { status 400 } { res.hdr(x-stalled) -m found }"
+    yield "    http-after-response del-header x-stalled"
     yield from f"""\
     acl kserve path_reg ^/v2/models/[A-Za-z0-9][A-Za-z0-9._-]*(/versions/[0-9]+)?/(infer|generate|generate_stream)$
     acl openai path /v1/chat/completions /v1/completions /v1/embeddings
@@ -180,12 +187,16 @@ def _grpc(front: Front, files: Files) -> Iterable[str]:
     if front.sockets is not None:
         yield f"    bind unix@{front.sockets[1]} mode 660 proto h2"
     yield from _named(front.access_log)
+    # Of a stream the first message alone is seen here.
+    limited = front.max_body_bytes is not None
+    stream = "" if limited else " /inference.GRPCInferenceService/ModelStreamInfer"
+    fits = f" {{ req.body,bytes(1,4),be2dec(:,4) -m int le {front.max_body_bytes} }}" if limited else ""
     yield from f"""\
-    acl inference path /inference.GRPCInferenceService/ModelInfer /inference.GRPCInferenceService/ModelStreamInfer
+    acl inference path /inference.GRPCInferenceService/ModelInfer{stream}
     http-request wait-for-body time 2s at-least 16 if inference
     # A message that is not compressed: five bytes of gRPC's own, then its fields, the model's name first.
     acl plain req.body,bytes(0,1),hex 00
-    http-request set-var(txn.model) req.body,bytes(5),protobuf(1) if inference plain
+    http-request set-var(txn.model) req.body,bytes(5),protobuf(1) if inference plain{fits}
     http-request set-var(txn.to) str(grpc/),concat(,txn.model),map_str({files.map}) if {{ var(txn.model) -m found }}
     acl direct var(txn.to) -m found
 """.splitlines()
@@ -263,15 +274,17 @@ def _quoted(text: str) -> str:
     return "'" + text.replace("'", "'\\''") + "'"
 
 
-def _error(status: int, message: str) -> Iterable[str]:
-    yield (
-        f"    http-error status {status} content-type application/json hdr Retry-After 1 "
-        f"""string '{{"error":"{message}"}}'"""
-    )
+def _error(status: int, message: str, header: str = "Retry-After 1") -> Iterable[str]:
+    body = f"""'{{"error":"{message}"}}'"""
+    yield f"    http-error status {status} content-type application/json hdr {header} string {body}"
 
 
 def _tls(front: Front, files: Files, protocols: str) -> str:
     return f" ssl crt {files.certificate} alpn {protocols}" if front.certificate is not None else ""
+
+
+def _ms(seconds: float) -> str:
+    return f"{max(1, round(seconds * 1000))}ms"
 
 
 def _bind(host: str, port: int) -> str:

@@ -161,6 +161,32 @@ class CheckView(Frozen):
     advice: str = ""
 
 
+class ChecksView(Frozen):
+    ok: bool
+    checks: tuple[CheckView, ...]
+
+
+class HealthView(Frozen):
+    status: str
+    """`ok` or `degraded`."""
+    ready: bool
+    wrong: tuple[str, ...]
+    """One sentence for each thing."""
+    models: Mapping[str, int]
+    """How many in each state."""
+    waiting: int
+
+
+class PinView(Frozen):
+    name: str
+    pinned: bool
+
+
+class RemovedView(Frozen):
+    name: str
+    moved_to: str
+
+
 class EventView(Frozen):
     """One line of `/events`."""
 

@@ -13,8 +13,9 @@ from pydantic import BaseModel
 
 import modelium
 from modelium.core.states import RuntimeState, State
-from modelium.engine.views import EventView, ModelView
+from modelium.engine.views import ChecksView, EventView, HealthView, ModelView, PinView, RemovedView
 from modelium.errors import ModelNotFound
+from modelium.http import openapi
 from modelium.http.admission import deadline_of
 from modelium.http.answers import BadRequest, json_answer
 from modelium.http.bodies import read_object
@@ -29,28 +30,6 @@ AT_ONCE = 50
 MAX_LINES = 10_000
 
 BAD = ("FAILED", "INVALID")
-
-INDEX = {
-    "POST /v2/models/{model}/infer": "KServe v2 inference, as Triton answers it; all else under /v2 too",
-    "POST /v1/chat/completions": "as OpenAI answers it; also /v1/completions, /v1/embeddings and GET /v1/models",
-    "POST /predict/{model}": 'inference in one simple form: {"inputs": ...} or {"text": "..."}',
-    "GET /models": "all models; ?state=READY picks",
-    "GET /models/{name}": "one model",
-    "GET /models/{name}/explain": "why it is where it is",
-    "GET /models/{name}/logs": "what its runtime wrote about it; ?lines=200",
-    "POST /models/{name}/load": "load it, and answer when it is READY; also unload, pin, unpin",
-    "DELETE /models/{name}": "unload it and move it to the trash folder",
-    "POST /plan": 'what would happen to a drop: {"path": "/absolute/path"}',
-    "GET /status": "devices, runtimes, queue, plugins",
-    "GET /health": "in short: is anything wrong?",
-    "GET /livez": "200 while the service runs",
-    "GET /readyz": "200 when it can serve",
-    "GET /check": "folders, runtimes, plugins and devices, each checked",
-    "GET /decisions": "the last transitions with their reasons; ?subject=NAME&limit=100",
-    "GET /events": "transitions and progress as they happen (server-sent events)",
-    "GET /plugins": "plugins, with those that are left out and why",
-    "GET /metrics": "for Prometheus",
-}
 
 
 class Admin:
@@ -67,6 +46,7 @@ class Admin:
         name = "/models/{name:.+}"
         return [
             get("/", self.index),
+            get("/openapi.json", self.described),
             get("/livez", self.livez),
             get("/readyz", self.readyz),
             get("/health", self.health),
@@ -95,11 +75,15 @@ class Admin:
     # ------------------------------------------------------------------ models
 
     async def models(self, request: web.Request) -> web.Response:
-        state = request.query.get("state", "").upper()
-        if state and state not in list(State):
+        state = request.query.get("state")
+        if state is not None and state not in openapi.STATES:
             raise BadRequest(f"expected state to be one of {', '.join(State)}, found {state!r:.40}")
         await self._service.fresh()
-        shown = [view.model_dump_json() async for view in views(self._service) if state in ("", view.state)]
+        shown = [
+            view.model_dump_json()
+            async for view in views(self._service)
+            if state is None or view.state == state.upper()
+        ]
         return web.Response(text=f"[{','.join(shown)}]", content_type="application/json")
 
     async def model(self, request: web.Request) -> web.Response:
@@ -133,13 +117,13 @@ class Admin:
     async def _pin(self, request: web.Request, pinned: bool) -> web.Response:
         name = request.match_info["name"]
         await self._service.pin(name, pinned)
-        return json_answer({"name": name, "pinned": pinned})
+        return _shown(PinView(name=name, pinned=pinned))
 
     async def remove(self, request: web.Request) -> web.Response:
         """Goes on to its end when the client leaves: nothing half-moved stays behind."""
         name = request.match_info["name"]
         place = await asyncio.shield(self._service.remove(name))
-        return json_answer({"name": name, "moved_to": str(place)})
+        return _shown(RemovedView(name=name, moved_to=str(place)))
 
     async def plan(self, request: web.Request) -> web.Response:
         path = (await read_object(request)).get("path")
@@ -150,8 +134,11 @@ class Admin:
     # ------------------------------------------------------------------ the service
 
     async def index(self, request: web.Request) -> web.Response:
-        found = {"name": "modelium", "version": modelium.__version__, "routes": INDEX}
+        found = {"name": "modelium", "version": modelium.__version__, "routes": openapi.index()}
         return web.Response(text=json.dumps(found, indent=2) + "\n", content_type="application/json")
+
+    async def described(self, request: web.Request) -> web.Response:
+        return json_answer(openapi.description())
 
     async def livez(self, request: web.Request) -> web.Response:
         return web.Response(text="ok\n")
@@ -171,15 +158,22 @@ class Admin:
         ]
         wrong += [f"plugin {plugin.name} is left out: {plugin.error}" for plugin in status.plugins if plugin.error]
         wrong += [f"models {state}: {status.models[state]}" for state in BAD if status.models.get(state)]
-        found = {"status": "degraded" if wrong else "ok", "ready": self._service.ready(), "wrong": wrong}
-        return json_answer({**found, "models": dict(status.models), "waiting": status.waiting})
+        return _shown(
+            HealthView(
+                status="degraded" if wrong else "ok",
+                ready=self._service.ready(),
+                wrong=tuple(wrong),
+                models=status.models,
+                waiting=status.waiting,
+            )
+        )
 
     async def status(self, request: web.Request) -> web.Response:
         return _shown(self._service.status())
 
     async def check(self, request: web.Request) -> web.Response:
         found = await self._service.check()
-        return json_answer({"ok": all(view.ok for view in found), "checks": [view.model_dump() for view in found]})
+        return _shown(ChecksView(ok=all(view.ok for view in found), checks=tuple(found)))
 
     async def plugins(self, request: web.Request) -> web.Response:
         return _listed(self._service.status().plugins)

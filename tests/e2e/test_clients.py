@@ -26,10 +26,11 @@ from tests.service import Answer, Served, served
 Array = npt.NDArray[Any]
 
 
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+@pytest.fixture(scope="module", params=["haproxy", "service"])
+def service(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("clients")
-    with served(folder / "root", {"orchestration": {"settle_s": 0.5}}) as service:
+    config = {"server": {"data_path": request.param}, "orchestration": {"settle_s": 0.5}}
+    with served(folder / "root", config) as service:
         service.drop(models.onnx_linear(folder / "linear.onnx"))
         service.drop(models.onnx_odd(folder / "odd.onnx"))
         service.drop(talker(folder / "talker"))

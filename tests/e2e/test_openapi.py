@@ -1,0 +1,56 @@
+"""The service's own routes against their description: hostile and ordinary requests, made from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from schemathesis import GenerationMode
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    negative_data_rejection,
+    response_schema_conformance,
+    status_code_conformance,
+    unsupported_method,
+)
+
+from modelium.http.openapi import EXAMPLE, OPERATIONS
+from tests import models
+from tests.service import Served, served
+
+CHECKS = [
+    content_type_conformance, negative_data_rejection, not_a_server_error, response_schema_conformance,
+    status_code_conformance, unsupported_method,
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("openapi")
+    with served(folder / "root") as service:
+        service.drop(models.onnx_linear(folder / f"{EXAMPLE}.onnx"))
+        service.until_state(EXAMPLE, "READY")
+        yield service
+
+
+@pytest.fixture(scope="module")
+def described(service: Served) -> schemathesis.BaseSchema:
+    return schemathesis.openapi.from_url(f"{service.url}/openapi.json")
+
+
+@pytest.mark.parametrize("route", sorted(OPERATIONS.keys() - {"GET /events", "GET /openapi.json"}))
+def test_own_routes_are_as_they_are_described(described: schemathesis.BaseSchema, route: str) -> None:
+    method, _, path = route.partition(" ")
+
+    @given(
+        case=described[path][method].as_strategy(generation_mode=GenerationMode.POSITIVE)
+        | described[path][method].as_strategy(generation_mode=GenerationMode.NEGATIVE)
+    )
+    @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    def ask(case: schemathesis.Case) -> None:
+        case.call_and_validate(checks=CHECKS, timeout=60)
+
+    ask()

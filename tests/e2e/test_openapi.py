@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import schemathesis
@@ -50,7 +51,7 @@ def test_own_routes_are_as_they_are_described(described: schemathesis.BaseSchema
         | described[path][method].as_strategy(generation_mode=GenerationMode.NEGATIVE)
     )
     @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), database=None)
-    def ask(case: schemathesis.Case) -> None:
+    def ask(case: schemathesis.Case[Any]) -> None:
         case.call_and_validate(checks=CHECKS, timeout=60)
 
     ask()

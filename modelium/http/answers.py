@@ -53,6 +53,9 @@ RETRY_AFTER_S: Mapping[str, float] = {"queue_full": 1.0, "deadline_passed": 5.0,
 """For codes after which asking again helps, where the error itself says no time."""
 
 
+SPOKEN: web.AppKey[set[Any]] = web.AppKey("spoken", set)
+"""Connections on which there was a request."""
+
 REQUEST_ID = "X-Request-ID"
 ID = web.RequestKey("id", str)
 MAX_ID_BYTES = 200
@@ -166,6 +169,7 @@ def error_answer(request: web.Request, error: ModeliumError, status: int | None 
 async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Turn whatever a handler raises into an answer; the request gets its id first."""
     id = request[ID] = request_id(request.headers.get(REQUEST_ID))
+    request.app[SPOKEN].add(request.protocol)
     try:
         return await handler(request)
     except ModeliumError as exc:

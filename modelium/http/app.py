@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import logging
 import ssl
@@ -15,7 +16,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 
 from modelium.errors import ConfigError
 from modelium.http.admin import Admin
-from modelium.http.answers import errors, name_request
+from modelium.http.answers import SPOKEN, errors, name_request
 from modelium.http.guard import make_guard
 from modelium.http.inference import Inference
 from modelium.http.kserve import KServe
@@ -23,20 +24,19 @@ from modelium.http.metrics import Metrics
 from modelium.http.openai import OpenAI
 from modelium.http.predict import Predict
 from modelium.http.rpc.channels import Channels
-from modelium.http.settings import SETTINGS, HttpSettings
+from modelium.http.settings import MAX_HEADER_BYTES, SETTINGS, HttpSettings
 from modelium.http.streams import Streams
 from modelium.http.upstream import Upstream
 
 UPSTREAM: web.AppKey[Upstream] = web.AppKey("upstream", Upstream)
 CHANNELS: web.AppKey[Channels] = web.AppKey("channels", Channels)
 
+TOO_SLOW = b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+
 if TYPE_CHECKING:
     from modelium.engine.service import Service
 
 log = logging.getLogger(__name__)
-
-MAX_HEADER_BYTES = 64 * 1024
-"""Of one header or of the request line; longer ones are answered 400 by the parser."""
 
 
 def build_app(service: Service, settings: HttpSettings | None = None) -> web.Application:
@@ -49,6 +49,7 @@ def build_app(service: Service, settings: HttpSettings | None = None) -> web.App
     app[SETTINGS] = settings
     app[UPSTREAM] = upstream
     app[CHANNELS] = channels
+    app[SPOKEN] = set()
     app.add_routes(KServe(service, settings, upstream, streams).routes())
     inference = Inference(upstream, streams)
     app.add_routes(OpenAI(service, settings, upstream, inference).routes())
@@ -101,6 +102,7 @@ async def serving(
         shutdown_timeout=grace_s,
     )
     await runner.setup()
+    sweeping = asyncio.create_task(_sweep_silent(app, runner), name="silent connections")
     try:
         for path in (host if isinstance(host, Path) else None, socket):
             if path is not None:
@@ -118,7 +120,26 @@ async def serving(
         address = runner.addresses[-1]
         yield address[0], address[1]
     finally:
+        sweeping.cancel()
         await runner.cleanup()
+
+
+async def _sweep_silent(app: web.Application, runner: web.AppRunner) -> None:
+    """Close connections on which no whole head of a request came in time, which aiohttp would keep for ever."""
+    spoken, patience_s = app[SPOKEN], app[SETTINGS].client_stall_s
+    loop = asyncio.get_running_loop()
+    silent: dict[Any, float] = {}
+    while True:
+        await asyncio.sleep(patience_s / 2)
+        there = set(runner.server.connections) if runner.server is not None else set()
+        spoken &= there
+        now = loop.time()
+        silent = {connection: silent.get(connection, now) for connection in there - spoken}
+        for connection, since in silent.items():
+            transport = connection.transport
+            if now - since >= patience_s and transport is not None:
+                transport.write(TOO_SLOW)
+                transport.close()
 
 
 def _context(tls: tuple[Path, Path]) -> ssl.SSLContext:

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from aiohttp import web
 
+MAX_HEADER_BYTES = 64 * 1024
+"""Of one HTTP header or the request line, and of a gRPC call's metadata."""
+
 
 @dataclass(frozen=True, slots=True)
 class HttpSettings:

@@ -527,6 +527,24 @@ class TestStalled:
         writer.close()
         assert (usage.in_flight, usage.failures, surface.service.poked, upstream.seen) == (0, 0, [], [])
 
+    @pytest.mark.parametrize("part", [b"", b"\r\n\r\n", b"GET /livez HTTP/1.1\r\nHost: local"])
+    async def test_a_head_that_does_not_come_whole(self, surface: Surface, part: bytes) -> None:
+        host, port = surface.url.removeprefix("http://").split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(part)
+        assert b" 408 " in await reader.readline()
+        await reader.read()
+        writer.close()
+
+    async def test_a_connection_that_was_used_may_rest(self, surface: Surface) -> None:
+        host, port = surface.url.removeprefix("http://").split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        for _ in range(2):
+            writer.write(b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert b" 200 " in await reader.readuntil(b"ok\n")
+            await asyncio.sleep(0.5)
+        writer.close()
+
     @pytest.mark.parametrize("path", ["/predict/m", "/v2/repository/models/m/load"])
     async def test_a_body_that_is_read_here(self, surface: Surface, upstream: Recorder, path: str) -> None:
         request = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 6\r\nConnection: close\r\n\r\nabc"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -17,12 +16,12 @@ import modelium
 from modelium.core.states import State
 from modelium.errors import ConfigError, ModeliumError, ModelNotFound
 from modelium.http.admission import GRPC, deadline_of
-from modelium.http.answers import BadRequest
+from modelium.http.answers import REQUEST_ID, BadRequest, request_id
 from modelium.http.repository import EXTENSIONS, NOT_SERVABLE, ModelRepository
 from modelium.http.rpc.channels import OPTIONS, Channels
 from modelium.http.rpc.passing import Context, Passing, metadata_of
 from modelium.http.rpc.status import refuse
-from modelium.http.settings import HttpSettings
+from modelium.http.settings import MAX_HEADER_BYTES, HttpSettings
 from modelium.http.upstream import Upstream
 
 if TYPE_CHECKING:
@@ -69,10 +68,10 @@ class Rpc(grpc.GenericRpcHandler):  # type: ignore[misc]  # gRPC brings no types
         for name in _RUNTIMES_OWN:
             unary[name] = self._to_runtime(INFERENCE + name)
         self._handlers = {
-            INFERENCE + name: grpc.unary_unary_rpc_method_handler(_guarded(method)) for name, method in unary.items()
+            INFERENCE + name: grpc.stream_unary_rpc_method_handler(_guarded(method)) for name, method in unary.items()
         }
         self._handlers[INFERENCE + "ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(self.stream)
-        self._handlers[HEALTH + "Check"] = grpc.unary_unary_rpc_method_handler(_guarded(self.check))
+        self._handlers[HEALTH + "Check"] = grpc.stream_unary_rpc_method_handler(_guarded(self.check))
 
     def service(self, handler_call_details: Any) -> Any:
         return self._handlers.get(handler_call_details.method)
@@ -186,22 +185,26 @@ class Rpc(grpc.GenericRpcHandler):  # type: ignore[misc]  # gRPC brings no types
         return bytes(getattr(self._pb, kind)(**fields).SerializeToString())
 
 
-def _guarded(method: Unary) -> Unary:
-    """Errors become statuses; what nobody expected is logged once under an id that the client is given."""
+def _guarded(method: Unary) -> Callable[[AsyncIterator[bytes], Context], Awaitable[bytes]]:
+    """Errors become statuses; what nobody expected is logged once under the id that the call has, or is given.
 
-    async def call(message: bytes, context: Context) -> bytes:
+    The one message is read here: gRPC's own reading leaves a call without any unanswered for ever (1.85).
+    """
+
+    async def call(messages: AsyncIterator[bytes], context: Context) -> bytes:
         try:
-            return await method(message, context)
+            async for message in messages:
+                return await method(message, context)
+            raise BadRequest("expected one message, found none, or not all of it")
         except ModeliumError as exc:
             await refuse(context, exc)
         except (grpc.aio.AbortError, grpc.aio.BaseError):
             raise
         except Exception:
-            request_id = secrets.token_hex(8)
-            log.exception("call %s failed unexpectedly", request_id)
+            id = request_id(metadata_of(context).get(REQUEST_ID.lower()))
+            log.exception("call %s failed unexpectedly", id)
             await context.abort(
-                grpc.StatusCode.INTERNAL,
-                f"something went wrong inside Modelium; its log tells more under request {request_id}",
+                grpc.StatusCode.INTERNAL, f"something went wrong inside Modelium; its log tells more under request {id}"
             )
             raise AssertionError("unreachable") from None
 
@@ -239,7 +242,11 @@ async def serving_rpc(
 
     A path as `host` is a Unix socket; `socket` is one besides. `tls` is a certificate with its key, both PEM.
     """
-    options = dict(OPTIONS) | {"grpc.so_reuseport": 0}
+    options = dict(OPTIONS) | {
+        "grpc.so_reuseport": 0,
+        "grpc.max_metadata_size": MAX_HEADER_BYTES,
+        "grpc.absolute_max_metadata_size": MAX_HEADER_BYTES,
+    }
     if settings.max_body_bytes is not None:
         options["grpc.max_receive_message_length"] = settings.max_body_bytes
     server = grpc.aio.server(options=tuple(options.items()))

@@ -25,6 +25,11 @@ VERBS = ("infer", "generate", "generate_stream")
 BUFFER_BYTES = 64 * 1024
 """An OpenAI request's model is found if the body fits; a longer one goes by the service."""
 
+UNAVAILABLE = 14
+"""https://grpc.io/docs/guides/status-codes/"""
+
+RUNTIME_LOST = "the runtime took the request and did not answer; it was not sent again"
+MODELIUM_LOST = "Modelium took the request and was ended before it could answer: ask again"
 DOWN = "Modelium is not there at this moment; models that are loaded are served all the same"
 
 
@@ -240,17 +245,19 @@ def _backends(front: Front) -> Iterable[str]:
         yield f"    server any 0.0.0.0:0{h2}"
         yield f"    server service unix@{socket}{h2}"
         if protocol == "http":
-            yield from _error(502, "the runtime took the request and did not answer; it was not sent again")
+            yield from _error(502, RUNTIME_LOST)
             yield from _mended(front)
             yield from _counted()
+        else:
+            yield from _status(502, RUNTIME_LOST)
         yield ""
         # Requests that only the service can answer wait for it while it starts again.
         yield f"backend service_{protocol}"
         yield "    retries 30"
         yield f"    server service unix@{socket}{h2}"
-        if protocol == "http":
-            yield from _error(502, "Modelium took the request and was ended before it could answer: ask again")
-            yield from _error(503, DOWN)
+        told = _error if protocol == "http" else _status
+        yield from told(502, MODELIUM_LOST)
+        yield from told(503, DOWN)
         yield ""
 
 
@@ -277,6 +284,14 @@ def _quoted(text: str) -> str:
 def _error(status: int, message: str, header: str = "Retry-After 1") -> Iterable[str]:
     body = f"""'{{"error":"{message}"}}'"""
     yield f"    http-error status {status} content-type application/json hdr {header} string {body}"
+
+
+def _status(status: int, message: str) -> Iterable[str]:
+    """As `_error`, by Trailers-Only: https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md"""
+    ours = f"if {{ status {status} }} {{ res.hdr(grpc-status) -m found }}"
+    yield f"    http-error status {status} hdr grpc-status {UNAVAILABLE} hdr grpc-message '{message}'"
+    yield f"    http-after-response set-header content-type application/grpc {ours}"
+    yield f"    http-after-response set-status 200 {ours}"
 
 
 def _tls(front: Front, files: Files, protocols: str) -> str:

@@ -20,10 +20,10 @@ from typing import Any, TypeVar
 import aiohttp
 import grpc.aio
 import numpy as np
-import psutil
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
 
+from tests.e2e.kit import talker
 from tests.service import Served, free_port, served
 
 CONFIG = """backend: "python"
@@ -184,7 +184,7 @@ def rows(folder: Path) -> Iterator[tuple[str, str, str]]:
             yield (f"{name}, one connection", f"median {middle:.2f} ms, p99 {tail:.2f} ms", "")
         yield from _grpc(fast, slow)
         yield from _large(fast, slow, address)
-        yield from _memory(fast)
+        yield from _streams(fast, slow, folder, address)
 
 
 def _address(service: Served, protocol: str) -> str:
@@ -259,9 +259,27 @@ async def _megabytes(url: str, mega: int) -> float:
     return 2 * times * mega / (time.perf_counter() - start)
 
 
-def _memory(service: Served) -> Iterator[tuple[str, str, str]]:
-    assert service.process is not None
-    process = psutil.Process(service.process.pid)
-    before = process.memory_full_info().uss / 1e6
-    asked = service.model("identity")["requests"]
-    yield (f"memory of the service after {asked:,} requests over HAProxy", f"{before:.0f} MB", "")
+def _streams(fast: Served, slow: Served, folder: Path, straight: str) -> Iterator[tuple[str, str, str]]:
+    """From the request until the first of a stream's answers is there."""
+    for service in (fast, slow):
+        service.drop(talker(folder / f"{service.root.name}-talker" / "talker"))
+        service.until_state("talker", "READY")
+    urls = {"straight": f"http://{straight}", "over HAProxy": fast.url, "over aiohttp": slow.url}
+    took = side_by_side(urls, lambda url: asyncio.run(_first_token_ms(url)))
+    base = median(took["straight"])
+    for name, found in took.items():
+        added = f", {median(found) - base:+.2f} ms" if name != "straight" else ""
+        yield (f"first token of a stream, {name}", f"median {median(found):.2f} ms{added}", "")
+
+
+async def _first_token_ms(url: str, times: int = 200) -> float:
+    body = {"text_input": "one two three", "stream": True}
+    took = []
+    async with aiohttp.ClientSession() as session:
+        for _ in range(times):
+            start = time.perf_counter()
+            async with session.post(f"{url}/v2/models/talker/generate_stream", json=body) as answer:
+                assert b"one" in await answer.content.readline()
+                took.append(time.perf_counter() - start)
+                await answer.read()
+    return 1000 * median(took)

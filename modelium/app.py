@@ -30,7 +30,7 @@ from modelium.http.app import CHANNELS, UPSTREAM, build_app, serving
 from modelium.http.guard import guarded_names
 from modelium.http.kserve import UNPARSABLE
 from modelium.http.rpc.server import serving_rpc
-from modelium.http.settings import HttpSettings
+from modelium.http.settings import MAX_HEADER_BYTES, HttpSettings
 from modelium.log import setup
 from modelium.paths import Paths, socket_folder
 
@@ -117,6 +117,7 @@ async def _listening(
         sockets=sockets,
         access_log=settings.access_log,
         max_body_bytes=settings.max_body_bytes,
+        max_header_bytes=MAX_HEADER_BYTES,
         client_stall_s=settings.client_stall_s,
         client_errors=UNPARSABLE,
         dead=DEAD,

@@ -35,6 +35,8 @@ class Front(Frozen):
     """Write a line for each request."""
     max_body_bytes: int | None = None
     """Of a request that goes straight to a runtime; the service refuses longer ones. None: any."""
+    max_header_bytes: int = 8000
+    """Of one header; the service refuses longer ones."""
     client_stall_s: float = 60.0
     """The longest pause of a client in the middle of its HTTP request."""
     client_errors: tuple[str, ...] = ()

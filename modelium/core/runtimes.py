@@ -36,6 +36,10 @@ def runtime_up(turn: Turn, event: e.RuntimeUp) -> None:
     reason = "adopted as it was" if event.adopted else "answers"
     turn.move_runtime(runtime, RuntimeState.UP, reason, instance=event.instance, external=event.external)
     _reconcile(turn, event.name, event.observation.models, inf)
+    for model in list(turn.models.values()):
+        lost = model.state is State.FAILED and model.blameless and model.held is None and model.home == event.name
+        if lost and model.want is Want.NONE and not model.tickets:
+            _gone(turn, model, f"{event.name} is up again")
     turn.dirty = True
 
 

@@ -18,10 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
-import modelium
 from modelium.core.states import State
 from modelium.engine.admission import Lease
-from modelium.errors import LoadRejected, ModelFailed, ModeliumError, ModelNotFound, RuntimeUnavailable
+from modelium.errors import ModelNotFound, RuntimeUnavailable
 from modelium.http.admission import GRPC, HTTP, acquire, deadline_of, endpoint
 from modelium.http.answers import (
     BadRequest,
@@ -178,7 +177,8 @@ class KServe:
     # ------------------------------------------------------------------ the server
 
     async def server(self, request: web.Request) -> web.Response:
-        return json_answer({"name": "modelium", "version": modelium.__version__, "extensions": EXTENSIONS})
+        name, version = self._repository.identity()
+        return json_answer({"name": name, "version": version, "extensions": EXTENSIONS})
 
     async def live(self, request: web.Request) -> web.Response:
         return web.Response(content_type="text/plain")
@@ -201,11 +201,7 @@ class KServe:
         if not isinstance(parameters, dict):
             raise BadRequest("expected 'parameters' to be an object")
         deadline_s = deadline_of(request.headers, self._settings.max_deadline_s)
-        try:
-            await self._repository.load(name, parameters, deadline_s)
-        except ModeliumError as exc:
-            refused = isinstance(exc, ModelFailed | LoadRejected) or exc.code == "model_invalid"
-            return error_answer(request, exc, 400 if refused else None)  # 400 as Triton has it
+        await self._repository.load(name, parameters, deadline_s)
         return web.Response(content_type="application/json")
 
     async def unload(self, request: web.Request) -> web.Response:

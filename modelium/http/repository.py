@@ -10,9 +10,10 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import modelium
 from modelium.api import RuntimeInfo
 from modelium.core.states import RuntimeState, State
-from modelium.errors import ModelNotFound, RuntimeUnavailable
+from modelium.errors import LoadRejected, ModelError, ModelFailed, ModeliumError, ModelNotFound, RuntimeUnavailable
 from modelium.http.admin import views
 from modelium.http.admission import HTTP
 from modelium.http.answers import BadRequest, NotSupported, UpstreamFailed
@@ -42,6 +43,10 @@ NOT_SERVABLE = frozenset({State.DISCOVERED, State.INVALID, State.FAILED})
 """States in which a request would not be answered, now or after waiting."""
 
 
+class Refused(BadRequest):
+    code = "load_refused"
+
+
 class ModelRepository:
     def __init__(self, service: Service, upstream: Upstream):
         self._service = service
@@ -64,7 +69,10 @@ class ModelRepository:
         return entries
 
     async def load(self, name: str, parameters: Mapping[str, Any], deadline_s: float | None) -> None:
-        """Return when it is loaded; the parameter `config` overrides the configuration, as in Triton."""
+        """Return when it is loaded; the parameter `config` overrides the configuration, as in Triton.
+
+        Raises `Refused` for what will not load as it is; Triton calls that the request's fault too.
+        """
         if files := [key for key in parameters if key.startswith("file:")]:
             raise BadRequest(
                 f"{files[0]!r} would load {name} from the request, and models are served from the repository only: "
@@ -73,7 +81,12 @@ class ModelRepository:
         config = parameters.get("config")
         if config is not None and not isinstance(config, str):
             raise BadRequest(f"expected 'config' to be a text that holds JSON, found {type(config).__name__}")
-        await self._service.load(name, deadline_s=deadline_s, parameters=parameters)
+        try:
+            await self._service.load(name, deadline_s=deadline_s, parameters=parameters)
+        except ModeliumError as exc:
+            if not isinstance(exc, ModelFailed | LoadRejected) and exc.code != ModelError.code:
+                raise
+            raise Refused(exc.message, **exc.fields) from exc
 
     async def unload(self, name: str) -> None:
         """Return when it is unloaded. A model that is not there is unloaded already, as Triton has it.
@@ -84,6 +97,14 @@ class ModelRepository:
             await self._service.unload(name)
 
     # ------------------------------------------------------------------ runtimes
+
+    def identity(self, protocol: str = HTTP) -> tuple[str, str]:
+        """Name and version as the server's metadata tells them: those of the runtime behind it where there is but one,
+        for clients that look which server they talk to."""
+        runtimes = self.runtimes(protocol)
+        if len(runtimes) == 1:
+            return runtimes[0].name, runtimes[0].version
+        return "modelium", modelium.__version__
 
     def runtimes(self, protocol: str = HTTP) -> list[RuntimeInfo]:
         """Those that are up and speak `protocol`."""

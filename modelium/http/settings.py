@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 from aiohttp import web
 
-MAX_HEADER_BYTES = 64 * 1024
-"""Of one HTTP header or the request line, and of a gRPC call's metadata."""
+MAX_HEADER_BYTES = 8000
+"""Of one HTTP header, or the request line: Triton drops the connection on which there is one of 8 KiB (2.51)."""
+MAX_METADATA_BYTES = 64 * 1024
+"""Of a gRPC call's metadata, in all."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -707,7 +707,7 @@ def test_a_crash_with_requests_in_flight_and_requests_waiting() -> None:
     sim.run()
     sim.wait(3)
     sim.run()
-    assert sim.states() == {"idle": "FAILED", "kept": "READY", "late": "READY", "used": "READY"}
+    assert sim.states() == {"idle": "COLD", "kept": "READY", "late": "READY", "used": "READY"}
     assert sim.answer(waiting) == "granted"
     assert sim.answer(sim.ask("idle")) == "waits"
     sim.run()

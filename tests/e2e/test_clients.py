@@ -67,7 +67,7 @@ def test_server(client: tritonclient.http.InferenceServerClient) -> None:
     assert client.is_server_live()
     assert client.is_server_ready()
     metadata = client.get_server_metadata()
-    assert metadata["name"] == "modelium"
+    assert metadata["name"] == "triton"
     assert {"model_repository", "statistics", "binary_tensor_data"} <= set(metadata["extensions"])
 
 
@@ -207,7 +207,7 @@ def test_settings_of_the_runtime(client: tritonclient.http.InferenceServerClient
 async def test_the_asyncio_client(service: Served) -> None:
     async with tritonclient.http.aio.InferenceServerClient(service.address) as client:
         assert await client.is_server_live() and await client.is_server_ready()
-        assert (await client.get_server_metadata())["name"] == "modelium"
+        assert (await client.get_server_metadata())["name"] == "triton"
         assert await client.is_model_ready("linear") and not await client.is_model_ready("nobody")
         assert (await client.get_model_metadata("linear"))["name"] == "linear"
         assert (await client.get_model_config("linear"))["name"] == "linear"

@@ -21,7 +21,7 @@ from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
-from modelium.errors import CapacityError, ModelFailed, QueueFull
+from modelium.errors import CapacityError, LoadRejected, ModelFailed, QueueFull
 from modelium.http.rpc.channels import Channels
 from modelium.http.rpc.server import serving_rpc
 from modelium.http.rpc.wire import text_field
@@ -117,7 +117,7 @@ async def test_tritonclient(rpc: Rpc, real: Triton) -> None:
     def use() -> None:
         with sync_client.InferenceServerClient(rpc.address) as client:
             assert client.is_server_live() and client.is_server_ready() and client.is_model_ready("identity")
-            assert client.get_server_metadata().name == "modelium"
+            assert client.get_server_metadata().name == "triton"
             assert "model_repository" in client.get_server_metadata().extensions
             assert {m.name for m in client.get_model_repository_index().models} == set(NAMES)
             given = sync_client.InferInput("INPUT0", [1, 4], "FP32")
@@ -288,6 +288,46 @@ async def test_a_runtime_that_is_not_there(rpc: Rpc, service: FakeService) -> No
     assert service.poked == ["triton"]
 
 
+class Ending(service_pb2_grpc.GRPCInferenceServiceServicer):
+    """A runtime that ends calls with words of its own, and one day dies while it works on one."""
+
+    async def ModelInfer(self, request: Any, context: Any) -> Any:
+        if request.id == "die":
+            await asyncio.sleep(60)
+        await context.abort(grpc.StatusCode[request.id], "my own words")
+
+    async def ModelStreamInfer(self, requests: Any, context: Any) -> AsyncIterator[Any]:
+        async for request in requests:
+            await context.abort(grpc.StatusCode[request.id], "my own words")
+            yield
+
+
+async def test_what_a_runtime_ends_a_call_with_is_told_apart_from_its_end(rpc: Rpc, service: FakeService) -> None:
+    server = grpc.aio.server()
+    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(Ending(), server)
+    service.runtime(kserve_grpc=f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}")
+    service.add("m")
+    await server.start()
+    for name in ("UNAVAILABLE", "CANCELLED", "RESOURCE_EXHAUSTED"):
+        asked = pb.ModelInferRequest(model_name="m", id=name)
+        for call in (rpc.stub.ModelInfer(asked), rest(rpc.stub.ModelStreamInfer(iter([asked])))):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await call
+            assert (caught.value.code(), caught.value.details()) == (grpc.StatusCode[name], "my own words")
+    assert (service.poked, service.usage.model("m").failures) == ([], 0)
+    call = asyncio.ensure_future(_infer(rpc, pb.ModelInferRequest(model_name="m", id="die")))
+    await _until(lambda: service.usage.model("m").in_flight == 1)
+    await asyncio.sleep(0.2)
+    await server.stop(0)
+    with pytest.raises(grpc.aio.AioRpcError, match="took the call and did not answer"):
+        await call
+    assert (service.poked, service.usage.model("m").failures) == (["triton"], 1)
+
+
+async def _infer(rpc: Rpc, request: Any) -> Any:
+    return await rpc.stub.ModelInfer(request)
+
+
 # --------------------------------------------------------------------------- orders, health
 
 
@@ -299,6 +339,16 @@ async def test_orders(rpc: Rpc, real: Triton, service: FakeService) -> None:
     load.parameters["file:1/model.onnx"].bytes_param = b"x"
     with pytest.raises(grpc.aio.AioRpcError, match="from the repository only"):
         await rpc.stub.RepositoryModelLoad(load)
+    for message in (load, pb.RepositoryIndexRequest()):
+        message.repository_name = "x"
+        with pytest.raises(grpc.aio.AioRpcError, match="one repository") as caught:
+            await (rpc.stub.RepositoryModelLoad if message is load else rpc.stub.RepositoryIndex)(message)
+        assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    service.failures["identity"] = LoadRejected("no such backend")
+    with pytest.raises(grpc.aio.AioRpcError, match="no such backend") as caught:
+        await rpc.stub.RepositoryModelLoad(pb.RepositoryModelLoadRequest(model_name="identity"))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    service.failures.clear()
     await rpc.stub.RepositoryModelUnload(pb.RepositoryModelUnloadRequest(model_name="identity"))
     assert service.states["identity"] == "COLD"
     index = {m.name: m.state for m in (await rpc.stub.RepositoryIndex(pb.RepositoryIndexRequest())).models}

@@ -105,7 +105,7 @@ def drive_sync(url: str) -> None:
     client = sync_client.InferenceServerClient(url.removeprefix("http://"), concurrency=4)
     assert client.is_server_live() and client.is_server_ready() and client.is_model_ready("identity")
     assert client.is_model_ready("identity", "1") and not client.is_model_ready("nope")
-    assert client.get_server_metadata()["name"] == "modelium"
+    assert client.get_server_metadata()["name"] == "triton"
     assert client.get_model_metadata("identity")["inputs"][0]["shape"] == [-1, -1]
     assert client.get_model_config("identity")["max_batch_size"] == 8
     assert {entry["name"]: entry["version"] for entry in client.get_model_repository_index()}["identity"] == "1"

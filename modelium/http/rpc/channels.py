@@ -15,6 +15,9 @@ DROP_GRACE_S = 60.0
 OPTIONS = (
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
+    # the runtime's own limit counts
+    ("grpc.max_metadata_size", 2**20),
+    ("grpc.absolute_max_metadata_size", 2**20),
     # else a new channel to an address waits as long as the last one that failed to reach it
     ("grpc.use_local_subchannel_pool", 1),
 )

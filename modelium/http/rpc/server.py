@@ -12,16 +12,15 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import grpc.aio
 
-import modelium
 from modelium.core.states import State
 from modelium.errors import ConfigError, ModeliumError, ModelNotFound
 from modelium.http.admission import GRPC, deadline_of
-from modelium.http.answers import REQUEST_ID, BadRequest, request_id
+from modelium.http.answers import REQUEST_ID, BadRequest, NotSupported, request_id
 from modelium.http.repository import EXTENSIONS, NOT_SERVABLE, ModelRepository
 from modelium.http.rpc.channels import OPTIONS, Channels
 from modelium.http.rpc.passing import Context, Passing, metadata_of
 from modelium.http.rpc.status import refuse
-from modelium.http.settings import MAX_HEADER_BYTES, HttpSettings
+from modelium.http.settings import MAX_METADATA_BYTES, HttpSettings
 from modelium.http.upstream import Upstream
 
 if TYPE_CHECKING:
@@ -130,9 +129,8 @@ class Rpc(grpc.GenericRpcHandler):  # type: ignore[misc]  # gRPC brings no types
         return self._made("ServerReadyResponse", ready=self._service.ready())
 
     async def server(self, message: bytes, context: Context) -> bytes:
-        return self._made(
-            "ServerMetadataResponse", name="modelium", version=modelium.__version__, extensions=EXTENSIONS
-        )
+        name, version = self._repository.identity(GRPC)
+        return self._made("ServerMetadataResponse", name=name, version=version, extensions=EXTENSIONS)
 
     async def check(self, message: bytes, context: Context) -> bytes:
         """Of the server, or of a model named as the service."""
@@ -151,13 +149,13 @@ class Rpc(grpc.GenericRpcHandler):  # type: ignore[misc]  # gRPC brings no types
     # ------------------------------------------------------------------ the repository
 
     async def index(self, message: bytes, context: Context) -> bytes:
-        asked = self._parsed("RepositoryIndexRequest", message)
+        asked = self._about_repository("RepositoryIndexRequest", message)
         entry = self._pb.RepositoryIndexResponse.ModelIndex
         models = [entry(**found) for found in await self._repository.index(asked.ready)]
         return self._made("RepositoryIndexResponse", models=models)
 
     async def load(self, message: bytes, context: Context) -> bytes:
-        asked = self._parsed("RepositoryModelLoadRequest", message)
+        asked = self._about_repository("RepositoryModelLoadRequest", message)
         parameters = {
             key: getattr(value, value.WhichOneof("parameter_choice")) for key, value in asked.parameters.items()
         }
@@ -168,7 +166,8 @@ class Rpc(grpc.GenericRpcHandler):  # type: ignore[misc]  # gRPC brings no types
         return self._made("RepositoryModelLoadResponse")
 
     async def unload(self, message: bytes, context: Context) -> bytes:
-        await self._repository.unload(self._parsed("RepositoryModelUnloadRequest", message).model_name)
+        asked = self._about_repository("RepositoryModelUnloadRequest", message)
+        await self._repository.unload(asked.model_name)
         return self._made("RepositoryModelUnloadResponse")
 
     # ------------------------------------------------------------------ messages
@@ -180,6 +179,12 @@ class Rpc(grpc.GenericRpcHandler):  # type: ignore[misc]  # gRPC brings no types
             return getattr(self._pb, kind).FromString(message)
         except DecodeError as exc:
             raise BadRequest(f"expected a {kind}, found something else: {exc}") from None
+
+    def _about_repository(self, kind: str, message: bytes) -> Any:
+        asked = self._parsed(kind, message)
+        if asked.repository_name:
+            raise NotSupported("'repository_name' specification is not supported: there is one repository")
+        return asked
 
     def _made(self, kind: str, **fields: Any) -> bytes:
         return bytes(getattr(self._pb, kind)(**fields).SerializeToString())
@@ -244,8 +249,8 @@ async def serving_rpc(
     """
     options = dict(OPTIONS) | {
         "grpc.so_reuseport": 0,
-        "grpc.max_metadata_size": MAX_HEADER_BYTES,
-        "grpc.absolute_max_metadata_size": MAX_HEADER_BYTES,
+        "grpc.max_metadata_size": MAX_METADATA_BYTES,
+        "grpc.absolute_max_metadata_size": MAX_METADATA_BYTES,
     }
     if settings.max_body_bytes is not None:
         options["grpc.max_receive_message_length"] = settings.max_body_bytes

@@ -495,6 +495,34 @@ async def test_what_is_no_http_is_told_so(lab: Lab) -> None:
         writer.close()
 
 
+async def test_long_headers_are_the_services_to_judge(lab: Lab) -> None:
+    await lab.driver.admit(lab.route())
+    assert await lab.by("/v2/models/m/infer", x="y" * 7000) == "runtime"
+    assert await lab.by("/v2/models/m/infer", x="y" * 8100) == "service"
+
+
+async def test_many_streams_of_one_connection_wait_for_their_first_message(lab: Lab) -> None:
+    await lab.driver.admit(lab.route())
+    await lab.another().start(lab.front.model_copy(update={"client_stall_s": 0.3}))
+    go = asyncio.Event()
+
+    async def messages() -> AsyncIterator[Any]:
+        await go.wait()
+        yield pb.ModelInferRequest(model_name="m")
+
+    async with grpc.aio.insecure_channel(lab.rpc_address) as channel:
+        rpc = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+
+        async def stream() -> list[str]:
+            return [part.infer_response.model_version async for part in rpc.ModelStreamInfer(messages())]
+
+        streams = [asyncio.ensure_future(stream()) for _ in range(150)]
+        await asyncio.sleep(1)
+        go.set()
+        async with asyncio.timeout(20):
+            assert await asyncio.gather(*streams) == [["rt"]] * 150
+
+
 async def test_an_access_log_where_it_is_wanted(lab: Lab) -> None:
     await lab.driver.admit(lab.route())
     await lab.ask("/v2/models/m/infer?quiet")

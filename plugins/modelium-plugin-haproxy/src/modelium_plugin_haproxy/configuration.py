@@ -114,6 +114,7 @@ global
     tune.bufsize {BUFFER_BYTES}
     tune.h2.max-frame-size 65536
     tune.h2.initial-window-size 1048576
+    tune.h2.max-concurrent-streams 10000
     hard-stop-after 60s
 
 defaults
@@ -152,18 +153,20 @@ def _http(front: Front, files: Files) -> Iterable[str]:
     if front.sockets is not None:
         yield f"    bind unix@{front.sockets[0]} mode 660"
     yield from _named(front.access_log)
-    # A page in a browser, or a name that the service is not known by: the service judges.
-    conditions = ["METH_POST", "!{ req.hdr(origin) -m found }"]
+    # A page in a browser, a name that the service is not known by, long headers: the service judges.
+    conditions = ["METH_POST", "!{ req.hdr(origin) -m found }", f"{{ req.hdrs,length lt {front.max_header_bytes} }}"]
     if front.hosts is not None:
         yield f"    acl known req.hdr(host),lower,regsub(:[0-9]+$,) {' '.join(front.hosts)}"
         conditions.append("known")
     if front.max_body_bytes is not None:  # what is too long, or may be, is the service's to refuse
         conditions.append(f"{{ req.hdr(content-length) -m int le {front.max_body_bytes} }}")
     direct = " ".join(conditions)
-    yield f"    timeout http-request {_ms(front.client_stall_s)}"
-    yield f"    timeout client {_ms(front.client_stall_s)}"
+    stall = _ms(front.client_stall_s)
+    yield f"    timeout http-request {stall}"
+    yield f"    timeout client {stall}"
     # HAProxy says 400 where a body stops coming. Its words for what is no HTTP, or too slow with it, are its own.
-    yield from _error(400, f"nothing came of the body for {front.client_stall_s:g} s", "x-stalled 1")
+    told = f"nothing came of the body for {front.client_stall_s:g} s, or the client closed its side of the connection"
+    yield from _error(400, told, "x-stalled 1")
     yield "    http-after-response set-status 408 if { status 400 } { res.hdr(x-stalled) -m found }"
     yield "    http-after-response del-header x-stalled"
     yield from f"""\
@@ -172,7 +175,7 @@ def _http(front: Front, files: Files) -> Iterable[str]:
     http-request set-var(txn.model) path,field(4,/) if kserve {direct}
     http-request set-var(txn.verb) path,field(-1,/) if {{ var(txn.model) -m found }}
     http-request set-var(txn.key) str(http/),concat(,txn.model),concat(/,txn.verb) if {{ var(txn.model) -m found }}
-    http-request wait-for-body time 5s if openai {direct}
+    http-request wait-for-body time {stall} if openai {direct}
     http-request set-var(txn.model) req.body,json_query('$.model') if openai {direct}
     http-request set-var(txn.key) str(openai/),concat(,txn.model) if openai {{ var(txn.model) -m found }}
     http-request set-var(txn.to) var(txn.key),map_str({files.map}) if {{ var(txn.key) -m found }}
@@ -197,8 +200,10 @@ def _grpc(front: Front, files: Files) -> Iterable[str]:
     stream = "" if limited else " /inference.GRPCInferenceService/ModelStreamInfer"
     fits = f" {{ req.body,bytes(1,4),be2dec(:,4) -m int le {front.max_body_bytes} }}" if limited else ""
     yield from f"""\
+    acl unary path /inference.GRPCInferenceService/ModelInfer
     acl inference path /inference.GRPCInferenceService/ModelInfer{stream}
-    http-request wait-for-body time 2s at-least 16 if inference
+    http-request wait-for-body time {_ms(front.client_stall_s)} at-least 16 if unary
+    http-request wait-for-body time 3600s at-least 16 if inference !unary
     # A message that is not compressed: five bytes of gRPC's own, then its fields, the model's name first.
     acl plain req.body,bytes(0,1),hex 00
     http-request set-var(txn.model) req.body,bytes(5),protobuf(1) if inference plain{fits}

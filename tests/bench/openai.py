@@ -68,8 +68,8 @@ def modelium(folder: Path, url: str, data_path: str) -> Iterator[Served]:
     env = {**constant.installed(folder / f"{data_path}-site"), "MODELIUM_BENCH_UPSTREAM": url}
     config = {"server": {"data_path": data_path}, "plugins": {"disable": ["triton"]}}
     with served(folder / data_path, config, env=env) as service:
-        (folder / "fixed.constant").write_text("x")
-        service.drop(folder / "fixed.constant")
+        (folder / "fixed").write_bytes(constant.MARK)
+        service.drop(folder / "fixed")
         service.until_state("fixed", "READY")
         yield service
 

@@ -317,7 +317,12 @@ async def test_chaos(chaos: Chaos) -> None:
     for name in chaos.toys:
         await eventually(lambda n=name: _known(service, n), f"{name} to be known")  # type: ignore[misc]
         await asyncio.to_thread(service.post, f"/models/{name}/unpin")
-    await eventually(lambda: _at_rest(service), "rest", 120)
+    try:
+        await eventually(lambda: _at_rest(service), "rest", 120)
+    except AssertionError:
+        states = {name: (m["state"], m["reason"], m["since"]) for name, m in service.ps().items()}
+        print(json.dumps({"models": states, "status": service.get("/status")}, indent=1), service.tail(60_000))
+        raise
     status = service.get("/status")
     assert (status["waiting"], status["queue"]) == (0, [])
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import queue
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import openai
 import pytest
+import tritonclient.grpc
+import tritonclient.grpc.aio
 import tritonclient.http
 import tritonclient.http.aio
 import tritonclient.utils.shared_memory as shm
@@ -225,6 +228,79 @@ async def test_the_asyncio_client(service: Served) -> None:
             await client.infer("nobody", given())
 
 
+# --------------------------------------------------------------------------- gRPC
+
+
+def by_grpc(x: Array = X) -> list[Any]:
+    one = tritonclient.grpc.InferInput("x", list(x.shape), "FP32")
+    one.set_data_from_numpy(x)
+    return [one]
+
+
+def words(text: str) -> list[Any]:
+    one = tritonclient.grpc.InferInput("text_input", [1], "BYTES")
+    one.set_data_from_numpy(np.array([text.encode()], dtype=object))
+    return [one]
+
+
+def test_the_grpc_client(service: Served) -> None:
+    with tritonclient.grpc.InferenceServerClient(service.grpc_address()) as client:
+        assert client.is_server_live() and client.is_server_ready() and client.is_model_ready("linear")
+        assert client.get_server_metadata().name == "triton"
+        assert client.get_model_metadata("linear").inputs[0].name == "x"
+        assert client.get_model_config("linear", as_json=True)["config"]["name"] == "linear"
+        client.unload_model("linear")
+        assert {m.name: m.state for m in client.get_model_repository_index().models}["linear"] == "UNAVAILABLE"
+        np.testing.assert_allclose(client.infer("linear", by_grpc()).as_numpy("y"), Y, rtol=1e-5)  # which loads it
+        assert service.state("linear") == "READY"
+        for packed in ("gzip", "deflate", None):
+            found = client.infer("linear", by_grpc(), compression_algorithm=packed, request_id="mine")
+            np.testing.assert_allclose(found.as_numpy("y"), Y, rtol=1e-5)
+            assert found.get_response().id == "mine"
+        with pytest.raises(InferenceServerException, match="nobody"):
+            client.infer("nobody", by_grpc())
+        assert client.get_inference_statistics("linear").model_stats[0].inference_stats.success.count >= 4
+
+
+def test_a_stream_of_the_grpc_client(service: Served) -> None:
+    service.post("/models/talker/unload")
+    answers: queue.Queue[Any] = queue.Queue()
+    with tritonclient.grpc.InferenceServerClient(service.grpc_address()) as client:
+        client.start_stream(lambda result, error: answers.put(error or result))
+        for text in ("one two", "three"):
+            client.async_stream_infer("talker", words(text), enable_empty_final_response=True)
+        said, ends = "", 0
+        while ends < 2:
+            answer = answers.get(timeout=60).get_response()
+            ends += answer.parameters["triton_final_response"].bool_param
+            said += b"".join(answer.raw_output_contents)[4:].decode()
+        client.async_stream_infer("nobody", words("x"))
+        assert "nobody" in str(answers.get(timeout=60))
+        client.stop_stream()
+    assert said == "one twothree"
+    assert service.model("talker")["in_flight"] == 0
+
+
+async def test_the_asyncio_grpc_client(service: Served) -> None:
+    async with tritonclient.grpc.aio.InferenceServerClient(service.grpc_address()) as client:
+        assert await client.is_server_live() and await client.is_model_ready("linear")
+        found = await asyncio.gather(*(client.infer("linear", by_grpc(X + n)) for n in range(4)))
+        for n, one in enumerate(found):
+            np.testing.assert_allclose(one.as_numpy("y")[0], Y[0] + n * np.array([22, 26, 30]), rtol=1e-5)
+
+        async def asked() -> AsyncIterator[dict[str, Any]]:
+            yield {"model_name": "talker", "inputs": words("one two three")}
+
+        said = [result async for result, error in client.stream_infer(asked()) if error is None]
+        assert (
+            b"".join(one.as_numpy("text_output")[0] for one in said if one.get_response().outputs) == b"one two three"
+        )
+        call = client.stream_infer(asked())
+        await anext(call)
+        call.cancel()
+    await eventually(lambda: not service.model("talker")["in_flight"], "nothing under way")
+
+
 # --------------------------------------------------------------------------- text, by plain HTTP
 
 
@@ -291,6 +367,27 @@ def test_the_first_chat_loads_a_cold_model(service: Served, made: Callable[..., 
     np.testing.assert_allclose(found.data[0].embedding, straight["sentence_embedding"], rtol=1e-4, atol=1e-5)
     assert found.usage.prompt_tokens == sum(map(len, texts)), "a token a byte"
     assert service.model("chatty")["in_flight"] == 0
+
+
+async def test_the_asyncio_openai_client(service: Served, made: Callable[..., Path]) -> None:
+    if "chatty" not in service.ps():
+        service.drop(made("text-generation", "chatty"))
+        service.until_state("chatty", "READY", "COLD")
+    messages: list[Any] = [{"role": "user", "content": "hi"}]
+    async with openai.AsyncOpenAI(base_url=f"{service.url}/v1", api_key="none", max_retries=0) as client:
+        assert "chatty" in {model.id async for model in client.models.list()}
+        said = await client.chat.completions.create(model="chatty", messages=messages, max_tokens=6, temperature=0)
+        stream = await client.chat.completions.create(
+            model="chatty", messages=messages, max_tokens=6, temperature=0, stream=True,
+            stream_options={"include_usage": True},
+        )  # fmt: skip
+        chunks = [chunk async for chunk in stream]
+        assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == said.choices[0].message.content
+        assert chunks[-1].usage is not None and chunks[-1].usage.completion_tokens == 6
+        legacy = await client.completions.create(model="chatty", prompt="hi", max_tokens=3, temperature=0)
+        assert legacy.choices[0].text and legacy.usage is not None
+        with pytest.raises(openai.NotFoundError, match="nobody"):
+            await client.chat.completions.create(model="nobody", messages=messages)
 
 
 # --------------------------------------------------------------------------- errors

@@ -146,6 +146,9 @@ NONSENSE = {
         "front", "Transfer-Encoding: chunked", length=False,
         body=chunked(BODY, b"0\r\n" + b"".join(b"x-%d: y\r\n" % i for i in range(20_000))),
     ),
+    "a chunk for each byte": request_to(
+        "front", "Transfer-Encoding: chunked", body=b"1\r\nx\r\n" * 200_000 + b"0\r\n\r\n", length=False
+    ),
     "a body that never comes": WHOLE[:-5],
     "deep json": request_to("front", body=b'{"inputs":' + b"[" * 5_000),
     "numbers that are none": request_to("front", body=BODY.replace(b"[1]", b"[1e999999]")),

@@ -59,11 +59,19 @@ SPOKEN: web.AppKey[set[Any]] = web.AppKey("spoken", set)
 REQUEST_ID = "X-Request-ID"
 ID = web.RequestKey("id", str)
 MAX_ID_BYTES = 200
+TRACE = ("traceparent", "tracestate", "baggage")
+"""https://www.w3.org/TR/trace-context/ and https://www.w3.org/TR/baggage/"""
 
 
 def request_id(found: str | None) -> str:
     """The id that the client gave its request, if it is of a sane length; else a new one."""
     return found if found and len(found) <= MAX_ID_BYTES else secrets.token_hex(16)
+
+
+def along(request: web.Request) -> dict[str, str]:
+    """Headers that go along where what a runtime is asked is composed here: the request's id, and its trace context."""
+    kept = {name: request.headers[name] for name in TRACE if name in request.headers}
+    return {REQUEST_ID: request[ID], **kept}
 
 
 async def name_request(request: web.Request, response: web.StreamResponse) -> None:

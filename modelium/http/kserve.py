@@ -25,6 +25,7 @@ from modelium.http.admission import GRPC, HTTP, acquire, deadline_of, endpoint
 from modelium.http.answers import (
     BadRequest,
     UpstreamFailed,
+    along,
     check_process,
     error_answer,
     json_answer,
@@ -130,6 +131,7 @@ class KServe:
 
     async def _infer_decoupled(self, request: web.Request, lease: Lease) -> web.StreamResponse:
         wanted = decode_request(await read_body(request), header_length(request))
+        wanted.headers = along(request)
         version = request.match_info.get("version", "")
         try:
             answers = await self._streams.infer(lease.endpoints[GRPC], lease.model, version, wanted)

@@ -7,6 +7,7 @@ https://github.com/triton-inference-server/server/blob/main/docs/protocol/extens
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +34,8 @@ class InferRequest:
     """Empty: all of them."""
     binary_output: bool = False
     """The form of outputs that are not named."""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    """Of the client's request, that go along with this one."""
 
 
 @dataclass(slots=True)

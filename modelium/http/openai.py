@@ -12,6 +12,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -25,7 +26,7 @@ from modelium.engine.views import ModelView
 from modelium.errors import ModeliumError, ModelNotFound, RuntimeUnavailable
 from modelium.http.admin import views
 from modelium.http.admission import HTTP, OPENAI, acquire
-from modelium.http.answers import UpstreamFailed, error_answer, json_answer, openai_shape, status_of
+from modelium.http.answers import UpstreamFailed, along, error_answer, json_answer, openai_shape, status_of
 from modelium.http.bodies import parse_object, read_raw, unpacked
 from modelium.http.inference import Inference
 from modelium.http.messages import InferRequest, InferResponse
@@ -165,6 +166,8 @@ class OpenAI:
     async def _text(self, request: web.Request, lease: Lease, asked: TextAsked) -> web.StreamResponse:
         inputs, outputs = await self._inference.signature(lease)
         requests = [text_request(lease.model, inputs, outputs, prompt, asked) for prompt in asked.prompts]
+        for one in requests:
+            one.headers = along(request)
         choices = [Choice(index) for index in range(len(requests))]
         prefix = "chatcmpl" if asked.chat else "cmpl"
         answer = TextAnswer(f"{prefix}-{secrets.token_hex(12)}", int(time.time()), lease.model, asked)
@@ -216,7 +219,7 @@ class OpenAI:
             size = await self._inference.max_batch_size(lease) or len(asked.texts)
         parts = [asked.texts[at : at + size] for at in range(0, len(asked.texts), size)]
         found: list[Any] = [None] * len(parts)
-        sources = [self._inferred(lease, how.request(part)) for part in parts]
+        sources = [self._inferred(lease, replace(how.request(part), headers=along(request))) for part in parts]
         async with aclosing(merged(sources, AT_ONCE)) as responses:
             async for index, response in responses:
                 found[index] = how.read(response, len(parts[index]))

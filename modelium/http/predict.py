@@ -29,7 +29,7 @@ from modelium.api import Tensor
 from modelium.engine.admission import Lease
 from modelium.errors import RuntimeUnavailable
 from modelium.http.admission import acquire
-from modelium.http.answers import BadRequest, UpstreamFailed, error_answer
+from modelium.http.answers import BadRequest, UpstreamFailed, along, error_answer
 from modelium.http.bodies import read_json
 from modelium.http.inference import Inference
 from modelium.http.messages import InferRequest, InferResponse
@@ -78,7 +78,7 @@ class Predict:
         lease = await acquire(self._service, self._settings, request.headers, name, request.query)
         ok = True
         try:
-            return web.Response(body=await self._answer(lease, asked), content_type="application/json")
+            return web.Response(body=await self._answer(lease, asked, along(request)), content_type="application/json")
         except InferenceFailed as exc:
             ok = exc.status < 500
             return error_answer(request, exc, exc.status)
@@ -89,12 +89,13 @@ class Predict:
         finally:
             lease.release(ok=ok)
 
-    async def _answer(self, lease: Lease, asked: Asked) -> bytes:
+    async def _answer(self, lease: Lease, asked: Asked, headers: Mapping[str, str]) -> bytes:
         inputs, _ = await self._inference.signature(lease)
         optional: frozenset[str] = frozenset()
         if len(inputs) > 1 and len(asked.inputs) < len(inputs):
             optional = await self._inference.optional_inputs(lease)
         request, added = build(inputs, optional, asked)
+        request.headers = headers
         response = await self._inference.infer(lease, request)
         if sum(len(tensor.raw or b"") for tensor in response.outputs) > LONG_BYTES:
             return await asyncio.to_thread(render, response, added, asked.is_text)

@@ -12,7 +12,7 @@ import grpc.aio
 from modelium.errors import ModeliumError, RuntimeUnavailable
 from modelium.http.answers import BadRequest, UpstreamFailed, check_process, unreachable
 from modelium.http.messages import InferRequest, InferResponse
-from modelium.http.rpc.channels import Channels
+from modelium.http.rpc.channels import Channels, lost
 from modelium.http.tensors import Parameters, TensorValue, join_bytes, split_bytes, to_raw
 
 METHOD = "/inference.GRPCInferenceService/ModelStreamInfer"
@@ -26,6 +26,10 @@ _CONTENTS = {
     "UINT64": "uint64_contents", "FP32": "fp32_contents", "FP64": "fp64_contents", "BYTES": "bytes_contents",
 }  # fmt: skip
 """Where values lie in a protobuf tensor that is not sent raw."""
+
+
+STATUS = {grpc.StatusCode.INVALID_ARGUMENT: 400, grpc.StatusCode.UNAVAILABLE: 503}
+"""Of errors that a runtime ends a stream with; 500 for any other."""
 
 
 class InferenceFailed(ModeliumError):
@@ -59,7 +63,10 @@ class Streams:
 
         # Errors come in band. The metadata `triton_grpc_error` would make them statuses, but Triton 2.51 then crashes,
         # now and then, on an inference that fails.
-        call = self._channels.stream(address, METHOD)(_one(to_proto(model, version, request).SerializeToString()))
+        call = self._channels.stream(address, METHOD)(
+            _one(to_proto(model, version, request).SerializeToString()),
+            metadata=tuple((name.lower(), value) for name, value in request.headers.items()),
+        )
         begun, failure = False, ""
         try:
             async for answer in call:  # to the end, which comes by itself after the one request's last response
@@ -101,11 +108,11 @@ def _status(message: str) -> int:
 
 def _error(exc: grpc.aio.AioRpcError, address: str, model: str, begun: bool) -> ModeliumError:
     code, details = exc.code(), exc.details() or "no details"
-    if code is grpc.StatusCode.UNAVAILABLE and "failed to connect" in details and not begun:
+    if not lost(exc):
+        return InferenceFailed(details, STATUS.get(code, 500))
+    if "failed to connect" in details and not begun:
         return unreachable(model, address, details)
-    if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
-        return _unanswered(address, model, details)
-    return InferenceFailed(details, 400 if code is grpc.StatusCode.INVALID_ARGUMENT else 500)
+    return _unanswered(address, model, details)
 
 
 def _unanswered(address: str, model: str, details: str) -> UpstreamFailed:

@@ -8,7 +8,7 @@ the pool. Once a byte has left, the runtime may have worked on it, and its failu
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Mapping
 
 import aiohttp
 from aiohttp import hdrs, web
@@ -138,10 +138,17 @@ class Upstream:
             return await self._relay(request, answer, model)
 
     async def ask(
-        self, method: str, url: str, model: str, *, body: bytes | None = None, header_length: int | None = None
+        self,
+        method: str,
+        url: str,
+        model: str,
+        *,
+        body: bytes | None = None,
+        header_length: int | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> tuple[int, CIMultiDict[str], bytes]:
         """A request of our own: status, headers and body of the answer. Errors as those of `forward`."""
-        headers: CIMultiDict[str] = CIMultiDict()
+        headers = CIMultiDict(headers or {})
         if header_length is not None:
             headers[HEADER_LENGTH] = str(header_length)
             headers[hdrs.CONTENT_TYPE] = "application/octet-stream"

@@ -206,6 +206,15 @@ async def test_predict_text(surface: Surface, upstream: Recorder) -> None:
     assert (status, answer["text"], answer["outputs"]) == (200, "hi", {"text_input_out": "hi"})
 
 
+async def test_the_requests_id_and_trace_go_along(surface: Surface, upstream: Recorder) -> None:
+    runtime(upstream, LLM, optional=("max_tokens", "stop"))
+    told = {"X-Request-ID": "mine", "traceparent": "00-1-2-01", "tracestate": "a=b", "Authorization": "x"}
+    await ask(surface, "POST", "/predict/m", data=b'{"text": "hi"}', headers=told)
+    seen = upstream.seen[-1]
+    assert {name: seen.headers.get(name) for name in told} == {**told, "Authorization": None}
+    assert decode_request(seen.body, int(seen.headers["Inference-Header-Content-Length"])).id == "mine"
+
+
 async def test_predict_says_what_is_wrong_before_anything_is_loaded(surface: Surface, upstream: Recorder) -> None:
     surface.service.put("m", "COLD")
     for wrong in (b"", b"x", b"{}", b'{"a": 1}'):

@@ -22,10 +22,12 @@ from tritonclient.grpc import service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
 from modelium.errors import CapacityError, LoadRejected, ModelFailed, QueueFull
+from modelium.http.messages import InferRequest
 from modelium.http.rpc.channels import Channels
 from modelium.http.rpc.server import serving_rpc
 from modelium.http.rpc.wire import text_field
 from modelium.http.settings import HttpSettings
+from modelium.http.streams import Streams
 from modelium.http.upstream import Upstream
 from tests.http.fakes import FakeService
 from tests.http.tritonserver import NAMES, Triton
@@ -322,6 +324,25 @@ async def test_what_a_runtime_ends_a_call_with_is_told_apart_from_its_end(rpc: R
     with pytest.raises(grpc.aio.AioRpcError, match="took the call and did not answer"):
         await call
     assert (service.poked, service.usage.model("m").failures) == (["triton"], 1)
+
+
+async def test_what_is_composed_here_has_its_headers_along() -> None:
+    server, channels, found = grpc.aio.server(), Channels(), []
+
+    class Noting(service_pb2_grpc.GRPCInferenceServiceServicer):
+        async def ModelStreamInfer(self, requests: Any, context: Any) -> AsyncIterator[Any]:
+            found.extend(context.invocation_metadata())
+            async for request in requests:
+                yield pb.ModelStreamInferResponse(infer_response=pb.ModelInferResponse(id=request.id))
+
+    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(Noting(), server)
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    await server.start()
+    asked = InferRequest([], headers={"X-Request-ID": "mine", "traceparent": "00-1-2-01"})
+    await Streams(channels).infer(address, "m", "", asked)
+    assert {("x-request-id", "mine"), ("traceparent", "00-1-2-01")} <= set(found)
+    await channels.close()
+    await server.stop(0)
 
 
 async def _infer(rpc: Rpc, request: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,22 @@ OPTIONS = (
     # else a new channel to an address waits as long as the last one that failed to reach it
     ("grpc.use_local_subchannel_pool", 1),
 )
+
+
+_LOST = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED})
+_CONNECTION = re.compile(
+    "failed to connect|connections to all backends|stream removed|socket closed|rst_stream|goaway|recvmsg|sendmsg|"
+    "connection reset|connection refused|broken pipe|endpoint closing|end of tcp stream|http2 header with status|"
+    "keepalive|ping timeout|cancelling all calls|locally cancelled|channel (is )?closed",
+    re.IGNORECASE,
+)
+"""What gRPC itself says of a connection that was lost, under the statuses above (1.85); a runtime that ends a call with
+one of these statuses has words of its own, and nothing else tells the two apart."""
+
+
+def lost(exc: grpc.aio.AioRpcError) -> bool:
+    """Whether a call ended with its connection, not by the runtime's own decision."""
+    return exc.code() in _LOST and _CONNECTION.search(exc.details() or "") is not None
 
 
 class Channels:

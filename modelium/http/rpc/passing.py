@@ -6,7 +6,6 @@ What is sent is sent once, as over HTTP: a runtime that is lost while it works o
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,7 @@ from modelium.engine.admission import Lease
 from modelium.errors import ModeliumError, RuntimeUnavailable
 from modelium.http.admission import DEADLINE, GRPC, acquire, endpoint
 from modelium.http.answers import REQUEST_ID, BadRequest, UpstreamFailed, check_process, request_id, unreachable
-from modelium.http.rpc.channels import Channels
+from modelium.http.rpc.channels import Channels, lost
 from modelium.http.rpc.status import refuse
 from modelium.http.rpc.wire import text_field
 from modelium.http.settings import HttpSettings
@@ -32,20 +31,6 @@ _ID = REQUEST_ID.lower()
 
 _OF_THE_CONNECTION = ("grpc-", "content-type", "te", "user-agent")
 """Beginnings of metadata that speak of one connection, or that every client sets for itself."""
-
-_LOST = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED})
-_CONNECTION = re.compile(
-    "failed to connect|connections to all backends|stream removed|socket closed|rst_stream|goaway|recvmsg|sendmsg|"
-    "connection reset|connection refused|broken pipe|endpoint closing|end of tcp stream|http2 header with status|"
-    "keepalive|ping timeout|cancelling all calls|locally cancelled|channel (is )?closed",
-    re.IGNORECASE,
-)
-"""What gRPC itself says of a connection that was lost, under the statuses above (1.85); a runtime that ends a call with
-one of these statuses has words of its own, and nothing else tells the two apart."""
-
-
-def _lost(exc: grpc.aio.AioRpcError) -> bool:
-    return exc.code() in _LOST and _CONNECTION.search(exc.details() or "") is not None
 
 
 class Passing:
@@ -98,7 +83,7 @@ class Passing:
 
     async def _failed(self, exc: grpc.aio.AioRpcError, address: str, context: Context, model: str) -> None:
         code, details = exc.code(), exc.details() or ""
-        if _lost(exc):
+        if lost(exc):
             if code is grpc.StatusCode.UNAVAILABLE and "failed to connect" in details:
                 self._channels.drop(address)
                 raise unreachable(model, address, details) from exc
@@ -164,7 +149,7 @@ class Passing:
                 if answer is None:
                     return
                 if isinstance(answer, grpc.aio.AioRpcError):
-                    ok = not _lost(answer)
+                    ok = not lost(answer)
                     address = next(iter(leases.values())).endpoints[GRPC]
                     await self._failed(answer, address, context, ", ".join(leases))
                 elif isinstance(answer, BaseException):

@@ -258,6 +258,8 @@ class ObservedModel(Frozen):
     requests: int | None = None
     """Finished so far by the runtime's own count, those that never passed through Modelium included."""
     in_flight: int | None = None
+    broken: bool = False
+    """It is neither ready nor on its way: it has to be loaded again, say since a process of its own has ended."""
     reason: str = ""
 
 

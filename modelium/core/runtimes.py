@@ -37,9 +37,8 @@ def runtime_up(turn: Turn, event: e.RuntimeUp) -> None:
     turn.move_runtime(runtime, RuntimeState.UP, reason, instance=event.instance, external=event.external)
     _reconcile(turn, event.name, event.observation.models, inf)
     for model in list(turn.models.values()):
-        lost = model.state is State.FAILED and model.blameless and model.held is None and model.home == event.name
-        if lost and model.want is Want.NONE and not model.tickets:
-            _gone(turn, model, f"{event.name} is up again")
+        if model.home == event.name:
+            _unwanted(turn, model, f"{event.name} is up again")
     turn.dirty = True
 
 
@@ -56,7 +55,7 @@ def runtime_observed(turn: Turn, event: e.RuntimeObserved) -> None:
 def _reconcile(turn: Turn, runtime: str, observed: tuple[ObservedModel, ...], taken_at: float) -> None:
     """Bring what is believed in line with what is seen; what changed after the look is left alone."""
     seen = {m.name: m for m in observed if m.ready}
-    there = {m.name for m in observed}
+    there = {m.name: m for m in observed}
     foreign: list[str] = []
     for shown in seen.values():
         model = turn.models.get(shown.name)
@@ -71,20 +70,24 @@ def _reconcile(turn: Turn, runtime: str, observed: tuple[ObservedModel, ...], ta
         model = turn.models[name]
         if model.home != runtime or name in seen:
             continue
-        if name in there and model.state in (State.FAILED, State.RECOVERING):
+        left = there.get(name)
+        if left is not None and not left.broken and model.state in (State.FAILED, State.RECOVERING):
             continue  # it is neither ready nor gone, and holds memory still
         lost.append(model)
+        reason = left.reason if left is not None else f"{runtime} no longer has it loaded"
         if model.state is State.RECOVERING:
-            _gone(turn, model, "no longer loaded in its runtime")
+            _gone(turn, model, reason, Want.RESTORE if left is not None else Want.NONE)
         elif model.since >= taken_at:
             continue
         elif model.state is State.READY and not model.op:
-            _lose(turn, model, Failure("runtime_unavailable", f"{runtime} no longer has it loaded"))
+            _lose(turn, model, Failure("runtime_unavailable", reason))
+            if name in turn.models:
+                _unwanted(turn, turn.models[name], reason)
             whole = next((m.name for m in turn.live_dependents(name) if m.state is State.READY), None)
             if whole is not None and name in turn.models:
                 want(turn, turn.models[name], Want.RESTORE, f"{whole} is made of it")
         elif model.state is State.FAILED:
-            _gone(turn, model, "no longer loaded in its runtime")
+            _gone(turn, model, reason)
     for model in lost:
         unload_parts(turn, model)
     known = turn.runtimes[runtime]
@@ -233,9 +236,16 @@ def _lose(turn: Turn, model: Model, failure: Failure) -> None:
     onward(turn, model, again, failure.message)
 
 
-def _gone(turn: Turn, model: Model, reason: str) -> None:
+def _unwanted(turn: Turn, model: Model, reason: str) -> None:
+    """What was lost by no fault of its own, and nobody waits for, is ready to be loaded again."""
+    lost = model.state is State.FAILED and model.blameless and model.held is None
+    if lost and model.want is Want.NONE and not model.tickets:
+        _gone(turn, model, reason)
+
+
+def _gone(turn: Turn, model: Model, reason: str, again: Want = Want.NONE) -> None:
     """What was not known, or could not be unloaded, is not there."""
-    wanted = model.want
+    wanted = again or model.want
     model = turn.move(
         model, State.COLD, reason, want=Want.NONE, booking=(), extra=(), measured=(), held=None, coming=None,
         failure=None, failures=0, retry_at=0.0,

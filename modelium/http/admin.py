@@ -104,8 +104,8 @@ class Admin:
         return _shown(self._service.view(name))
 
     async def unload(self, request: web.Request) -> web.Response:
-        name = request.match_info["name"]
-        await self._service.unload(name)
+        name, deadline_s = request.match_info["name"], deadline_of(request.headers, self._settings.max_deadline_s)
+        await self._service.unload(name, deadline_s=deadline_s)
         return _shown(self._service.view(name))
 
     async def pin(self, request: web.Request) -> web.Response:

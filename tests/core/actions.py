@@ -287,6 +287,16 @@ def unload_behind_its_back(sim: Sim, pick: Pick) -> None:
         sim.real[sim.world.models[name].home].models.pop(name, None)
 
 
+def breaks(sim: Sim, pick: Pick) -> None:
+    """A process of a loaded model ends."""
+    real = sim.real[_runtime(sim, pick)]
+    names = [name for name in sorted(real.models) if not _worked_on(sim, name)]
+    if names:
+        name = names[pick(len(names))]
+        real.broken.add(name)
+        real.models[name] = tuple((device, 0) for device, _ in real.models[name])
+
+
 def _worked_on(sim: Sim, name: str) -> bool:
     return any(not isinstance(p.order, i.StartRuntime | i.StopRuntime) and p.order.name == name for p in sim.pending)
 
@@ -309,6 +319,6 @@ def another_chance(sim: Sim, pick: Pick) -> None:
 OFTEN = (accept, ask, ask_known, ask_known, complete, complete, complete, complete, wait, wait, use, end_use, end_use)
 SELDOM = (
     accept_again_after_restart, change, change_plan, rescan, redrop, invalid, remove, drop, load, load, unload, pin,
-    withdraw, fail, lose, jump, look, see, see_now, see_devices, foreign_memory, memory_grows, crash, lose_contact,
-    restart_silently, load_behind_its_back, unload_behind_its_back, load_foreign, another_chance,
+    withdraw, fail, lose, jump, look, see, see_now, see_devices, foreign_memory, memory_grows, breaks, crash,
+    lose_contact, restart_silently, load_behind_its_back, unload_behind_its_back, load_foreign, another_chance,
 )  # fmt: skip

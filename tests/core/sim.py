@@ -36,6 +36,8 @@ class RealRuntime:
     alive: bool = True
     models: dict[str, Booking] = field(default_factory=dict)
     """What is loaded in it, with what it takes."""
+    broken: set[str] = field(default_factory=set)
+    """What has to be loaded again before it serves."""
 
 
 @dataclass(frozen=True)
@@ -350,6 +352,7 @@ class Sim:
                     device = booking[0][0] if booking else "cpu:0"
                     memory = ((device, file.real),)
                     real.models[name] = memory
+                    real.broken.discard(name)
                     self.happen(e.Loaded(self.now, name, op, () if self.blind else memory, took))
             case i.StopRuntime(name, epoch):
                 self.real[name].alive = False
@@ -537,7 +540,13 @@ class Sim:
         return Observation(
             instance=str(real.instance),
             models=tuple(
-                ObservedModel(name=n, ready=True, memory={} if self.blind else dict(memory))
+                ObservedModel(
+                    name=n,
+                    ready=n not in real.broken,
+                    broken=n in real.broken,
+                    memory={} if self.blind else dict(memory),
+                    reason="it broke" if n in real.broken else "",
+                )
                 for n, memory in sorted(real.models.items())
             ),
         )
@@ -769,7 +778,7 @@ class Sim:
         managed = {
             n
             for name, r in self.real.items()
-            for n in r.models
+            for n in r.models.keys() - r.broken
             if n in self.world.models
             and self.world.models[n].state is not State.INVALID
             and self.world.models[n].home == name

@@ -351,7 +351,7 @@ def test_a_lost_part_comes_back_for_what_is_made_of_it() -> None:
     sim.wait(400)
     del sim.real["r"].models["p"]
     sim.see_runtime()
-    assert sim.states() == {"p": "FAILED", "q": "READY", "w": "READY"}
+    assert sim.states() == {"p": "LOADING", "q": "READY", "w": "READY"}
     sim.wait(2)
     sim.run()
     assert sim.states() == {"p": "READY", "q": "READY", "w": "READY"}
@@ -826,6 +826,20 @@ def test_after_a_restart_of_the_service_what_is_loaded_is_adopted() -> None:
     assert sorted(sim.loads) == ["gone", "old"]
 
 
+def test_after_a_restart_of_the_service_what_broke_meanwhile_is_loaded_again() -> None:
+    sim = make()
+    sim.real["r"].models["a"] = (("cpu:0", 30),)
+    sim.real["r"].broken.add("a")
+    sim.tell_down()
+    sim.accept("a", was_loaded=True)
+    waiting = sim.ask("a")
+    sim.wait(2)
+    sim.complete(next(p for p in sim.pending if isinstance(p.order, i.StartRuntime)))
+    assert sim.state("a") is State.LOADING
+    sim.run()
+    assert sim.answer(waiting) == "granted"
+
+
 def test_one_that_is_accepted_after_its_runtime_is_up_is_adopted_at_the_next_look() -> None:
     sim = make()
     sim.real["r"].models["a"] = (("cpu:0", 10),)
@@ -859,7 +873,7 @@ def test_unloaded_behind_its_back_and_loaded_behind_its_back() -> None:
     sim.wait(400)
     sim.real["r"].models.clear()
     sim.see_runtime()
-    assert sim.state("a") is State.FAILED
+    assert sim.state("a") is State.COLD
     assert booked(sim) == (0, 0, 0)
     sim.real["r"].models["a"] = (("cpu:0", 25),)
     sim.see_runtime()

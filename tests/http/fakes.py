@@ -127,7 +127,7 @@ class FakeService:
         self._order(name)
         self.put(name, "READY")
 
-    async def unload(self, name: str) -> None:
+    async def unload(self, name: str, *, deadline_s: float | None = None) -> None:
         self.calls.append(("unload", name))
         self._order(name)
         self.put(name, "COLD")

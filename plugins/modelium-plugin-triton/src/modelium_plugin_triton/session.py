@@ -180,6 +180,7 @@ class Session:
         return ObservedModel(
             name=name,
             ready=not reason,
+            broken=bool(reason),
             versions=tuple(v.version for v in versions),
             memory=added(stub.memory for stub in stubs) if stubs else self.native.get(name, {}),
             requests=sum(v.requests for v in versions),

@@ -95,6 +95,8 @@ class Catalog:
         self.known: dict[str, Known] = {}
         self._invalid: dict[str, str] = {}
         """Folders that are no usable models, and the revision at which that was found."""
+        self.open = asyncio.Event()
+        """Set when the core knows the runtimes: what is taken in before would be judged without them."""
         self.read_once = asyncio.Event()
         """Set when the whole repository was read for the first time."""
 
@@ -116,6 +118,7 @@ class Catalog:
 
     async def look(self, *names: str, settled: bool = False) -> None:
         """Bring a few names up to date; `settled` when whoever asks knows that nobody is still writing."""
+        await self.open.wait()
         asked = [n for n in names if n in self.known or _is_name(n)]
         later: list[Entry] = []
         async with self._reading:

@@ -254,6 +254,7 @@ class Orchestrator:
         self._recall_quarantine()
         for name in self.running:
             self.loop.post(e.RuntimeAdded(self.clock(), name))
+        self.catalog.open.set()
         self.loop.tick()
         self._watcher = Watcher()
         if self.ingest is not None and self.paths.incoming is not None:

@@ -13,7 +13,9 @@ import pytest
 
 from modelium.api import Inspection
 from modelium.api.fakes import FakeRuntime
+from modelium.engine.orchestrator import Orchestrator
 from modelium.engine.repository import Repository
+from modelium.engine.service import Service
 from modelium.errors import (
     DeadlinePassed,
     DriverError,
@@ -581,6 +583,24 @@ async def test_a_request_before_the_repository_was_read_waits_for_that(
         (await waiting).release()
         with pytest.raises(ModelNotFound):
             await again.service.acquire("nobody")
+
+
+async def test_a_request_before_runtimes_are_known_waits_for_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = FakeRuntime()
+    async with rig(tmp_path, runtime=runtime) as r:
+        await r.add("a")
+    real, asked = Orchestrator.start, []
+
+    async def start(self: Orchestrator) -> None:
+        asked.append(asyncio.ensure_future(Service(self).acquire("a")))
+        await asyncio.wait(asked, timeout=0.2)
+        await real(self)
+
+    monkeypatch.setattr(Orchestrator, "start", start)
+    async with rig(tmp_path, runtime=runtime):
+        (await asked[0]).release()
 
 
 async def test_a_lease_from_before_a_reload_ends_the_drain_too(tmp_path: Path) -> None:

@@ -117,8 +117,9 @@ class Server(Section):
     but the runtime's."""
     max_json_bytes: Size = 16 * 2**20
     """Of a request that the service has to read itself: OpenAI's routes, `/predict`, orders."""
-    client_stall_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 60
-    """The longest that a client may pause in the middle of a request; then it is answered 408."""
+    client_stall_s: Annotated[float, Field(gt=0, le=86_400)] = 60
+    """The longest that a client may pause in the middle of a request, which is answered 408 then, or in taking the
+    answer, which is broken off."""
 
     @model_validator(mode="after")
     def _distinct(self) -> Self:

@@ -36,13 +36,14 @@ class Front(Frozen):
     max_body_bytes: int | None = None
     """Of a request that goes straight to a runtime; the service refuses longer ones. None: any."""
     max_header_bytes: int = 8000
-    """Of one header; the service refuses longer ones."""
+    """Of all headers of a request that goes straight to a runtime; the service judges the others."""
     client_stall_s: float = 60.0
-    """The longest pause of a client in the middle of its HTTP request."""
+    """The longest pause of a client in the middle of its request, or of taking the answer to it."""
     client_errors: tuple[str, ...] = ()
     """How answers of runtimes under status 500 begin that are the client's fault, and are to have status 400."""
     dead: str = ""
-    """What is in answers of runtimes under status 500 when the model's own process has ended: to have status 502."""
+    """A regular expression for what answers of runtimes under status 400 or 500 hold when the model's own process has
+    ended: they are to have status 502."""
 
 
 class DataRoute(Frozen):

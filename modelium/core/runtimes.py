@@ -71,7 +71,10 @@ def _reconcile(turn: Turn, runtime: str, observed: tuple[ObservedModel, ...], ta
         if model.home != runtime or name in seen:
             continue
         left = there.get(name)
-        if left is not None and not left.broken and model.state in (State.FAILED, State.RECOVERING):
+        if left is not None and (
+            (model.state is State.RECOVERING and not left.broken)
+            or (model.state is State.FAILED and not (left.broken and not any(left.memory.values())))
+        ):
             continue  # it is neither ready nor gone, and holds memory still
         lost.append(model)
         reason = left.reason if left is not None else f"{runtime} no longer has it loaded"
@@ -237,8 +240,11 @@ def _lose(turn: Turn, model: Model, failure: Failure) -> None:
 
 
 def _unwanted(turn: Turn, model: Model, reason: str) -> None:
-    """What was lost by no fault of its own, and nobody waits for, is ready to be loaded again."""
-    lost = model.state is State.FAILED and model.blameless and model.held is None
+    """What was READY when it was lost, and nobody waits for, may be loaded again.
+
+    One that was being loaded may be what the runtime was lost by: its failures go on counting.
+    """
+    lost = model.state is State.FAILED and model.blameless and model.held is None and model.failures <= 1
     if lost and model.want is Want.NONE and not model.tickets:
         _gone(turn, model, reason)
 

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
-from contextlib import AbstractAsyncContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,12 +29,12 @@ log = logging.getLogger(__name__)
 
 BATCH = 100
 """Entries read in a thread before the event loop takes them in."""
-STUDIED = 32
-"""Folders looked into without a break: a drop waits for as many."""
-ASKED = 2
-"""Batches of them that the inspector has before it, so that it always has one."""
-AHEAD = 32
-"""Batches that may wait for the runtimes, once looked into."""
+BATCH_SIZE = 16
+"""Unknown folders that are looked into together."""
+BATCHES_IN_INSPECTOR = 2
+"""So that it always has one before it; a drop, or a folder that is asked for, waits for these."""
+BATCHES_IN_FLIGHT = 64
+"""Looked into, they wait until the runtimes are known."""
 
 Inspect = Callable[[Sequence[Path]], Awaitable[list[Inspection | ModeliumError]]]
 
@@ -88,7 +88,7 @@ class Catalog:
         self._leaving: set[str] = set()
         self._unstudied: dict[str, Entry] = {}
         """Folders that are still to be looked into."""
-        self._asked = asyncio.Semaphore(ASKED)
+        self._asked = asyncio.Semaphore(BATCHES_IN_INSPECTOR)
         self._planning = asyncio.Lock()
         self._studied: dict[str, asyncio.Event] = {}
         """Folders that are being looked into."""
@@ -190,15 +190,15 @@ class Catalog:
     async def _study_all(self, entries: list[Entry]) -> None:
         """Look into folders; while the inspector looks into some, others are planned and written down."""
         self._unstudied.update((entry.name, entry) for entry in entries)
-        batches = [entries[start : start + STUDIED] for start in range(0, len(entries), STUDIED)]
+        batches = [entries[start : start + BATCH_SIZE] for start in range(0, len(entries), BATCH_SIZE)]
         waiting = iter(batches)
 
         async def work() -> None:
             for batch in waiting:
-                await self._study(batch, self._asked)
+                await self._study(batch)
 
         async with asyncio.TaskGroup() as group:
-            for _ in range(min(AHEAD, len(batches))):
+            for _ in range(min(BATCHES_IN_FLIGHT, len(batches))):
                 group.create_task(work())
 
     def coming(self, name: str) -> asyncio.Task[Any] | None:
@@ -206,7 +206,7 @@ class Catalog:
         if name in self.known:
             return None
         if (entry := self._unstudied.get(name)) is not None:
-            return self._background(self._study([entry]))
+            return self._background(self._study([entry], ahead=True))
         if (done := self._studied.get(name)) is not None:
             return self._background(done.wait())
         return None if self.read_once.is_set() else self._background(self.look(name, settled=True))
@@ -218,28 +218,34 @@ class Catalog:
             self.known.pop(name, None)
             self._invalid.pop(name, None)
 
-    async def _study(self, entries: Sequence[Entry], gate: AbstractAsyncContextManager[Any] | None = None) -> None:
-        """Find out what folders without a manifest are, those that nobody has yet; nothing in them is changed."""
+    async def _study(self, entries: Sequence[Entry], *, ahead: bool = False) -> None:
+        """Find out what folders without a manifest are, those that nobody has yet; nothing in them is changed.
+
+        `ahead` of the batches: somebody waits for it.
+        """
         mine: list[Entry] = []
-        done = asyncio.Event()
         try:
-            async with gate or nullcontext():
+            async with nullcontext() if ahead else self._asked:
                 for entry in entries:
                     if self._unstudied.get(entry.name) is entry:
-                        self._studied[entry.name] = done
+                        self._studied[entry.name] = asyncio.Event()
                         del self._unstudied[entry.name]
                         mine.append(entry)
                 found = await self._look_into(mine)
             await self._runtimes_known()
-            async with self._planning:
+            async with nullcontext() if ahead else self._planning:
                 await self._plan(found)
         except (ConfigError, PluginError) as exc:
             for entry in mine:
                 _not_its_fault(entry.name, exc)
         finally:
-            done.set()
             for entry in mine:
-                self._studied.pop(entry.name, None)
+                self._done(entry.name)
+
+    def _done(self, name: str) -> None:
+        done = self._studied.pop(name, None)
+        if done is not None:
+            done.set()
 
     async def _look_into(self, entries: Iterable[Entry]) -> list[tuple[Entry, Inspection | ModeliumError]]:
         good = []
@@ -264,7 +270,9 @@ class Catalog:
         await asyncio.to_thread(self._keep, [manifest for _, manifest in planned])
         for entry, manifest in planned:
             await asyncio.sleep(0)
-            self._accept(replace(entry, manifest=manifest), manifest)
+            if entry.name not in self._leaving:
+                self._accept(replace(entry, manifest=manifest), manifest)
+            self._done(entry.name)
 
     def _planned(self, entry: Entry, inspection: Inspection | ModeliumError) -> Manifest:
         if isinstance(inspection, ModeliumError):

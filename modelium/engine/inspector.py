@@ -69,12 +69,10 @@ class _Process:
         )
         return cls(process)
 
-    async def send(self, requests: Iterable[Mapping[str, Any]]) -> None:
-        """They are answered in their order; a process that has died is found by the first `answer`."""
+    def send(self, requests: Iterable[Mapping[str, Any]]) -> None:
+        """They are answered in their order; a process that has died, or takes none, is found by the first `answer`."""
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            self._process.stdin.write(b"".join(json.dumps(request).encode() + b"\n" for request in requests))
-            await self._process.stdin.drain()
+        self._process.stdin.write(b"".join(json.dumps(request).encode() + b"\n" for request in requests))
 
     async def answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
@@ -203,7 +201,7 @@ class Inspector:
         process = await self._start(self._convert_memory_bytes, cpu_s=int(self._convert_s))
         self._conversions.add(process)
         try:
-            await process.send([request])
+            process.send([request])
             return str(await self._answer(process, path, self._convert_s))
         except BaseException:
             await process.end()
@@ -246,7 +244,7 @@ class Inspector:
         process = self._process
         answers: list[Any] = []
         try:
-            await process.send(_request(path, operation) for path in paths)
+            process.send(_request(path, operation) for path in paths)
             for path in paths:
                 try:
                     answers.append(await self._answer(process, path, within_s))
@@ -298,7 +296,10 @@ class Inspector:
     async def _start(self, memory_bytes: int, *, cpu_s: int = 0, preload: bool = False) -> _Process:
         modules = [f"--preload={name}" for name in PRELOAD] if preload else []
         limits = [f"--memory-bytes={memory_bytes}", f"--cpu-s={cpu_s}"]
-        process = await _Process.start([*limits, *self._disabled, *modules])
+        try:
+            process = await _Process.start([*limits, *self._disabled, *modules])
+        except OSError as exc:
+            raise PluginError(f"the process that looks at drops can't be started: {exc}", code="inspector") from exc
         try:
             async with asyncio.timeout(START_S):
                 answer = await process.answer()

@@ -134,11 +134,15 @@ class Admin:
     # ------------------------------------------------------------------ the service
 
     async def index(self, request: web.Request) -> web.Response:
-        found = {"name": "modelium", "version": modelium.__version__, "routes": openapi.index()}
+        found = {
+            "name": "modelium",
+            "version": modelium.__version__,
+            "routes": openapi.index(metrics=self._settings.metrics),
+        }
         return web.Response(text=json.dumps(found, indent=2) + "\n", content_type="application/json")
 
     async def described(self, request: web.Request) -> web.Response:
-        return json_answer(openapi.description())
+        return json_answer(openapi.description(metrics=self._settings.metrics))
 
     async def livez(self, request: web.Request) -> web.Response:
         return web.Response(text="ok\n")

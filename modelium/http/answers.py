@@ -63,15 +63,20 @@ TRACE = ("traceparent", "tracestate", "baggage")
 """https://www.w3.org/TR/trace-context/ and https://www.w3.org/TR/baggage/"""
 
 
+_PRINTABLE = re.compile("[ -~]+")
+"""What gRPC's metadata may hold, and no log is confused by."""
+
+
 def request_id(found: str | None) -> str:
-    """The id that the client gave its request, if it is of a sane length; else a new one."""
-    return found if found and len(found) <= MAX_ID_BYTES else secrets.token_hex(16)
+    """The id that the client gave its request, if it is printable ASCII of a sane length; else a new one."""
+    sane = found is not None and len(found) <= MAX_ID_BYTES and _PRINTABLE.fullmatch(found)
+    return found if found is not None and sane else secrets.token_hex(16)
 
 
 def along(request: web.Request) -> dict[str, str]:
     """Headers that go along where what a runtime is asked is composed here: the request's id, and its trace context."""
-    kept = {name: request.headers[name] for name in TRACE if name in request.headers}
-    return {REQUEST_ID: request[ID], **kept}
+    found = {name: request.headers.get(name, "") for name in TRACE}
+    return {REQUEST_ID: request[ID], **{k: v for k, v in found.items() if _PRINTABLE.fullmatch(v)}}
 
 
 async def name_request(request: web.Request, response: web.StreamResponse) -> None:
@@ -105,9 +110,9 @@ def unreachable(model: str, address: str, why: str) -> RuntimeUnavailable:
     )
 
 
-DEAD = "is not healthy"
-_DEAD = re.compile(rb"Stub process '[^']*' " + DEAD.encode())
+DEAD = "Stub process '[^']*' is not healthy"
 """What Triton answers, under 500, or 400 to `generate_stream`, for a Python model whose process has ended (2.51)."""
+_DEAD = re.compile(DEAD.encode())
 
 
 def check_process(answer: bytes, model: str) -> None:

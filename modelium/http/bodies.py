@@ -27,7 +27,7 @@ class TooLarge(ModeliumError):
 
 
 class BodyStalled(ModeliumError):
-    """The client stopped sending in the middle of its request, and held a model's lease meanwhile."""
+    """The client stopped in the middle of its request, or of taking the answer, and held a model's lease meanwhile."""
 
     code = "body_stalled"
 

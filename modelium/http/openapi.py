@@ -50,6 +50,29 @@ DEADLINE: Schema = {
 }
 
 
+LOADING: tuple[Schema, ...] = (
+    DEADLINE,
+    {
+        "name": "x-modelium-wait",
+        "in": "header",
+        "description": "`0`: do not wait for a load, be told how far it is; so does `?wait=0`.",
+        "schema": {"enum": ["0", "1"]},
+    },
+    {
+        "name": "x-modelium-priority",
+        "in": "header",
+        "description": "Who waits for room goes by this, the higher first.",
+        "schema": {"type": "integer"},
+    },
+    {
+        "name": "x-modelium-organisation",
+        "in": "header",
+        "description": "Whom the request is counted for.",
+        "schema": {"type": "string", "maxLength": 64},
+    },
+)
+
+
 class Error(BaseModel):
     model_config = ConfigDict(extra="allow")
 
@@ -91,7 +114,7 @@ OPERATIONS: Mapping[str, Operation] = {
     "POST /predict/{model}": Operation(
         'inference in one simple form: {"inputs": ...} or {"text": "..."}',
         Prediction,
-        headers=(DEADLINE,),
+        headers=LOADING,
         takes={"description": "`inputs` or `text`, and `parameters`; or the value of the one input."},
     ),
     "GET /models": Operation(
@@ -142,14 +165,22 @@ ALIKE = ("unload", "pin", "unpin")
 """Orders that the index tells of in the line of `load`."""
 
 
-def index() -> dict[str, str]:
+METRICS = "GET /metrics"
+"""A route that the configuration can leave out."""
+
+
+def index(*, metrics: bool = True) -> dict[str, str]:
     """One line for each route."""
-    own = {route: op.summary for route, op in OPERATIONS.items() if not route.endswith(ALIKE)}
+    own = {
+        route: op.summary
+        for route, op in OPERATIONS.items()
+        if not route.endswith(ALIKE) and (metrics or route != METRICS)
+    }
     return {**OTHERS, **own}
 
 
 @cache
-def description() -> Mapping[str, Any]:
+def description(*, metrics: bool = True) -> Mapping[str, Any]:
     """The whole description."""
     typed = {route: op.gives for route, op in OPERATIONS.items() if not isinstance(op.gives, str)}
     adapters = [(route, "serialization", TypeAdapter(kind)) for route, kind in typed.items()]
@@ -159,6 +190,8 @@ def description() -> Mapping[str, Any]:
     )
     paths: dict[str, dict[str, Any]] = {}
     for route, op in OPERATIONS.items():
+        if route == METRICS and not metrics:
+            continue
         method, _, path = route.partition(" ")
         schema = schemas.get((route, "serialization"))
         paths.setdefault(path, {})[method.lower()] = _operation(path, op, schema)

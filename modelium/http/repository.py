@@ -5,6 +5,7 @@ https://github.com/triton-inference-server/server/blob/main/docs/protocol/extens
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 from collections.abc import Mapping
@@ -39,8 +40,14 @@ INDEX_STATES: Mapping[str, str] = {
 }
 """In Triton's words; every other state is UNAVAILABLE."""
 
+ALL_S = 10.0
+"""For what one runtime contributes to an answer about all."""
+
 NOT_SERVABLE = frozenset({State.DISCOVERED, State.INVALID, State.FAILED})
 """States in which a request would not be answered, now or after waiting."""
+
+
+_OWN = ("modelium", modelium.__version__)
 
 
 class Refused(BadRequest):
@@ -51,6 +58,7 @@ class ModelRepository:
     def __init__(self, service: Service, upstream: Upstream):
         self._service = service
         self._upstream = upstream
+        self._identity = _OWN
 
     async def index(self, only_ready: bool) -> list[dict[str, str]]:
         """An entry for each model, with each loaded version: `name`, `state`, and where there is one `version` and
@@ -86,15 +94,15 @@ class ModelRepository:
         except ModeliumError as exc:
             if not isinstance(exc, ModelFailed | LoadRejected) and exc.code != ModelError.code:
                 raise
-            raise Refused(exc.message, **exc.fields) from exc
+            raise Refused(exc.message, retry_after_s=exc.retry_after_s, **exc.fields) from exc
 
-    async def unload(self, name: str) -> None:
+    async def unload(self, name: str, deadline_s: float | None = None) -> None:
         """Return when it is unloaded. A model that is not there is unloaded already, as Triton has it.
 
         Parts of an ensemble go when nobody uses them, so Triton's `unload_dependents` changes nothing.
         """
         with contextlib.suppress(ModelNotFound):
-            await self._service.unload(name)
+            await self._service.unload(name, deadline_s=deadline_s)
 
     # ------------------------------------------------------------------ runtimes
 
@@ -103,8 +111,10 @@ class ModelRepository:
         for clients that look which server they talk to."""
         runtimes = self.runtimes(protocol)
         if len(runtimes) == 1:
-            return runtimes[0].name, runtimes[0].version
-        return "modelium", modelium.__version__
+            self._identity = runtimes[0].name, runtimes[0].version
+        elif runtimes:
+            self._identity = _OWN
+        return self._identity  # while none is up: as it was
 
     def runtimes(self, protocol: str = HTTP) -> list[RuntimeInfo]:
         """Those that are up and speak `protocol`."""
@@ -143,10 +153,12 @@ class ModelRepository:
         for info in self.runtimes():
             url = f"{info.endpoint(HTTP)}/v2/repository/index"
             try:
-                status, _, body = await self._upstream.ask("POST", url, info.name, body=b'{"ready":true}')
-            except (UpstreamFailed, RuntimeUnavailable):
+                async with asyncio.timeout(ALL_S):
+                    status, _, body = await self._upstream.ask("POST", url, info.name, body=b'{"ready":true}')
+                entries = json.loads(body) if status == 200 else []
+            except (UpstreamFailed, RuntimeUnavailable, TimeoutError, ValueError):
                 continue
-            for entry in json.loads(body) if status == 200 else []:
+            for entry in entries:
                 if entry.get("version"):
                     versions.setdefault(entry["name"], []).append(entry["version"])
         return versions

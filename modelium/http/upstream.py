@@ -7,6 +7,7 @@ the pool. Once a byte has left, the runtime may have worked on it, and its failu
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Mapping
 
@@ -19,7 +20,7 @@ from yarl import URL
 
 from modelium.errors import ModeliumError
 from modelium.http.answers import ID, REQUEST_ID, UpstreamFailed, unreachable
-from modelium.http.bodies import HEADER_LENGTH, TooLarge, check_header_length, some
+from modelium.http.bodies import HEADER_LENGTH, BodyStalled, TooLarge, check_header_length, some
 from modelium.http.settings import HttpSettings
 
 log = logging.getLogger(__name__)
@@ -232,7 +233,13 @@ class Upstream:
                 raise StreamBroken(_words(exc)) from exc
             if not chunk:
                 break
-            await response.write(chunk)
+            try:
+                async with asyncio.timeout(self._settings.client_stall_s):
+                    await response.write(chunk)
+            except TimeoutError:
+                raise BodyStalled(
+                    f"the client took nothing of the answer for {self._settings.client_stall_s:g} s"
+                ) from None
         await response.write_eof()
         return response
 

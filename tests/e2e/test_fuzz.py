@@ -1,4 +1,5 @@
-"""Malformed HTTP and gRPC on both data paths: answered or closed, never a 500, never on another model's account.
+"""Malformed HTTP and gRPC on both data paths: answered or closed, never a 500, and never does one
+reach a model that it does not name.
 
 `MODELIUM_FUZZ_SEED` says again what the random part did; the seed is printed.
 """
@@ -11,7 +12,6 @@ import os
 import random
 import re
 import struct
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -377,7 +377,7 @@ async def test_calls_that_are_none(room: Room, unharmed: Callable[[int], None]) 
 
 
 async def test_a_call_that_names_two_models_is_the_lasts(room: Room, unharmed: Callable[[int], None]) -> None:
-    """As for every protobuf parser."""
+    """As for every protobuf parser. HAProxy counts it for the first."""
     got = await called(room.service.grpc_address(), framed(named("front", "victim")), grpc_headers())
     assert got.get("grpc-status") == "0"
     unharmed(1)
@@ -388,7 +388,6 @@ async def test_frames_that_are_none(room: Room, unharmed: Callable[[int], None])
     rng = random.Random(f"{SEED} frames")
     port = int(room.service.grpc_address().rpartition(":")[2])
     gate = asyncio.Semaphore(AT_ONCE)
-    ended: Counter[bool] = Counter()
 
     def frames() -> bytes:
         data = PREFACE + struct.pack(">I", 0)[1:] + bytes([4, 0]) + bytes(4)
@@ -408,9 +407,8 @@ async def test_frames_that_are_none(room: Room, unharmed: Callable[[int], None])
                 async with asyncio.timeout(1):
                     while await reader.read(65536):
                         pass
-                ended[True] += 1
             except (TimeoutError, ConnectionError):
-                ended[False] += 1
+                pass
             finally:
                 writer.close()
 

@@ -53,6 +53,7 @@ class ToyInspector:
 
     def __init__(self) -> None:
         self.inspected: list[str] = []
+        self._turn = asyncio.Lock()
 
     def _read(self, path: Path) -> dict[str, Any]:
         file = path
@@ -71,12 +72,14 @@ class ToyInspector:
         return Completeness(complete=toy.get("whole", True), reason="half of it is missing")
 
     async def inspect_all(self, paths: Sequence[Path]) -> list[Inspection | ModeliumError]:
+        """One batch after the other, as the real one has it."""
         found: list[Inspection | ModeliumError] = []
-        for path in paths:
-            try:
-                found.append(await self.inspect(path))
-            except ModeliumError as exc:
-                found.append(exc)
+        async with self._turn:
+            for path in paths:
+                try:
+                    found.append(await self.inspect(path))
+                except ModeliumError as exc:
+                    found.append(exc)
         return found
 
     async def inspect(self, path: Path) -> Inspection:

@@ -535,25 +535,23 @@ async def test_the_feed_shows_transitions(tmp_path: Path) -> None:
 async def test_a_request_for_a_folder_that_was_not_looked_into_yet_comes_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    theirs = tmp_path / "theirs"
-    for number in range(100):
-        (theirs / f"m{number:02d}/1").mkdir(parents=True)
-        (theirs / f"m{number:02d}/1/x.toy").write_text(json.dumps({"size": 1}))
-    go = asyncio.Event()
+    theirs, count = tmp_path / "theirs", 500
+    for number in range(count):
+        (theirs / f"m{number:03d}/1").mkdir(parents=True)
+        (theirs / f"m{number:03d}/1/x.toy").write_text(json.dumps({"size": 1}))
     real = ToyInspector.inspect
 
-    async def slow(self: ToyInspector, path: Path) -> Inspection:
-        if path.name != "m99":
-            await go.wait()
+    async def inspect(self: ToyInspector, path: Path) -> Inspection:
+        await asyncio.sleep(0)
         return await real(self, path)
 
-    monkeypatch.setattr(ToyInspector, "inspect", slow)
+    monkeypatch.setattr(ToyInspector, "inspect", inspect)
     async with rig(tmp_path / "root", repository=theirs) as r:
-        await r.until(r.engine.catalog.read_once.is_set)
-        (await r.service.acquire("m99")).release()
-        assert r.state("m98") == "-"
-        go.set()
-        await r.until(lambda: len(r.service.names()) == 100)
+        await r.engine.catalog.read_once.wait()
+        (await r.service.acquire("m499")).release()
+        assert len(r.service.names()) < count / 2
+        await r.until(lambda: len(r.service.names()) == count)
+        assert sorted(r.engine.inspector.inspected) == sorted(r.service.names())  # type: ignore[attr-defined]
 
 
 async def test_a_request_before_the_repository_was_read_waits_for_that(

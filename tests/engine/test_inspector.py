@@ -224,7 +224,7 @@ async def test_of_many_asked_at_once_each_has_its_own_answer(rude: Callable[[str
     unknown = tmp_path / "x.txt"
     unknown.write_text("nothing")
     paths = [good[0], rude("die"), good[1], rude("spin"), unknown, good[2], rude("exit"), good[3]]
-    async with running(inspect_s=1.5) as inspector:
+    async with running(inspect_s=5) as inspector:
         found = await inspector.inspect_all(paths)
         told = [f.analysis.parameters if isinstance(f, Inspection) and f.analysis else f for f in found]
         assert [told[i] for i in (0, 2, 5, 7)] == [1, 4, 9, 16]

@@ -195,7 +195,7 @@ async def test_ready_means_that_a_request_would_be_answered(
 async def test_each_request_has_an_id_that_the_runtime_and_the_client_know(
     surface: Surface, upstream: Recorder
 ) -> None:
-    for given in ("mine-1", "", "x" * 1000):
+    for given in ("mine-1", "", "x" * 1000, "\u00fc"):
         _, _, headers = await ask(surface, "POST", "/v2/models/m/infer", data=b"{}", headers={"X-Request-ID": given})
         told = headers["X-Request-ID"]
         assert told == given if given == "mine-1" else len(told) == 32

@@ -293,8 +293,12 @@ async def test_a_runtime_that_is_not_there(rpc: Rpc, service: FakeService) -> No
 class Ending(service_pb2_grpc.GRPCInferenceServiceServicer):
     """A runtime that ends calls with words of its own, and one day dies while it works on one."""
 
+    def __init__(self) -> None:
+        self.arrived = asyncio.Event()
+
     async def ModelInfer(self, request: Any, context: Any) -> Any:
         if request.id == "die":
+            self.arrived.set()
             await asyncio.sleep(60)
         await context.abort(grpc.StatusCode[request.id], "my own words")
 
@@ -305,8 +309,8 @@ class Ending(service_pb2_grpc.GRPCInferenceServiceServicer):
 
 
 async def test_what_a_runtime_ends_a_call_with_is_told_apart_from_its_end(rpc: Rpc, service: FakeService) -> None:
-    server = grpc.aio.server()
-    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(Ending(), server)
+    server, ending = grpc.aio.server(), Ending()
+    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(ending, server)
     service.runtime(kserve_grpc=f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}")
     service.add("m")
     await server.start()
@@ -318,8 +322,7 @@ async def test_what_a_runtime_ends_a_call_with_is_told_apart_from_its_end(rpc: R
             assert (caught.value.code(), caught.value.details()) == (grpc.StatusCode[name], "my own words")
     assert (service.poked, service.usage.model("m").failures) == ([], 0)
     call = asyncio.ensure_future(_infer(rpc, pb.ModelInferRequest(model_name="m", id="die")))
-    await _until(lambda: service.usage.model("m").in_flight == 1)
-    await asyncio.sleep(0.2)
+    await asyncio.wait_for(ending.arrived.wait(), 10)
     await server.stop(0)
     with pytest.raises(grpc.aio.AioRpcError, match="took the call and did not answer"):
         await call
@@ -343,6 +346,29 @@ async def test_what_is_composed_here_has_its_headers_along() -> None:
     assert {("x-request-id", "mine"), ("traceparent", "00-1-2-01")} <= set(found)
     await channels.close()
     await server.stop(0)
+
+
+async def test_a_model_that_no_stream_can_reach_is_let_go_of(rpc: Rpc, service: FakeService) -> None:
+    service.runtime(kserve_http="http://127.0.0.1:1")
+    service.add("m")
+    (answer,) = await rest(rpc.stub.ModelStreamInfer(iter([pb.ModelInferRequest(model_name="m")])))
+    assert "kserve-grpc" in answer.error_message
+    assert service.usage.model("m").in_flight == 0
+
+
+class TestStalled:
+    @pytest.fixture
+    def settings(self) -> HttpSettings:
+        return HttpSettings(client_stall_s=0.3)
+
+    async def test_a_call_whose_message_never_comes_is_answered(self, rpc: Rpc) -> None:
+        async def nothing() -> AsyncIterator[bytes]:
+            await asyncio.sleep(60)
+            yield b""
+
+        async with grpc.aio.insecure_channel(rpc.address) as channel:
+            with pytest.raises(grpc.aio.AioRpcError, match=r"no message came within 0\.3 s"):
+                await channel.stream_unary("/inference.GRPCInferenceService/ModelInfer")(nothing())
 
 
 async def _infer(rpc: Rpc, request: Any) -> Any:

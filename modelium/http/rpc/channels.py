@@ -28,7 +28,8 @@ _LOST = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED})
 _CONNECTION = re.compile(
     "failed to connect|connections to all backends|stream removed|socket closed|rst_stream|goaway|recvmsg|sendmsg|"
     "connection reset|connection refused|broken pipe|endpoint closing|end of tcp stream|http2 header with status|"
-    "keepalive|ping timeout|cancelling all calls|locally cancelled|channel (is )?closed",
+    "resolv|resolution|handshake|fd shutdown|keepalive|ping timeout|cancelling all calls|locally cancelled|"
+    "channel (is )?closed",
     re.IGNORECASE,
 )
 """What gRPC itself says of a connection that was lost, under the statuses above (1.85); a runtime that ends a call with

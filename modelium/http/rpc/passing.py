@@ -173,15 +173,18 @@ class Passing:
         name = name_in(message)
         lease = leases.get(name)
         if lease is None:
-            lease = await self.lease(message, context)
-            address = endpoint(lease, GRPC)
             before = next(iter(leases.values()), None)
-            if before is not None and before.endpoints.get(GRPC) != address:
+            lease = await self.lease(message, context)
+            try:
+                if before is not None and before.endpoints.get(GRPC) != endpoint(lease, GRPC):
+                    raise BadRequest(
+                        f"{name} is served by {lease.runtime}, and this stream began with {before.model} on "
+                        f"{before.runtime}: one stream goes to one runtime, so open another for {name}"
+                    )
+                endpoint(lease, GRPC)
+            except ModeliumError:
                 lease.release()
-                raise BadRequest(
-                    f"{name} is served by {lease.runtime}, and this stream began with {before.model} on "
-                    f"{before.runtime}: one stream goes to one runtime, so open another for {name}"
-                )
+                raise
             leases[name] = lease
         return endpoint(lease, GRPC)
 

@@ -66,11 +66,13 @@ class Rpc(grpc.GenericRpcHandler):  # type: ignore[misc]  # gRPC brings no types
             unary[name] = self._to_model(INFERENCE + name)
         for name in _RUNTIMES_OWN:
             unary[name] = self._to_runtime(INFERENCE + name)
+        stall_s = settings.client_stall_s
         self._handlers = {
-            INFERENCE + name: grpc.stream_unary_rpc_method_handler(_guarded(method)) for name, method in unary.items()
+            INFERENCE + name: grpc.stream_unary_rpc_method_handler(_guarded(method, stall_s))
+            for name, method in unary.items()
         }
         self._handlers[INFERENCE + "ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(self.stream)
-        self._handlers[HEALTH + "Check"] = grpc.stream_unary_rpc_method_handler(_guarded(self.check))
+        self._handlers[HEALTH + "Check"] = grpc.stream_unary_rpc_method_handler(_guarded(self.check, stall_s))
 
     def service(self, handler_call_details: Any) -> Any:
         return self._handlers.get(handler_call_details.method)
@@ -159,16 +161,17 @@ class Rpc(grpc.GenericRpcHandler):  # type: ignore[misc]  # gRPC brings no types
         parameters = {
             key: getattr(value, value.WhichOneof("parameter_choice")) for key, value in asked.parameters.items()
         }
-        deadline_s = deadline_of(metadata_of(context), self._settings.max_deadline_s)
-        if deadline_s is None:
-            deadline_s = context.time_remaining()
-        await self._repository.load(asked.model_name, parameters, deadline_s)
+        await self._repository.load(asked.model_name, parameters, self._deadline_s(context))
         return self._made("RepositoryModelLoadResponse")
 
     async def unload(self, message: bytes, context: Context) -> bytes:
         asked = self._about_repository("RepositoryModelUnloadRequest", message)
-        await self._repository.unload(asked.model_name)
+        await self._repository.unload(asked.model_name, self._deadline_s(context))
         return self._made("RepositoryModelUnloadResponse")
+
+    def _deadline_s(self, context: Context) -> float | None:
+        asked_s = deadline_of(metadata_of(context), self._settings.max_deadline_s)
+        return context.time_remaining() if asked_s is None else asked_s
 
     # ------------------------------------------------------------------ messages
 
@@ -190,17 +193,23 @@ class Rpc(grpc.GenericRpcHandler):  # type: ignore[misc]  # gRPC brings no types
         return bytes(getattr(self._pb, kind)(**fields).SerializeToString())
 
 
-def _guarded(method: Unary) -> Callable[[AsyncIterator[bytes], Context], Awaitable[bytes]]:
+def _guarded(method: Unary, within_s: float) -> Callable[[Any, Context], Awaitable[bytes]]:
     """Errors become statuses; what nobody expected is logged once under the id that the call has, or is given.
 
-    The one message is read here: gRPC's own reading leaves a call without any unanswered for ever (1.85).
+    The one message is read here, and must come within `within_s`: by gRPC's own reading a call without one is never
+    answered (1.85).
     """
 
-    async def call(messages: AsyncIterator[bytes], context: Context) -> bytes:
+    async def call(_: Any, context: Context) -> bytes:
         try:
-            async for message in messages:
-                return await method(message, context)
-            raise BadRequest("expected one message, found none, or not all of it")
+            try:
+                async with asyncio.timeout(within_s):
+                    message = await context.read()
+            except TimeoutError:
+                raise BadRequest(f"no message came within {within_s:g} s") from None
+            if message is grpc.aio.EOF:
+                raise BadRequest("expected one message, found none, or not all of it")
+            return await method(message, context)
         except ModeliumError as exc:
             await refuse(context, exc)
         except (grpc.aio.AbortError, grpc.aio.BaseError):
@@ -253,7 +262,7 @@ async def serving_rpc(
         "grpc.absolute_max_metadata_size": MAX_METADATA_BYTES,
     }
     if settings.max_body_bytes is not None:
-        options["grpc.max_receive_message_length"] = settings.max_body_bytes
+        options["grpc.max_receive_message_length"] = min(settings.max_body_bytes, 2**31 - 1)
     server = grpc.aio.server(options=tuple(options.items()))
     server.add_generic_rpc_handlers((Rpc(service, settings, ModelRepository(service, upstream), channels),))
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import struct
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
@@ -156,7 +157,8 @@ async def lab(tmp_path: Path) -> AsyncIterator[Lab]:
     sockets = socket_folder(tmp_path)
     front = Front(
         host="127.0.0.1", port=0, grpc_port=0, hosts=("127.0.0.1", "localhost"), service_http=sockets / "http.sock",
-        service_grpc=sockets / "grpc.sock", client_errors=('{"error":"Unable to parse ',), dead="is not healthy",
+        service_grpc=sockets / "grpc.sock", client_errors=('{"error":"Unable to parse ',),
+        dead="Stub process '[^']*' is not healthy",
     )  # fmt: skip
     async with AsyncExitStack() as stack:
         service, runtime, grpc_service, grpc_runtime = Server("service"), Server("runtime"), Echo("service"), Echo("rt")
@@ -393,6 +395,7 @@ async def test_a_runtime_out_of_reach_is_the_services_to_judge(lab: Lab) -> None
         (500, b'{"error":"Stub process \'m_0_0\' is not healthy."}', 502),
         (400, b'data: {"error":"Stub process \'m_0_0\' is not healthy."}\n\n', 502),
         (400, b'{"error":"Unable"}', 400),
+        (400, b'{"error":"unexpected input \'smoking is not healthy\'"}', 400),
         (503, b'{"error":"Unable to parse "}', 503),
         (200, b'{"error":"Unable to parse "}', 200),
     ],
@@ -501,7 +504,7 @@ async def test_long_headers_are_the_services_to_judge(lab: Lab) -> None:
     assert await lab.by("/v2/models/m/infer", x="y" * 8100) == "service"
 
 
-async def test_many_streams_of_one_connection_wait_for_their_first_message(lab: Lab) -> None:
+async def test_a_stream_waits_for_its_first_message(lab: Lab) -> None:
     await lab.driver.admit(lab.route())
     await lab.another().start(lab.front.model_copy(update={"client_stall_s": 0.3}))
     go = asyncio.Event()
@@ -512,15 +515,33 @@ async def test_many_streams_of_one_connection_wait_for_their_first_message(lab: 
 
     async with grpc.aio.insecure_channel(lab.rpc_address) as channel:
         rpc = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        call = rpc.ModelStreamInfer(messages())
+        asyncio.get_running_loop().call_later(1.0, go.set)
+        assert [part.infer_response.model_version async for part in call] == ["rt"]
 
-        async def stream() -> list[str]:
-            return [part.infer_response.model_version async for part in rpc.ModelStreamInfer(messages())]
 
-        streams = [asyncio.ensure_future(stream()) for _ in range(150)]
-        await asyncio.sleep(1)
-        go.set()
-        async with asyncio.timeout(20):
-            assert await asyncio.gather(*streams) == [["rt"]] * 150
+async def test_many_streams_of_one_connection_are_let_in(lab: Lab) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(lab.rpc_address.rpartition(":")[2]))
+    writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0]) + bytes(4))
+    head = await reader.readexactly(9)
+    assert head[3] == 4  # SETTINGS: RFC 9113, 6.5
+    settings = dict(struct.iter_unpack(">HI", await reader.readexactly(int.from_bytes(head[:3], "big"))))
+    assert settings[3] >= 1000  # SETTINGS_MAX_CONCURRENT_STREAMS
+    writer.close()
+
+
+async def test_a_call_that_does_not_come_whole_is_told_so(lab: Lab) -> None:
+    await lab.another().start(lab.front.model_copy(update={"client_stall_s": 0.3}))
+
+    async def nothing() -> AsyncIterator[bytes]:
+        await asyncio.sleep(5)
+        yield b""
+
+    async with grpc.aio.insecure_channel(lab.rpc_address) as channel:
+        call = channel.stream_unary("/inference.GRPCInferenceService/ModelInfer")(nothing())
+        with pytest.raises(grpc.aio.AioRpcError, match="no message came in time") as caught:
+            await call
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
 async def test_an_access_log_where_it_is_wanted(lab: Lab) -> None:

@@ -22,10 +22,13 @@ from modelium_plugin_haproxy.settings import HAProxySettings
 VERBS = ("infer", "generate", "generate_stream")
 """What is asked of a model over KServe's HTTP that is use of it; all else the service answers."""
 
+FIRST_MESSAGE_S = 600
+"""How long a stream may be open before its first message."""
+
 BUFFER_BYTES = 64 * 1024
 """An OpenAI request's model is found if the body fits; a longer one goes by the service."""
 
-UNAVAILABLE = 14
+INVALID_ARGUMENT, UNAVAILABLE = 3, 14
 """https://grpc.io/docs/guides/status-codes/"""
 
 RUNTIME_LOST = "the runtime took the request and did not answer; it was not sent again"
@@ -114,7 +117,7 @@ global
     tune.bufsize {BUFFER_BYTES}
     tune.h2.max-frame-size 65536
     tune.h2.initial-window-size 1048576
-    tune.h2.max-concurrent-streams 10000
+    tune.h2.max-concurrent-streams 1000
     hard-stop-after 60s
 
 defaults
@@ -195,6 +198,7 @@ def _grpc(front: Front, files: Files) -> Iterable[str]:
     if front.sockets is not None:
         yield f"    bind unix@{front.sockets[1]} mode 660 proto h2"
     yield from _named(front.access_log)
+    yield from _status(408, "no message came in time", INVALID_ARGUMENT)
     # Of a stream the first message alone is seen here.
     limited = front.max_body_bytes is not None
     stream = "" if limited else " /inference.GRPCInferenceService/ModelStreamInfer"
@@ -203,7 +207,7 @@ def _grpc(front: Front, files: Files) -> Iterable[str]:
     acl unary path /inference.GRPCInferenceService/ModelInfer
     acl inference path /inference.GRPCInferenceService/ModelInfer{stream}
     http-request wait-for-body time {_ms(front.client_stall_s)} at-least 16 if unary
-    http-request wait-for-body time 3600s at-least 16 if inference !unary
+    http-request wait-for-body time {FIRST_MESSAGE_S}s at-least 16 if inference !unary
     # A message that is not compressed: five bytes of gRPC's own, then its fields, the model's name first.
     acl plain req.body,bytes(0,1),hex 00
     http-request set-var(txn.model) req.body,bytes(5),protobuf(1) if inference plain{fits}
@@ -251,10 +255,12 @@ def _backends(front: Front) -> Iterable[str]:
         yield f"    server service unix@{socket}{h2}"
         if protocol == "http":
             yield from _error(502, RUNTIME_LOST)
+            yield from _error(503, DOWN)
             yield from _mended(front)
             yield from _counted()
         else:
             yield from _status(502, RUNTIME_LOST)
+            yield from _status(503, DOWN)
         yield ""
         # Requests that only the service can answer wait for it while it starts again.
         yield f"backend service_{protocol}"
@@ -269,9 +275,10 @@ def _backends(front: Front) -> Iterable[str]:
 def _mended(front: Front) -> Iterable[str]:
     """Whose fault an error is, told as the service itself would."""
     if front.client_errors or front.dead:
-        yield "    http-response wait-for-body time 1s at-least 200 if { status 400 500 }"
+        stall = _ms(front.client_stall_s)
+        yield f"    http-response wait-for-body time {stall} at-least 200 if {{ status 400 500 }}"
     if front.dead:
-        yield f"    http-response set-status 502 if {{ status 400 500 }} {{ res.body -m sub {_quoted(front.dead)} }}"
+        yield f"    http-response set-status 502 if {{ status 400 500 }} {{ res.body -m reg {_quoted(front.dead)} }}"
     for begin in front.client_errors:
         yield f"    http-response set-status 400 if {{ status 500 }} {{ res.body -m beg {_quoted(begin)} }}"
 
@@ -291,10 +298,10 @@ def _error(status: int, message: str, header: str = "Retry-After 1") -> Iterable
     yield f"    http-error status {status} content-type application/json hdr {header} string {body}"
 
 
-def _status(status: int, message: str) -> Iterable[str]:
+def _status(status: int, message: str, code: int = UNAVAILABLE) -> Iterable[str]:
     """As `_error`, by Trailers-Only: https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md"""
     ours = f"if {{ status {status} }} {{ res.hdr(grpc-status) -m found }}"
-    yield f"    http-error status {status} hdr grpc-status {UNAVAILABLE} hdr grpc-message '{message}'"
+    yield f"    http-error status {status} hdr grpc-status {code} hdr grpc-message '{message}'"
     yield f"    http-after-response set-header content-type application/grpc {ours}"
     yield f"    http-after-response set-status 200 {ours}"
 

@@ -127,9 +127,9 @@ OPERATIONS: Mapping[str, Operation] = {
         query={"lines": {"type": "integer", "minimum": 1, "maximum": 10_000, "default": 200}},
     ),
     "POST /models/{name}/load": Operation(
-        "load it, and answer when it is READY; also unload, pin, unpin", ModelDetail, headers=(DEADLINE,)
+        "load it, and answer when it is READY; also unload, pin, unpin", ModelView, headers=(DEADLINE,)
     ),
-    "POST /models/{name}/unload": Operation("unload it, when what it does is done", ModelDetail, headers=(DEADLINE,)),
+    "POST /models/{name}/unload": Operation("unload it, when what it does is done", ModelView, headers=(DEADLINE,)),
     "POST /models/{name}/pin": Operation("keep it loaded", PinView),
     "POST /models/{name}/unpin": Operation("let it be unloaded again", PinView),
     "DELETE /models/{name}": Operation("unload it and move it to the trash folder", RemovedView),

@@ -54,6 +54,10 @@ http {{
 """
 
 
+PEERS_ENV = {"LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true"}
+"""LiteLLM does not start without a key otherwise; here it is reached from this machine alone."""
+
+
 @contextmanager
 def upstream(folder: Path) -> Iterator[str]:
     port = free_port()
@@ -78,7 +82,7 @@ def modelium(folder: Path, url: str, data_path: str) -> Iterator[Served]:
 def peer(folder: Path, *command: str) -> Iterator[None]:
     """One that takes its time to start, and may have children."""
     with (folder / f"{command[0]}.log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env={**os.environ})
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=os.environ | PEERS_ENV)
     try:
         yield
     finally:

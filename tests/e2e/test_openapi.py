@@ -47,21 +47,24 @@ ROUTES = sorted(
 )
 """What removes the model comes last."""
 
-BODIES = {"POST /predict/{model}": {"inputs": [1, 2, 3, 4]}, "POST /plan": {"path": "/nothing/is/there"}}
-
 
 @pytest.mark.parametrize("route", ROUTES)
-def test_own_routes_are_as_they_are_described(described: schemathesis.BaseSchema, route: str) -> None:
+def test_own_routes_are_as_they_are_described(service: Served, described: schemathesis.BaseSchema, route: str) -> None:
     method, _, path = route.partition(" ")
+    bodies: dict[str, Any] = {
+        "POST /predict/{model}": {"inputs": [1, 2, 3, 4]},
+        "POST /plan": {"path": str(service.root / "repository" / EXAMPLE)},
+    }
     operation = described[path][method]
     named = {part[1:-1]: EXAMPLE for part in path.split("/") if part.startswith("{")}
-    body: dict[str, Any] = {"body": BODIES[route], "media_type": "application/json"} if route in BODIES else {}
+    body: dict[str, Any] = {"body": bodies[route], "media_type": "application/json"} if route in bodies else {}
+    service.post(f"/models/{EXAMPLE}/unpin")
     ordinary = operation.Case(path_parameters=named, **body)
     answer = ordinary.call(timeout=60)
     assert answer.status_code == 200, answer.text
     ordinary.validate_response(answer, checks=CHECKS)
     # headers about waiting are not read where the model is there
-    checks = [check for check in CHECKS if route not in BODIES or check is not negative_data_rejection]
+    checks = [check for check in CHECKS if route not in bodies or check is not negative_data_rejection]
 
     @given(
         case=operation.as_strategy(generation_mode=GenerationMode.POSITIVE)

@@ -212,8 +212,10 @@ def _guarded(method: Unary, within_s: float) -> Callable[[Any, Context], Awaitab
             return await method(message, context)
         except ModeliumError as exc:
             await refuse(context, exc)
-        except (grpc.aio.AbortError, grpc.aio.BaseError):
+        except grpc.aio.AbortError:
             raise
+        except grpc.aio.InternalError:
+            raise asyncio.CancelledError from None  # the client has left: nobody hears it
         except Exception:
             id = request_id(metadata_of(context).get(REQUEST_ID.lower()))
             log.exception("call %s failed unexpectedly", id)

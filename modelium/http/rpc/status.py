@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any, NoReturn
 
 import grpc
+import grpc.aio
 
 from modelium.errors import ModeliumError, ModelLoading
 from modelium.http.answers import retry_after, status_of
@@ -40,5 +42,8 @@ async def refuse(context: Any, error: ModeliumError) -> NoReturn:
         trailing.append(("x-modelium-loading", json.dumps(error.fields)))
     if (again := retry_after(error)) is not None:
         trailing.append(("retry-after", again))
-    await context.abort(code_of(error), error.message, tuple(trailing))
+    try:
+        await context.abort(code_of(error), error.message, tuple(trailing))
+    except grpc.aio.InternalError:
+        raise asyncio.CancelledError from None  # the client has left: nobody hears it
     raise AssertionError("unreachable")

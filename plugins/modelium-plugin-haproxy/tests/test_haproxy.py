@@ -81,8 +81,14 @@ class Echo(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
     def __init__(self, name: str):
         self.name = name
         self.address = ""
+        self.held: asyncio.Event | None = None
+        self.arrived = asyncio.Event()
+        self.stop: Callable[[], Any] = lambda: None
 
     async def ModelInfer(self, request: Any, context: Any) -> Any:
+        self.arrived.set()
+        if self.held is not None:
+            await self.held.wait()
         return pb.ModelInferResponse(model_name=request.model_name, model_version=self.name)
 
     async def ModelStreamInfer(self, requests: Any, context: Any) -> AsyncIterator[Any]:
@@ -98,6 +104,7 @@ class Echo(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
         service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(self, server)
         self.address = f"127.0.0.1:{server.add_insecure_port(address)}"
         await server.start()
+        self.stop = lambda: server.stop(0)
         stack.push_async_callback(server.stop, 0)
 
 
@@ -406,6 +413,22 @@ async def test_whose_fault_it_is_is_told(lab: Lab, status: int, body: bytes, tol
     async with lab.client.post(f"{lab.url}/v2/models/m/infer", data=b"{}") as response:
         assert (response.status, await response.read()) == (told, body)
     assert (await lab.driver.read())["m"].failures == (told >= 500)
+
+
+async def test_a_runtime_lost_with_a_call_is_told_by_grpc_too(lab: Lab) -> None:
+    await lab.driver.admit(lab.route())
+    lab.grpc_runtime.held = asyncio.Event()
+    call = asyncio.ensure_future(_called(lab))
+    await lab.grpc_runtime.arrived.wait()
+    await lab.grpc_runtime.stop()
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert "http2 header" not in caught.value.details().lower()
+
+
+async def _called(lab: Lab) -> Any:
+    return await lab.rpc.ModelInfer(pb.ModelInferRequest(model_name="m"))
 
 
 async def test_it_is_adopted_with_its_routes_by_the_next_one(lab: Lab) -> None:

@@ -206,10 +206,15 @@ class Catalog:
         if name in self.known:
             return None
         if (entry := self._unstudied.get(name)) is not None:
-            return self._background(self._study([entry], ahead=True))
+            return self._background(self._study_now(entry))
         if (done := self._studied.get(name)) is not None:
             return self._background(done.wait())
         return None if self.read_once.is_set() else self._background(self.look(name, settled=True))
+
+    async def _study_now(self, entry: Entry) -> None:
+        await self._study([entry], ahead=True)
+        if (done := self._studied.get(entry.name)) is not None:
+            await done.wait()  # somebody else was faster
 
     def leave(self, name: str, leaving: bool) -> None:
         """A model is being removed: its folder is not taken for a model meanwhile."""

@@ -548,7 +548,8 @@ async def test_a_request_for_a_folder_that_was_not_looked_into_yet_comes_first(
     monkeypatch.setattr(ToyInspector, "inspect", inspect)
     async with rig(tmp_path / "root", repository=theirs) as r:
         await r.engine.catalog.read_once.wait()
-        (await r.service.acquire("m499")).release()
+        for lease in await asyncio.gather(*(r.service.acquire("m499") for _ in range(5))):
+            lease.release()
         assert len(r.service.names()) < count / 2
         await r.until(lambda: len(r.service.names()) == count)
         assert sorted(r.engine.inspector.inspected) == sorted(r.service.names())  # type: ignore[attr-defined]

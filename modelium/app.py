@@ -26,7 +26,7 @@ from modelium.engine.service import Service
 from modelium.errors import ConfigError
 from modelium.host import PluginHost
 from modelium.http.answers import DEAD
-from modelium.http.app import CHANNELS, UPSTREAM, build_app, serving
+from modelium.http.app import CHANNELS, UPSTREAM, build_app, encryption, serving
 from modelium.http.guard import guarded_names
 from modelium.http.kserve import UNPARSABLE
 from modelium.http.rpc.server import serving_rpc
@@ -35,6 +35,9 @@ from modelium.log import setup
 from modelium.paths import Paths, socket_folder
 
 log = logging.getLogger(__name__)
+
+MAX_SOCKET_PATH_BYTES = 107
+"""unix(7)."""
 
 
 @asynccontextmanager
@@ -86,7 +89,10 @@ async def _listening(
     server = config.server
     certificate, key = server.tls.certificate, server.tls.key
     tls = (certificate, key) if certificate is not None and key is not None else None
+    if tls is not None:
+        await asyncio.to_thread(encryption, tls)  # what is wrong with it is told here, in whichever way it is used
     sockets = _sockets(server.socket_directory)
+    await engine.end_other_paths()
     http_socket, grpc_socket = sockets or (None, None)
     if engine.fast is None:
         async with (
@@ -135,6 +141,11 @@ def _sockets(folder: Path | None) -> tuple[Path, Path] | None:
     """For HTTP and gRPC, where a folder for them is configured."""
     if folder is None:
         return None
+    if len(os.fsencode(folder / "grpc.sock")) > MAX_SOCKET_PATH_BYTES:
+        raise ConfigError(
+            f"server.socket_directory is too long: a socket's path may have {MAX_SOCKET_PATH_BYTES} bytes, and "
+            f"{folder / 'grpc.sock'} has {len(os.fsencode(folder / 'grpc.sock'))}"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as exc:

@@ -113,8 +113,7 @@ class Server(Section):
     """Origins (`https://app.example`) of web pages that may send more than GET requests."""
 
     max_body_bytes: Size | None = None
-    """Of one request, on its way to a runtime as it comes; a longer one is answered 413. Without it there is no limit
-    but the runtime's."""
+    """Of one request; a longer one is answered 413. Without it there is no limit but the runtime's."""
     max_json_bytes: Size = 16 * 2**20
     """Of a request that the service has to read itself: OpenAI's routes, `/predict`, orders."""
     client_stall_s: Annotated[float, Field(gt=0, le=86_400)] = 60

@@ -22,6 +22,9 @@ CONNECT_S = 5.0
 ANSWER_S = 60.0
 """For questions; orders take as long as they take."""
 
+DATA_PATH_ALONE = "Modelium is not there at this moment"
+"""What a data path answers in its name."""
+
 MAX_DEADLINE_S = 3600.0
 """The longest that the service lets anybody wait for a load."""
 
@@ -131,6 +134,11 @@ async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, A
 
 
 def _error(url: str, path: str, status: int, text: str) -> ModeliumError:
+    if status == 503 and DATA_PATH_ALONE in text:
+        return Unreachable(
+            f"Modelium does not run at {url}; its data path does, and serves what is loaded: start it with "
+            "`modelium serve`"
+        )
     try:
         error = json.loads(text)["error"]
         fields = {k: v for k, v in error.items() if k not in ("code", "message", "retry_after_s", "exit_code")}

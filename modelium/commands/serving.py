@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import threading
 import time
 import urllib.error
@@ -50,6 +51,8 @@ def serve(
     if as_json:
         logging = config.logging.model_copy(update={"format": "json"})
         config = config.model_copy(update={"logging": logging})
+    # gRPC's handlers of fork have nothing to do here, and say so each time a process is started
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
     from modelium.app import serve as run
 
     if sample and config.paths().incoming is None:

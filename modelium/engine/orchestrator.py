@@ -242,6 +242,15 @@ class Orchestrator:
 
     # ------------------------------------------------------------------ life
 
+    async def end_other_paths(self) -> None:
+        """End data paths that this root had before another way was configured: they hold the addresses."""
+        chosen = self.fast.name if self.fast is not None else ""
+        others = {path.name for path in self.host.data_paths()} - {chosen}
+        for name in await asyncio.to_thread(self.processes.names):
+            if any(name == other or name.startswith(f"{other}-") for other in others):
+                log.info("ending %s, which carried requests before", name)
+                await self.processes.stop(name, grace_s=5)
+
     async def start(self) -> None:
         """Bring everything up; returns before runtimes answer and before the repository is read."""
         for folder in (self.paths.repository, self.paths.incoming, self.paths.state):

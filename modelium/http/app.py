@@ -24,7 +24,7 @@ from modelium.http.metrics import Metrics
 from modelium.http.openai import OpenAI
 from modelium.http.predict import Predict
 from modelium.http.rpc.channels import Channels
-from modelium.http.settings import MAX_HEADER_BYTES, SETTINGS, HttpSettings
+from modelium.http.settings import MAX_HEADER_BYTES, SETTINGS, SOCKET_MODE, HttpSettings
 from modelium.http.streams import Streams
 from modelium.http.upstream import Upstream
 
@@ -108,10 +108,11 @@ async def serving(
             if path is not None:
                 path.unlink(missing_ok=True)
                 await web.UnixSite(runner, path, backlog=1024).start()
+                path.chmod(SOCKET_MODE)
         if isinstance(host, Path):
             yield str(host), 0
             return
-        context = _context(tls) if tls is not None else None
+        context = encryption(tls) if tls is not None else None
         site = web.TCPSite(runner, host, port, backlog=1024, ssl_context=context)
         try:
             await site.start()
@@ -122,6 +123,9 @@ async def serving(
     finally:
         sweeping.cancel()
         await runner.cleanup()
+        for path in (host if isinstance(host, Path) else None, socket):
+            if path is not None:
+                path.unlink(missing_ok=True)
 
 
 async def _sweep_silent(app: web.Application, runner: web.AppRunner) -> None:
@@ -142,7 +146,8 @@ async def _sweep_silent(app: web.Application, runner: web.AppRunner) -> None:
                 transport.close()
 
 
-def _context(tls: tuple[Path, Path]) -> ssl.SSLContext:
+def encryption(tls: tuple[Path, Path]) -> ssl.SSLContext:
+    """For a certificate and its key. Raises `ConfigError` when they can't be used."""
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     try:
         context.load_cert_chain(*tls)

@@ -62,18 +62,21 @@ def header_length(request: web.Request) -> int | None:
 
 
 async def read_raw(request: web.Request) -> bytes:
-    """The body, of at most `max_json_bytes`, as it came."""
+    """The body, of at most `max_json_bytes` and `max_body_bytes`, as it came."""
     settings = request.app[SETTINGS]
-    room = settings.max_json_bytes
+    most, named = settings.max_json_bytes, "max_json_bytes"
+    if settings.max_body_bytes is not None and settings.max_body_bytes < most:
+        most, named = settings.max_body_bytes, "max_body_bytes"
+    room = most
     pieces = []
-    while (request.content_length or 0) <= settings.max_json_bytes and room >= 0:
+    while (request.content_length or 0) <= most and room >= 0:
         piece = await some(request.content, settings.client_stall_s)
         if not piece:
             break
         pieces.append(piece)
         room -= len(piece)
     else:
-        raise TooLarge(f"expected a body of at most {settings.max_json_bytes} bytes (max_json_bytes), found more")
+        raise TooLarge(f"expected a body of at most {most} bytes ({named}), found more")
     return b"".join(pieces)
 
 

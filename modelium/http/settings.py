@@ -8,6 +8,8 @@ from aiohttp import web
 
 MAX_HEADER_BYTES = 8000
 """Of one HTTP header, or the request line: Triton drops the connection on which there is one of 8 KiB (2.51)."""
+SOCKET_MODE = 0o660
+"""Of Unix sockets: for the service's user and group."""
 MAX_METADATA_BYTES = 64 * 1024
 """Of a gRPC call's metadata, in all."""
 

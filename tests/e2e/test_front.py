@@ -179,6 +179,18 @@ def test_without_it_the_service_carries_requests_itself(tmp_path: Path) -> None:
         service.down()
 
 
+def test_another_data_path_takes_the_addresses_over(tmp_path: Path) -> None:
+    service = Served(tmp_path / "root", {"server": {"data_path": "haproxy"}})
+    try:
+        for path in ("haproxy", "service", "haproxy"):
+            service.configure({"server": {"data_path": path}})
+            service.start()
+            assert service.get("/status")["data_path"]["name"] == path
+            service.stop()
+    finally:
+        service.down()
+
+
 @pytest.mark.parametrize("path", ["haproxy", "service"])
 async def test_tls_and_unix_sockets(tmp_path: Path, path: str) -> None:
     certificate, key, sockets, port = tmp_path / "c.pem", tmp_path / "k.pem", tmp_path / "s", free_port()

@@ -495,6 +495,9 @@ class TestBounded:
         assert not [seen for seen in upstream.seen if len(seen.body) >= len(data)]
         async with surface.client.post(surface.url + INFER, data=pieces(data[: WHOLE_BYTES * 2])) as response:
             assert response.status == 200
+        async with surface.client.post(surface.url + "/predict/m", data=pieces(data) if chunked else data) as response:
+            assert response.status == 413
+            assert "max_body_bytes" in (await response.json())["error"]["message"]
 
 
 class TestStalled:

@@ -20,7 +20,7 @@ from modelium.http.repository import EXTENSIONS, NOT_SERVABLE, ModelRepository
 from modelium.http.rpc.channels import OPTIONS, Channels
 from modelium.http.rpc.passing import Context, Passing, metadata_of
 from modelium.http.rpc.status import refuse
-from modelium.http.settings import MAX_METADATA_BYTES, HttpSettings
+from modelium.http.settings import MAX_METADATA_BYTES, SOCKET_MODE, HttpSettings
 from modelium.http.upstream import Upstream
 
 if TYPE_CHECKING:
@@ -281,6 +281,9 @@ async def serving_rpc(
             code="address",
         ) from exc
     await server.start()
+    for path in (host if isinstance(host, Path) else None, socket):
+        if path is not None:
+            path.chmod(SOCKET_MODE)
     try:
         yield bound
     finally:

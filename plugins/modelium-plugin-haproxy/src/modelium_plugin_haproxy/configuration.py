@@ -168,7 +168,7 @@ def _http(front: Front, files: Files) -> Iterable[str]:
     yield f"    timeout http-request {stall}"
     yield f"    timeout client {stall}"
     # HAProxy says 400 where a body stops coming. Its words for what is no HTTP, or too slow with it, are its own.
-    told = f"nothing came of the body for {front.client_stall_s:g} s, or the client closed its side of the connection"
+    told = f"nothing came of the body for {front.client_stall_s:g} s, or the client closed its side too early"
     yield from _error(400, told, "x-stalled 1")
     yield "    http-after-response set-status 408 if { status 400 } { res.hdr(x-stalled) -m found }"
     yield "    http-after-response del-header x-stalled"
@@ -262,9 +262,7 @@ def _backends(front: Front) -> Iterable[str]:
             yield from _status(502, RUNTIME_LOST)
             yield from _status(503, DOWN)
         yield ""
-        # Requests that only the service can answer wait for it while it starts again.
         yield f"backend service_{protocol}"
-        yield "    retries 30"
         yield f"    server service unix@{socket}{h2}"
         told = _error if protocol == "http" else _status
         yield from told(502, MODELIUM_LOST)

@@ -12,6 +12,9 @@ from pydantic import BaseModel
 from modelium.api.driver import Processes
 from modelium.api.types import Frozen
 
+AWAY = "Modelium is not there at this moment"
+"""How a data path's answer begins, under status 503, to what only the service can answer while there is none."""
+
 
 class Front(Frozen):
     """The addresses that clients know, and where the service itself answers."""

@@ -15,15 +15,13 @@ from urllib.parse import urlencode
 import aiohttp
 from yarl import URL
 
+from modelium.api.datapath import AWAY
 from modelium.commands.base import Failed, Unreachable
 from modelium.errors import ModeliumError
 
 CONNECT_S = 5.0
 ANSWER_S = 60.0
 """For questions; orders take as long as they take."""
-
-DATA_PATH_ALONE = "Modelium is not there at this moment"
-"""What a data path answers in its name."""
 
 MAX_DEADLINE_S = 3600.0
 """The longest that the service lets anybody wait for a load."""
@@ -134,7 +132,7 @@ async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, A
 
 
 def _error(url: str, path: str, status: int, text: str) -> ModeliumError:
-    if status == 503 and DATA_PATH_ALONE in text:
+    if status == 503 and AWAY in text:
         return Unreachable(
             f"Modelium does not run at {url}; its data path does, and serves what is loaded: start it with "
             "`modelium serve`"

@@ -71,10 +71,8 @@ def _reconcile(turn: Turn, runtime: str, observed: tuple[ObservedModel, ...], ta
         if model.home != runtime or name in seen:
             continue
         left = there.get(name)
-        if left is not None and (
-            (model.state is State.RECOVERING and not left.broken)
-            or (model.state is State.FAILED and not (left.broken and not any(left.memory.values())))
-        ):
+        holds = left is not None and (not left.broken or (model.state is State.FAILED and any(left.memory.values())))
+        if holds and model.state in (State.FAILED, State.RECOVERING):
             continue  # it is neither ready nor gone, and holds memory still
         lost.append(model)
         reason = left.reason if left is not None else f"{runtime} no longer has it loaded"

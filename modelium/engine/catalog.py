@@ -27,7 +27,7 @@ from modelium.errors import ConfigError, ModelError, ModeliumError, ModelNotFoun
 
 log = logging.getLogger(__name__)
 
-BATCH = 100
+READ_AT_ONCE = 100
 """Entries read in a thread before the event loop takes them in."""
 BATCH_SIZE = 16
 """Unknown folders that are looked into together."""
@@ -110,8 +110,8 @@ class Catalog:
             for name in sorted(gone):
                 self._removed(name)
             later: list[Entry] = []
-            for start in range(0, len(names), BATCH):
-                for found in await asyncio.to_thread(self._entries, names[start : start + BATCH]):
+            for start in range(0, len(names), READ_AT_ONCE):
+                for found in await asyncio.to_thread(self._entries, names[start : start + READ_AT_ONCE]):
                     later.extend(self._take(found, settled=not self.read_once.is_set()))
             self.read_once.set()
         await self._study_all(later)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
-from modelium.api.datapath import DataPathContext
+from modelium.api.datapath import DataPath, DataPathContext, DataPathDriver
 from modelium.api.driver import RuntimeContext
 from modelium.api.types import Device, Progress, Report, Situation
 from modelium.config import Config
@@ -121,7 +121,8 @@ class Orchestrator:
                 report=self._runtime_report(backend.name),
             )
             self.running[backend.name] = Running(backend, backend.create(context))
-        self.fast = self._chosen_path(sections)
+        self._sections = sections
+        self.fast = self._chosen_path()
         self.effects = Effects(self)
         world = World(next_id=self.journal.last_decision + 1)
         self.loop = Loop(world, policy_of(config, host), self.usage, self.effects.execute, clock)
@@ -171,7 +172,7 @@ class Orchestrator:
         self._idle_due = False
         self._tickets = 0
 
-    def _chosen_path(self, sections: Mapping[str, BaseModel]) -> FastPath | None:
+    def _chosen_path(self) -> FastPath | None:
         """The configured data path; None where the service carries all requests itself."""
         wanted = self.config.server.data_path
         offered = {path.name: path for path in self.host.data_paths()}
@@ -183,20 +184,23 @@ class Orchestrator:
         for path in offered.values():
             if wanted not in ("auto", path.name):
                 continue
-            problem = path.usable(sections[path.name])
+            problem = path.usable(self._sections[path.name])
             if problem is None:
-                context = DataPathContext(
-                    name=path.name,
-                    state_dir=self.paths.state / "paths" / path.name,
-                    socket_dir=socket_folder(self.paths.state),
-                    settings=sections[path.name],
-                    processes=self.processes,
-                )
-                return FastPath(path, path.create(context), self.usage, self.clock)
+                return FastPath(path, self._driver_of(path), self.usage, self.clock)
             if wanted != "auto":
                 raise ConfigError(f"the data path {path.name} can't run: {problem}")
             log.warning("the data path %s can't run, and the service carries requests itself: %s", path.name, problem)
         return None
+
+    def _driver_of(self, path: DataPath) -> DataPathDriver:
+        context = DataPathContext(
+            name=path.name,
+            state_dir=self.paths.state / "paths" / path.name,
+            socket_dir=socket_folder(self.paths.state),
+            settings=self._sections[path.name],
+            processes=self.processes,
+        )
+        return path.create(context)
 
     @property
     def owns_repository(self) -> bool:
@@ -244,12 +248,9 @@ class Orchestrator:
 
     async def end_other_paths(self) -> None:
         """End data paths that this root had before another way was configured: they hold the addresses."""
-        chosen = self.fast.name if self.fast is not None else ""
-        others = {path.name for path in self.host.data_paths()} - {chosen}
-        for name in await asyncio.to_thread(self.processes.names):
-            if any(name == other or name.startswith(f"{other}-") for other in others):
-                log.info("ending %s, which carried requests before", name)
-                await self.processes.stop(name, grace_s=5)
+        for path in self.host.data_paths():
+            if self.fast is None or path.name != self.fast.name:
+                await self._driver_of(path).stop()
 
     async def start(self) -> None:
         """Bring everything up; returns before runtimes answer and before the repository is read."""

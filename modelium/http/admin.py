@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 AT_ONCE = 50
 """Models that are looked at before the event loop gets its turn again."""
 
-MAX_LINES = 10_000
-
 BAD = ("FAILED", "INVALID")
 
 
@@ -78,12 +76,9 @@ class Admin:
         state = request.query.get("state")
         if state is not None and state not in openapi.STATES:
             raise BadRequest(f"expected state to be one of {', '.join(State)}, found {state!r:.40}")
+        picked = list(State) if state is None else [state.upper()]
         await self._service.fresh()
-        shown = [
-            view.model_dump_json()
-            async for view in views(self._service)
-            if state is None or view.state == state.upper()
-        ]
+        shown = [view.model_dump_json() async for view in views(self._service) if view.state in picked]
         return web.Response(text=f"[{','.join(shown)}]", content_type="application/json")
 
     async def model(self, request: web.Request) -> web.Response:
@@ -95,7 +90,7 @@ class Admin:
         return _shown(await self._service.explain(request.match_info["name"]))
 
     async def logs(self, request: web.Request) -> web.Response:
-        lines = await self._service.logs(request.match_info["name"], _number(request, "lines", 200, MAX_LINES))
+        lines = await self._service.logs(request.match_info["name"], _number(request, "lines", 200, openapi.MAX_LISTED))
         return web.Response(text="".join(f"{line}\n" for line in lines))
 
     async def load(self, request: web.Request) -> web.Response:
@@ -183,7 +178,7 @@ class Admin:
         return _listed(self._service.status().plugins)
 
     async def decisions(self, request: web.Request) -> web.Response:
-        limit = _number(request, "limit", 100, 10_000)
+        limit = _number(request, "limit", 100, openapi.MAX_LISTED)
         return _listed(self._service.decisions(request.query.get("subject"), limit))
 
     async def events(self, request: web.Request) -> web.StreamResponse:

@@ -103,12 +103,12 @@ async def serving(
     )
     await runner.setup()
     sweeping = asyncio.create_task(_sweep_silent(app, runner), name="silent connections")
+    sockets = [path for path in (host, socket) if isinstance(path, Path)]
     try:
-        for path in (host if isinstance(host, Path) else None, socket):
-            if path is not None:
-                path.unlink(missing_ok=True)
-                await web.UnixSite(runner, path, backlog=1024).start()
-                path.chmod(SOCKET_MODE)
+        for path in sockets:
+            path.unlink(missing_ok=True)
+            await web.UnixSite(runner, path, backlog=1024).start()
+            path.chmod(SOCKET_MODE)
         if isinstance(host, Path):
             yield str(host), 0
             return
@@ -123,9 +123,8 @@ async def serving(
     finally:
         sweeping.cancel()
         await runner.cleanup()
-        for path in (host if isinstance(host, Path) else None, socket):
-            if path is not None:
-                path.unlink(missing_ok=True)
+        for path in sockets:
+            path.unlink(missing_ok=True)
 
 
 async def _sweep_silent(app: web.Application, runner: web.AppRunner) -> None:

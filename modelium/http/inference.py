@@ -11,7 +11,7 @@ from urllib.parse import quote
 from modelium.api import Tensor
 from modelium.engine.admission import Lease
 from modelium.http.admission import GRPC, HTTP, endpoint
-from modelium.http.answers import REQUEST_ID, BadRequest, UpstreamFailed, check_process
+from modelium.http.answers import BadRequest, UpstreamFailed, check_process
 from modelium.http.bodies import HEADER_LENGTH
 from modelium.http.messages import InferRequest, InferResponse, decode_response, encode_request
 from modelium.http.streams import InferenceFailed, Streams, join
@@ -27,7 +27,6 @@ class Inference:
 
     async def infer(self, lease: Lease, request: InferRequest) -> InferResponse:
         """The answer to `request`; that of a decoupled model put together out of its pieces."""
-        request.id = request.id or request.headers.get(REQUEST_ID, "")
         if lease.decoupled and GRPC in lease.endpoints:
             return join(lease.model, await self._streams.infer(lease.endpoints[GRPC], lease.model, "", request))
         request.binary_output = True
@@ -47,7 +46,6 @@ class Inference:
 
     async def responses(self, lease: Lease, request: InferRequest) -> AsyncGenerator[InferResponse, None]:
         """The answer to `request`, that of a decoupled model piece by piece. To be closed, as `Streams.stream` is."""
-        request.id = request.id or request.headers.get(REQUEST_ID, "")
         if lease.decoupled and GRPC in lease.endpoints:
             async with aclosing(self._streams.stream(lease.endpoints[GRPC], lease.model, "", request)) as found:
                 async for response in found:

@@ -13,8 +13,6 @@ Asking for readiness or statistics is no use of a model: a dashboard keeps nothi
 
 from __future__ import annotations
 
-import asyncio
-import json
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
@@ -33,7 +31,7 @@ from modelium.http.answers import (
 )
 from modelium.http.bodies import HEADER_LENGTH, header_length, read_body, read_object
 from modelium.http.messages import decode_request, encode_response
-from modelium.http.repository import ALL_S, EXTENSIONS, NOT_SERVABLE, ModelRepository
+from modelium.http.repository import EXTENSIONS, NOT_SERVABLE, ModelRepository
 from modelium.http.settings import HttpSettings
 from modelium.http.streams import InferenceFailed, Streams, join
 from modelium.http.upstream import StreamBroken, Upstream
@@ -167,17 +165,11 @@ class KServe:
         """What each runtime tells of its models, in one list."""
         found: list[Any] = []
         for info in self._repository.runtimes():
+            told = await self._repository.told(info, "GET", "/v2/models/stats")
             try:
-                async with asyncio.timeout(ALL_S):
-                    url = f"{info.endpoint(HTTP)}/v2/models/stats"
-                    status, _, body = await self._upstream.ask("GET", url, info.name)
-                if status != 200:
-                    raise UpstreamFailed(f"{info.name} answered {status} when asked for statistics: {body[:200]!r}")
-                found += json.loads(body)["model_stats"]
-            except TimeoutError:
-                raise UpstreamFailed(f"{info.name} did not tell its statistics within {ALL_S:g} s") from None
-            except (ValueError, KeyError, TypeError):
-                raise UpstreamFailed(f"{info.name} answered with no statistics: {body[:200]!r}") from None
+                found += told["model_stats"]
+            except (KeyError, TypeError):
+                raise UpstreamFailed(f"{info.name} answered with no statistics: {told!r:.200}") from None
         return json_answer({"model_stats": found})
 
     async def runtime_setting(self, request: web.Request) -> web.StreamResponse:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from modelium.http.answers import BadRequest
+from modelium.http.answers import REQUEST_ID, BadRequest
 from modelium.http.tensors import Parameters, Raw, TensorValue, check_raw, to_json, to_raw
 
 _HTTP_ONLY = ("binary_data", "binary_data_size", "binary_data_output")
@@ -36,6 +36,11 @@ class InferRequest:
     """The form of outputs that are not named."""
     headers: Mapping[str, str] = field(default_factory=dict)
     """Of the client's request, that go along with this one."""
+
+    def on_behalf(self, headers: Mapping[str, str]) -> InferRequest:
+        """This request, composed for a client's, with headers of that (`answers.along`), and its id."""
+        self.headers, self.id = headers, headers[REQUEST_ID]
+        return self
 
 
 @dataclass(slots=True)

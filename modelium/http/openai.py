@@ -12,7 +12,6 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -165,9 +164,10 @@ class OpenAI:
 
     async def _text(self, request: web.Request, lease: Lease, asked: TextAsked) -> web.StreamResponse:
         inputs, outputs = await self._inference.signature(lease)
-        requests = [text_request(lease.model, inputs, outputs, prompt, asked) for prompt in asked.prompts]
-        for one in requests:
-            one.headers = along(request)
+        headers = along(request)
+        requests = [
+            text_request(lease.model, inputs, outputs, prompt, asked).on_behalf(headers) for prompt in asked.prompts
+        ]
         choices = [Choice(index) for index in range(len(requests))]
         prefix = "chatcmpl" if asked.chat else "cmpl"
         answer = TextAnswer(f"{prefix}-{secrets.token_hex(12)}", int(time.time()), lease.model, asked)
@@ -219,7 +219,8 @@ class OpenAI:
             size = await self._inference.max_batch_size(lease) or len(asked.texts)
         parts = [asked.texts[at : at + size] for at in range(0, len(asked.texts), size)]
         found: list[Any] = [None] * len(parts)
-        sources = [self._inferred(lease, replace(how.request(part), headers=along(request))) for part in parts]
+        headers = along(request)
+        sources = [self._inferred(lease, how.request(part).on_behalf(headers)) for part in parts]
         async with aclosing(merged(sources, AT_ONCE)) as responses:
             async for index, response in responses:
                 found[index] = how.read(response, len(parts[index]))

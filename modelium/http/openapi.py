@@ -28,6 +28,7 @@ from modelium.engine.views import (
     RemovedView,
     StatusView,
 )
+from modelium.http import admission
 
 Schema = Mapping[str, Any]
 
@@ -40,10 +41,13 @@ OTHERS = {
 }
 """Routes of others' protocols."""
 
+MAX_LISTED = 10_000
+"""Lines of a log, or decisions, in one answer."""
+
 STATES = (*State, *(state.lower() for state in State))
 
 DEADLINE: Schema = {
-    "name": "x-modelium-deadline-s",
+    "name": str(admission.DEADLINE),
     "in": "header",
     "description": "Seconds that the request may wait for its model.",
     "schema": {"type": "number", "minimum": 0},
@@ -53,22 +57,22 @@ DEADLINE: Schema = {
 LOADING: tuple[Schema, ...] = (
     DEADLINE,
     {
-        "name": "x-modelium-wait",
+        "name": str(admission.WAIT),
         "in": "header",
         "description": "`0`: do not wait for a load, be told how far it is; so does `?wait=0`.",
         "schema": {"enum": ["0", "1"]},
     },
     {
-        "name": "x-modelium-priority",
+        "name": str(admission.PRIORITY),
         "in": "header",
         "description": "Who waits for room goes by this, the higher first.",
         "schema": {"type": "integer"},
     },
     {
-        "name": "x-modelium-organisation",
+        "name": str(admission.ORGANISATION),
         "in": "header",
         "description": "Whom the request is counted for.",
-        "schema": {"type": "string", "maxLength": 64},
+        "schema": {"type": "string", "maxLength": admission.MAX_ORGANISATION},
     },
 )
 
@@ -124,7 +128,7 @@ OPERATIONS: Mapping[str, Operation] = {
     "GET /models/{name}/explain": Operation("why it is where it is", Explanation),
     "GET /models/{name}/logs": Operation(
         "what its runtime wrote about it; ?lines=200",
-        query={"lines": {"type": "integer", "minimum": 1, "maximum": 10_000, "default": 200}},
+        query={"lines": {"type": "integer", "minimum": 1, "maximum": MAX_LISTED, "default": 200}},
     ),
     "POST /models/{name}/load": Operation(
         "load it, and answer when it is READY; also unload, pin, unpin", ModelView, headers=(DEADLINE,)
@@ -152,7 +156,7 @@ OPERATIONS: Mapping[str, Operation] = {
         list[Transition],
         query={
             "subject": {"type": "string"},
-            "limit": {"type": "integer", "minimum": 1, "maximum": 10_000, "default": 100},
+            "limit": {"type": "integer", "minimum": 1, "maximum": MAX_LISTED, "default": 100},
         },
     ),
     "GET /events": Operation("transitions and progress as they happen (server-sent events)", EVENTS),

@@ -95,8 +95,7 @@ class Predict:
         if len(inputs) > 1 and len(asked.inputs) < len(inputs):
             optional = await self._inference.optional_inputs(lease)
         request, added = build(inputs, optional, asked)
-        request.headers = headers
-        response = await self._inference.infer(lease, request)
+        response = await self._inference.infer(lease, request.on_behalf(headers))
         if sum(len(tensor.raw or b"") for tensor in response.outputs) > LONG_BYTES:
             return await asyncio.to_thread(render, response, added, asked.is_text)
         return render(response, added, asked.is_text)

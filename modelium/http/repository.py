@@ -147,16 +147,28 @@ class ModelRepository:
                 return address
         raise RuntimeUnavailable(f"the runtime {runtime} is not up")
 
+    async def told(self, info: RuntimeInfo, method: str, path: str, body: bytes | None = None) -> Any:
+        """What one runtime contributes, as JSON, to an answer about all. Errors as those of `Upstream.ask`."""
+        try:
+            async with asyncio.timeout(ALL_S):
+                status, _, answer = await self._upstream.ask(
+                    method, f"{info.endpoint(HTTP)}{path}", info.name, body=body
+                )
+            if status != 200:
+                raise UpstreamFailed(f"{info.name} answered {status} to {path}: {answer[:200]!r}")
+            return json.loads(answer)
+        except TimeoutError:
+            raise UpstreamFailed(f"{info.name} did not answer {path} within {ALL_S:g} s") from None
+        except ValueError:
+            raise UpstreamFailed(f"{info.name} answered {path} with no JSON: {answer[:200]!r}") from None
+
     async def _versions(self) -> dict[str, list[str]]:
         """The loaded versions of each model, where its runtime tells."""
         versions: dict[str, list[str]] = {}
         for info in self.runtimes():
-            url = f"{info.endpoint(HTTP)}/v2/repository/index"
             try:
-                async with asyncio.timeout(ALL_S):
-                    status, _, body = await self._upstream.ask("POST", url, info.name, body=b'{"ready":true}')
-                entries = json.loads(body) if status == 200 else []
-            except (UpstreamFailed, RuntimeUnavailable, TimeoutError, ValueError):
+                entries = await self.told(info, "POST", "/v2/repository/index", b'{"ready":true}')
+            except (UpstreamFailed, RuntimeUnavailable):
                 continue
             for entry in entries:
                 if entry.get("version"):

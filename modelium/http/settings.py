@@ -25,9 +25,10 @@ class HttpSettings:
     allowed_origins: tuple[str, ...] = ()
     """Origins (`https://app.example`) of web pages that may send requests other than GET."""
     max_body_bytes: int | None = None
-    """Of a request that is passed on as it comes; it is never held in memory whole."""
+    """Of any request; one that is passed on as it comes is never held in memory whole."""
     client_stall_s: float = 60.0
-    """The longest that a client may pause in the middle of its body: meanwhile it holds a model's lease."""
+    """The longest that a client may pause in its request, or in taking the answer: meanwhile it holds a model's
+    lease."""
     max_json_bytes: int = 16 * 2**20
     """Of a request that is read here: `/v1`, `/predict`, inference on decoupled models, parameters."""
     max_deadline_s: float = 3600.0

@@ -73,16 +73,20 @@ error_log {folder}/nginx.log;
 events {{ worker_connections 1024; }}
 http {{
     access_log off;
+{inside}
     client_body_temp_path {folder}/body;
     proxy_temp_path {folder}/proxy;
     fastcgi_temp_path {folder}/fastcgi;
     uwsgi_temp_path {folder}/uwsgi;
     scgi_temp_path {folder}/scgi;
-    upstream back {{ server {address}; keepalive 32; }}
-    server {{
-        listen 127.0.0.1:{port};
-        location / {{ proxy_pass http://back; proxy_http_version 1.1; proxy_set_header Connection ""; }}
-    }}
+}}
+"""
+
+PROXY = """\
+upstream back {{ server {address}; keepalive 32; }}
+server {{
+    listen 127.0.0.1:{port};
+    location / {{ proxy_pass http://back; proxy_http_version 1.1; proxy_set_header Connection ""; }}
 }}
 """
 
@@ -113,6 +117,15 @@ def running(*command: str | Path) -> Iterator[None]:
     finally:
         process.terminate()
         process.wait(10)
+
+
+@contextmanager
+def nginx(folder: Path, inside: str) -> Iterator[None]:
+    """One worker with this in its `http` block; its files lie in `folder`, which is its own."""
+    folder.mkdir()
+    (folder / "nginx.conf").write_text(NGINX.format(folder=folder, inside=inside))
+    with running("nginx", "-c", folder / "nginx.conf"):
+        yield
 
 
 def wrk(url: str, script: Path, connections: int = 8) -> tuple[float, float, float]:
@@ -170,8 +183,7 @@ def rows(folder: Path) -> Iterator[tuple[str, str, str]]:
             "Modelium over aiohttp": slow.url,
         }
         if shutil.which("nginx"):
-            (folder / "nginx.conf").write_text(NGINX.format(folder=folder, port=web, address=address))
-            stack.enter_context(running("nginx", "-c", folder / "nginx.conf"))
+            stack.enter_context(nginx(folder / "nginx", PROXY.format(port=web, address=address)))
             urls["nginx, one worker"] = f"http://127.0.0.1:{web}"
         found = side_by_side(urls, lambda url: wrk(url + PATH, script))
         bars = {"Modelium over HAProxy": "0.85 of plain HAProxy", "Modelium over aiohttp": "0.35 of plain HAProxy"}

@@ -21,7 +21,7 @@ from statistics import median
 import psutil
 
 from tests.bench import constant
-from tests.bench.front import post_script, ratio, running, side_by_side, wrk
+from tests.bench.front import nginx, post_script, ratio, side_by_side, wrk
 from tests.service import Served, free_port, served
 
 PATH = "/v1/chat/completions"
@@ -32,27 +32,13 @@ ANSWER = {
     "usage": {"prompt_tokens": 9, "completion_tokens": 2, "total_tokens": 11},
 }  # fmt: skip
 
-NGINX = """\
-daemon off;
-worker_processes 1;
-pid {folder}/constant.pid;
-error_log {folder}/constant.log;
-events {{ worker_connections 1024; }}
-http {{
-    access_log off;
-    keepalive_requests 1000000000;
-    client_body_temp_path {folder}/c-body;
-    proxy_temp_path {folder}/c-proxy;
-    fastcgi_temp_path {folder}/c-fastcgi;
-    uwsgi_temp_path {folder}/c-uwsgi;
-    scgi_temp_path {folder}/c-scgi;
-    server {{
-        listen 127.0.0.1:{port};
-        location / {{ default_type application/json; return 200 '{answer}'; }}
-    }}
+SERVER = """\
+keepalive_requests 1000000000;
+server {{
+    listen 127.0.0.1:{port};
+    location / {{ default_type application/json; return 200 '{answer}'; }}
 }}
 """
-
 
 PEERS_ENV = {"LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true"}
 """LiteLLM does not start without a key otherwise; here it is reached from this machine alone."""
@@ -61,9 +47,7 @@ PEERS_ENV = {"LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true"}
 @contextmanager
 def upstream(folder: Path) -> Iterator[str]:
     port = free_port()
-    file = folder / "constant.conf"
-    file.write_text(NGINX.format(folder=folder, port=port, answer=json.dumps(ANSWER)))
-    with running("nginx", "-c", file):
+    with nginx(folder / "nginx", SERVER.format(port=port, answer=json.dumps(ANSWER))):
         yield f"http://127.0.0.1:{port}"
 
 

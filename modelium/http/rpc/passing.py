@@ -17,7 +17,7 @@ from modelium.errors import ModeliumError, RuntimeUnavailable
 from modelium.http.admission import DEADLINE, GRPC, acquire, endpoint
 from modelium.http.answers import REQUEST_ID, BadRequest, UpstreamFailed, check_process, request_id, unreachable
 from modelium.http.rpc.channels import Channels, lost
-from modelium.http.rpc.status import refuse
+from modelium.http.rpc.status import end, refuse
 from modelium.http.rpc.wire import text_field
 from modelium.http.settings import HttpSettings
 
@@ -91,7 +91,7 @@ class Passing:
                 f"the runtime of {model} at {address} took the call and did not answer ({details})"
             ) from exc
         check_process(details.encode(), model)
-        await context.abort(code, details, tuple(exc.trailing_metadata() or ()))
+        await end(context, code, details, tuple(exc.trailing_metadata() or ()))
 
     # ------------------------------------------------------------------ streams
 

@@ -19,7 +19,7 @@ from modelium.http.answers import REQUEST_ID, BadRequest, NotSupported, request_
 from modelium.http.repository import EXTENSIONS, NOT_SERVABLE, ModelRepository
 from modelium.http.rpc.channels import OPTIONS, Channels
 from modelium.http.rpc.passing import Context, Passing, metadata_of
-from modelium.http.rpc.status import refuse
+from modelium.http.rpc.status import end, refuse
 from modelium.http.settings import MAX_METADATA_BYTES, SOCKET_MODE, HttpSettings
 from modelium.http.upstream import Upstream
 
@@ -144,7 +144,7 @@ class Rpc(grpc.GenericRpcHandler):  # type: ignore[misc]  # gRPC brings no types
             try:
                 serving = self._service.view(name).state not in NOT_SERVABLE
             except ModelNotFound:
-                await context.abort(grpc.StatusCode.NOT_FOUND, f"there is no model named {name}")
+                await end(context, grpc.StatusCode.NOT_FOUND, f"there is no model named {name}")
         status = pb.HealthCheckResponse.SERVING if serving else pb.HealthCheckResponse.NOT_SERVING
         return bytes(pb.HealthCheckResponse(status=status).SerializeToString())
 
@@ -219,10 +219,8 @@ def _guarded(method: Unary, within_s: float) -> Callable[[Any, Context], Awaitab
         except Exception:
             id = request_id(metadata_of(context).get(REQUEST_ID.lower()))
             log.exception("call %s failed unexpectedly", id)
-            await context.abort(
-                grpc.StatusCode.INTERNAL, f"something went wrong inside Modelium; its log tells more under request {id}"
-            )
-            raise AssertionError("unreachable") from None
+            message = f"something went wrong inside Modelium; its log tells more under request {id}"
+            await end(context, grpc.StatusCode.INTERNAL, message)
 
     return call
 
@@ -281,8 +279,8 @@ async def serving_rpc(
             code="address",
         ) from exc
     await server.start()
-    for path in (host if isinstance(host, Path) else None, socket):
-        if path is not None:
+    for path in (host, socket):
+        if isinstance(path, Path):
             path.chmod(SOCKET_MODE)
     try:
         yield bound

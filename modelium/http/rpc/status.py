@@ -42,8 +42,13 @@ async def refuse(context: Any, error: ModeliumError) -> NoReturn:
         trailing.append(("x-modelium-loading", json.dumps(error.fields)))
     if (again := retry_after(error)) is not None:
         trailing.append(("retry-after", again))
+    await end(context, code_of(error), error.message, tuple(trailing))
+
+
+async def end(context: Any, code: grpc.StatusCode, message: str, trailing: tuple[Any, ...] = ()) -> NoReturn:
+    """End the call with a status that is not OK. For a client that has left it just ends."""
     try:
-        await context.abort(code_of(error), error.message, tuple(trailing))
+        await context.abort(code, message, trailing)
     except grpc.aio.InternalError:
-        raise asyncio.CancelledError from None  # the client has left: nobody hears it
+        raise asyncio.CancelledError from None  # nobody hears it
     raise AssertionError("unreachable")

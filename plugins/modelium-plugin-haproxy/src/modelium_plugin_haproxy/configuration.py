@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from modelium.api.datapath import DataRoute, Front
+from modelium.api.datapath import AWAY, DataRoute, Front
 from modelium_plugin_haproxy.admin import EXPIRE_S, ORGANISATIONS, TABLE
 from modelium_plugin_haproxy.settings import HAProxySettings
 
@@ -33,7 +33,7 @@ INVALID_ARGUMENT, UNAVAILABLE = 3, 14
 
 RUNTIME_LOST = "the runtime took the request and did not answer; it was not sent again"
 MODELIUM_LOST = "Modelium took the request and was ended before it could answer: ask again"
-DOWN = "Modelium is not there at this moment; models that are loaded are served all the same"
+DOWN = f"{AWAY}; models that are loaded are served all the same"
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,18 +253,15 @@ def _backends(front: Front) -> Iterable[str]:
         yield "    option redispatch 1"
         yield f"    server any 0.0.0.0:0{h2}"
         yield f"    server service unix@{socket}{h2}"
+        told = _error if protocol == "http" else _status
+        yield from told(502, RUNTIME_LOST)
+        yield from told(503, DOWN)
         if protocol == "http":
-            yield from _error(502, RUNTIME_LOST)
-            yield from _error(503, DOWN)
             yield from _mended(front)
             yield from _counted()
-        else:
-            yield from _status(502, RUNTIME_LOST)
-            yield from _status(503, DOWN)
         yield ""
         yield f"backend service_{protocol}"
         yield f"    server service unix@{socket}{h2}"
-        told = _error if protocol == "http" else _status
         yield from told(502, MODELIUM_LOST)
         yield from told(503, DOWN)
         yield ""

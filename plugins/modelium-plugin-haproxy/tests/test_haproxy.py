@@ -459,7 +459,9 @@ async def test_another_configuration_takes_over_and_loses_nothing(lab: Lab) -> N
         assert not info.adopted and info.pid not in pids and f":{info.port}" in lab.url
         pids.append(info.pid)
         await _until(lambda before=before: len(answered) > before + 50)  # type: ignore[misc]
-        assert list(await driver.read()) == ["m"]
+        async with asyncio.timeout(10):
+            while list(await driver.read()) != ["m"]:  # the former one may have carried those
+                await asyncio.sleep(0.01)
     over.set()
     await asyncio.gather(*clients)
     assert set(answered) == {"runtime"}  # its routes came along

@@ -33,6 +33,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "check": ("setup", "Check folders, ports, plugins, devices and runtimes."),
     "init": ("setup", "Write a commented modelium.yaml."),
     "plugins": ("setup", "List plugins, those that are left out too."),
+    "runtimes": ("runtimes", "List runtimes, or install what one needs."),
     "hookspecs": ("setup", "Show the hooks that plugins can implement."),
 }
 """The module in `modelium.commands` that holds each, and one line about it."""

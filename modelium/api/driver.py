@@ -64,8 +64,11 @@ class Processes(Protocol):
     async def stop(self, name: str, *, grace_s: float = 30) -> None:
         """SIGTERM to the group, then SIGKILL; returns when every member is gone. No process is no error."""
 
-    def tail(self, name: str, lines: int = 200) -> list[str]:
-        """The last lines of its log."""
+    def tail(self, name: str, lines: int = 200, *, this_run: bool = False) -> list[str]:
+        """The last lines of its log; with `this_run` none from before it was last started."""
+
+    def names(self) -> list[str]:
+        """The names under which something runs, what a dead process left behind included. Looks at all processes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +137,17 @@ class RuntimeBackend(Protocol):
 
     def layout(self, name: str, analysis: Analysis, plan: Plan) -> Layout:
         """What the model's folder in the repository should hold for `plan`."""
+
+
+@runtime_checkable
+class Installable(Protocol):
+    """A `RuntimeBackend` whose runtime can be installed by `modelium runtimes install`."""
+
+    async def install(self, cache_dir: Path, settings: BaseModel, report: Report) -> str:
+        """Make what it needs under `cache_dir`, unless it is there; returns one line that says what there is now.
+
+        Raises `DriverError` or `ConfigError`.
+        """
 
 
 @runtime_checkable

@@ -324,8 +324,11 @@ class FakeProcesses:
         self.stopped.append(name)
         self.living.pop(name, None)
 
-    def tail(self, name: str, lines: int = 200) -> list[str]:
+    def tail(self, name: str, lines: int = 200, *, this_run: bool = False) -> list[str]:
         return self.lines.get(name, [])[-lines:]
+
+    def names(self) -> list[str]:
+        return sorted(self.living)
 
     def die(self, name: str) -> None:
         """Let the process end by itself."""

@@ -114,6 +114,8 @@ class Offer(Frozen):
     """Estimated memory when loaded, weights and overhead."""
     load_s: float = 10.0
     """Estimated seconds to load."""
+    devices: int = 1
+    """Over how many devices of one kind it spreads, each with an equal part of the memory."""
     requires: tuple[str, ...] = ()
     """What the runtime has to install before the first load of this kind, for a person to know."""
     settings: Mapping[str, Any] = Field(default_factory=dict)
@@ -129,6 +131,8 @@ class Plan(Frozen):
     serving: str
     device_kind: str
     settings: Mapping[str, Any] = Field(default_factory=dict)
+    devices: int = 1
+    """Over how many devices it spreads."""
     memory_bytes: int
     load_s: float
     reason: str
@@ -150,6 +154,8 @@ class Device(Frozen):
     """In use by anyone, as the device itself reports."""
     utilization: float | None = None
     """0 to 1, where the device reports it."""
+    runtime: str = ""
+    """The only runtime that reaches it, as one on another machine; empty: any."""
 
 
 class Situation(Frozen):
@@ -230,7 +236,9 @@ class LoadRequest(Frozen):
     analysis: Analysis
     devices: tuple[str, ...]
     memory_bytes: int
-    """What the ledger has booked."""
+    """What the ledger has booked, on all devices together."""
+    device_bytes: Mapping[str, int] = Field(default_factory=dict)
+    """What each of the devices has in all."""
     replace: bool = False
     """An older revision is serving and should go on until this one is ready."""
     parameters: Mapping[str, Any] = Field(default_factory=dict)
@@ -242,6 +250,9 @@ class LoadOutcome(Frozen):
     """Measured bytes by device id; empty where the runtime can't tell."""
     load_s: float
     note: str = ""
+    """What a person should know of it, in one sentence."""
+    endpoints: tuple[Endpoint, ...] = ()
+    """Where this model answers, if it is not where the runtime does."""
 
 
 class UnloadOutcome(Frozen):
@@ -261,6 +272,8 @@ class ObservedModel(Frozen):
     broken: bool = False
     """It is neither ready nor on its way: it has to be loaded again, say since a process of its own has ended."""
     reason: str = ""
+    endpoints: tuple[Endpoint, ...] = ()
+    """Where this model answers, if it is not where the runtime does."""
 
 
 class Observation(Frozen):
@@ -270,6 +283,8 @@ class Observation(Frozen):
     models: tuple[ObservedModel, ...] = ()
     overhead: Mapping[str, int] = Field(default_factory=dict)
     """Bytes that the runtime itself holds and no model accounts for, by device id."""
+    devices: tuple[Device, ...] = ()
+    """Those that only this runtime reaches, as they are now."""
 
 
 class Progress(Frozen):

@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 
 from modelium.api import Device, hookimpl
+from modelium.api.measuring import visible
 
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUP = Path("/proc/self/cgroup")
@@ -125,23 +126,6 @@ _nvml = _Nvml()
 def gpu_devices(environment: Mapping[str, str] = os.environ) -> list[Device]:
     """The GPUs, numbered as CUDA numbers them with CUDA_DEVICE_ORDER=PCI_BUS_ID; none without NVML."""
     return _nvml.devices(environment)
-
-
-def visible(uuids: Sequence[str], environment: Mapping[str, str]) -> list[int]:
-    """Places in `uuids` of the GPUs that CUDA_VISIBLE_DEVICES leaves; as CUDA does, stop at the first that is wrong."""
-    wanted = environment.get("CUDA_VISIBLE_DEVICES")
-    if wanted is None:
-        return list(range(len(uuids)))
-    chosen: list[int] = []
-    for word in (w.strip() for w in wanted.split(",")):
-        if word.isdecimal():
-            matching = [int(word)] if int(word) < len(uuids) else []
-        else:
-            matching = [i for i, uuid in enumerate(uuids) if word and uuid.startswith(word)]
-        if len(matching) != 1 or matching[0] in chosen:
-            break
-        chosen += matching
-    return chosen
 
 
 def _gpu(nvml: Any, number: int, handle: Any) -> Device | None:

@@ -148,7 +148,16 @@ def _devices(status: dict[str, Any]) -> RenderableType:
         ]
         for d in status["devices"]
     ]
-    runtimes: list[list[str | Text]] = [
+    columns = ["DEVICE", "NAME", "BUDGET", "BOOKED", "PROMISED", "FOREIGN", "USED", "BUSY", "MODELS"]
+    return Group(
+        table(columns, devices, right=columns[2:8]),
+        "",
+        runtime_table(status["runtimes"]),
+    )
+
+
+def runtime_table(runtimes: list[dict[str, Any]]) -> RenderableType:
+    rows: list[list[str | Text]] = [
         [
             r["name"],
             state(r["state"]),
@@ -157,14 +166,9 @@ def _devices(status: dict[str, Any]) -> RenderableType:
             " ".join(r["foreign_models"]),
             r["reason"] + (f" [{stage(r['progress'])}]" if r["progress"] and r["state"] != "UP" else ""),
         ]
-        for r in status["runtimes"]
+        for r in runtimes
     ]
-    columns = ["DEVICE", "NAME", "BUDGET", "BOOKED", "PROMISED", "FOREIGN", "USED", "BUSY", "MODELS"]
-    return Group(
-        table(columns, devices, right=columns[2:8]),
-        "",
-        table(["RUNTIME", "STATE", "VERSION", "PID", "FOREIGN MODELS", "REASON"], runtimes),
-    )
+    return table(["RUNTIME", "STATE", "VERSION", "PID", "FOREIGN MODELS", "REASON"], rows)
 
 
 # --------------------------------------------------------------------------- one model

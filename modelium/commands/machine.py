@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from modelium.api.driver import RuntimeBackend
 from modelium.api.units import human
 from modelium.app import supervisor
 from modelium.config import Config, load_config, validate_sections
@@ -32,6 +33,16 @@ def plugins() -> list[dict[str, Any]]:
 def sections() -> dict[str, type[BaseModel]]:
     """The sections of the configuration that the installed plugins own."""
     return _host().sections()
+
+
+def backends(config: Config | None = None) -> list[RuntimeBackend]:
+    """The runtime backends that the installed plugins offer."""
+    return list(_host(config).runtime_backends())
+
+
+def section(config: Config, name: str) -> BaseModel:
+    """A plugin's section of the configuration. Raises `ConfigError`."""
+    return validate_sections(config, _host(config).sections())[name]
 
 
 def _host(config: Config | None = None) -> PluginHost:

@@ -47,7 +47,7 @@ def check(
     config = configured(file, root=root, repository=repository)
     running: Any = None
     if root is None and repository is None:
-        running = asyncio.run(_asked("/check", url or (config.server.url if file else None)))
+        running = asyncio.run(asked("/check", url or (config.server.url if file else None)))
     rows: list[dict[str, Any]] = running["checks"] if running else machine.checks(config)
     ok = all(row["ok"] for row in rows)
     if as_json:
@@ -63,7 +63,7 @@ def _found(row: dict[str, Any]) -> str:
     return f"{row['found']}; {row['advice']}" if row["advice"] else str(row["found"])
 
 
-async def _asked(path: str, url: str | None) -> Any:
+async def asked(path: str, url: str | None) -> Any:
     """The service's answer, None when no service answers."""
     from modelium.commands.client import Client
 
@@ -113,7 +113,7 @@ def plugins(url: str | None, tracebacks: bool, as_json: bool) -> None:
     """
     from modelium.commands import machine
 
-    running = asyncio.run(_asked("/plugins", url))
+    running = asyncio.run(asked("/plugins", url))
     found = running if running is not None else machine.plugins()
     if as_json:
         emit(found)

@@ -125,9 +125,17 @@ class Effects:
         ):
             self._engine.store.set_loaded(name, None)
 
+    def reroute(self, name: str) -> None:
+        """A model answers elsewhere than before."""
+        route = self._engine.admission.routes.get(name)
+        if route is not None:
+            self._open(name, route.runtime)
+
     def _open(self, name: str, runtime: str) -> None:
         running, known = self._engine.running[runtime], self._engine.catalog.known.get(name)
-        endpoints = {e.protocol: e.address for e in running.info.endpoints} if running.info else {}
+        endpoints = self._engine.runtimes.endpoints.get(name)
+        if endpoints is None:
+            endpoints = {e.protocol: e.address for e in running.info.endpoints} if running.info else {}
         decoupled = known.decoupled if known else False
         self._engine.admission.open(Route(name, runtime, endpoints, decoupled, self._engine.usage.model(name)))
         if self._engine.fast is not None:
@@ -161,6 +169,11 @@ class Effects:
             analysis=analysis,
             devices=tuple(d for d, _ in order.booking),
             memory_bytes=sum(n for _, n in order.booking),
+            device_bytes={
+                d: account.total_bytes
+                for d, _ in order.booking
+                if (account := self._engine.loop.world.devices.get(d)) is not None
+            },
             replace=order.replace,
             parameters=order.parameters,
         )

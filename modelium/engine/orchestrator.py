@@ -139,6 +139,7 @@ class Orchestrator:
             self.effects.measured,
             self._see,
         )
+        self.runtimes.moved = self.effects.reroute
         self.planner = Planner(
             host.brain(config.brain.name, config.brain.settings), self.running, self.situation, self.store
         )

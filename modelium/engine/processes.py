@@ -18,6 +18,7 @@ import signal
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -29,6 +30,9 @@ NAME_MARK = "MODELIUM_PROCESS_NAME"
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+_STARTED = "--- started: "
+"""How the line begins that each start writes into the log."""
 
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _KILLED_WITHIN_S = 30.0
@@ -119,6 +123,7 @@ class ProcessSupervisor:
             self.state_dir.mkdir(parents=True, exist_ok=True)
             self.log_dir.mkdir(parents=True, exist_ok=True)
             output = os.open(record.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+            os.write(output, f"{_STARTED}{name} {datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}\n".encode())
             self._write(record)  # should we die right after the start, it tells what was about to run
         except OSError as error:
             raise ConfigError(
@@ -278,7 +283,7 @@ class ProcessSupervisor:
     def log_of(self, name: str) -> Path:
         return self.log_dir / f"{name}.log"
 
-    def tail(self, name: str, lines: int = 200) -> list[str]:
+    def tail(self, name: str, lines: int = 200, *, this_run: bool = False) -> list[str]:
         """The last `lines` lines of its log, oldest first; at most the last 4 MiB are read."""
         _check_name(name)
         data = b""
@@ -286,7 +291,11 @@ class ProcessSupervisor:
             data = _last_bytes(path, lines, 4 * 2**20 - len(data), data)
             if data.count(b"\n") > lines:
                 break
-        return data.decode("utf-8", errors="replace").splitlines()[-lines:] if lines > 0 else []
+        found = data.decode("utf-8", errors="replace").splitlines()[-lines:] if lines > 0 else []
+        if this_run:
+            begins = next((n for n in range(len(found), 0, -1) if found[n - 1].startswith(_STARTED)), 0)
+            found = found[begins:]
+        return found
 
     async def rotate(self) -> None:
         """Keep logs within bounds. The writers go on with the file that they hold, so it is copied and emptied."""
@@ -320,7 +329,7 @@ class ProcessSupervisor:
 
 
 def _check_name(name: str) -> None:
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}", name):
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,219}", name):
         raise DriverError(f"a process can't be called {name!r}: use letters, digits, '.', '_' and '-'")
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from modelium.api.driver import RuntimeBackend, RuntimeDriver
-from modelium.api.types import LoadRequest, Observation, Progress, Report, RuntimeInfo
+from modelium.api.types import Endpoint, LoadRequest, Observation, Progress, Report, RuntimeInfo
 from modelium.core import events as e
 from modelium.core import instructions as i
 from modelium.core.states import RuntimeState
@@ -77,6 +77,10 @@ class Runtimes:
         self._ops: dict[str, asyncio.Task[None]] = {}
         self.measured: dict[str, dict[str, dict[str, int]]] = {}
         """Bytes by runtime, model and device, as last observed."""
+        self.endpoints: dict[str, dict[str, str]] = {}
+        """Address by protocol of each model that does not answer where its runtime does."""
+        self.moved: Callable[[str], None] = lambda name: None
+        """Told when a model's endpoints are others than before."""
 
     # ------------------------------------------------------------------ instructions
 
@@ -129,6 +133,7 @@ class Runtimes:
             request = await asyncio.to_thread(self._request_for, order)
             outcome = await driver.load(request, self._report_for(order.name))
             memory = tuple(sorted(outcome.memory.items()))
+            self._note_endpoints(order.name, outcome.endpoints)
             self._tell_measured(order.name, sum(outcome.memory.values()), outcome.load_s)
             loop.post(e.Loaded(loop.clock(), order.name, order.op, memory, outcome.load_s))
             return
@@ -151,6 +156,7 @@ class Runtimes:
             if any(outcome.residue.values()):
                 log.warning("%s: %s did not come back after its unload", order.name, dict(outcome.residue))
             self.measured.get(order.runtime, {}).pop(order.name, None)
+            self.endpoints.pop(order.name, None)
             loop.post(e.Unloaded(loop.clock(), order.name, order.op))
         except asyncio.CancelledError:
             raise
@@ -251,9 +257,21 @@ class Runtimes:
     def _note(self, name: str, observation: Observation) -> None:
         self.measured[name] = {m.name: dict(m.memory) for m in observation.models}
         for model in observation.models:
+            if model.ready:
+                self._note_endpoints(model.name, model.endpoints)
             if model.ready and model.memory:
                 self._tell_measured(model.name, sum(model.memory.values()), None)
         self.running[name].overhead = dict(observation.overhead)
+
+    def _note_endpoints(self, name: str, endpoints: Iterable[Endpoint]) -> None:
+        now = {endpoint.protocol: endpoint.address for endpoint in endpoints}
+        if self.endpoints.get(name, {}) == now:
+            return
+        if now:
+            self.endpoints[name] = now
+        else:
+            del self.endpoints[name]
+        self.moved(name)
 
     def accounted(self, booked: Callable[[str], bool]) -> dict[str, int]:
         """Measured bytes of all models whose memory is `booked`, by device."""

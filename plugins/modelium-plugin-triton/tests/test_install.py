@@ -17,11 +17,11 @@ from driver_lab import Lab, code
 from modelium_plugin_triton import install, locate, packs, piprun
 from modelium_plugin_triton.install import STUB, Environment, install_pack, prepare
 from modelium_plugin_triton.locate import Interpreter
-from modelium_plugin_triton.piprun import InstallError, explain
 from modelium_plugin_triton.settings import TritonSettings
 
 from modelium.api import Progress
 from modelium.api.fakes import silent
+from modelium.api.pip import InstallError, explain
 from modelium.errors import ConfigError
 from modelium.paths import cache_dir
 

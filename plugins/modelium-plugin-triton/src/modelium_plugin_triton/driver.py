@@ -24,7 +24,7 @@ from modelium.errors import RuntimeUnavailable
 from modelium_plugin_triton import attach, install, locate, reasons, server
 from modelium_plugin_triton.client import TritonClient
 from modelium_plugin_triton.install import Environment
-from modelium_plugin_triton.measure import Gpus, Measurer, key_of
+from modelium_plugin_triton.measure import Measurer
 from modelium_plugin_triton.session import Attempt, Session
 from modelium_plugin_triton.settings import TritonSettings
 

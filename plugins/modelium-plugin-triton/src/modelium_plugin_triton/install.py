@@ -7,53 +7,26 @@ of the environment is finished when its marker is there.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import ctypes
-import fcntl
-import hashlib
-import json
 import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from modelium.api import Progress, Report
+from modelium.api import Progress, Report, environments
+from modelium.api.environments import Environment, Interpreter, beside, hash_of, locked, make_environment, on_disk
+from modelium.api.pip import InstallError, run_pip
 from modelium.errors import ConfigError
-from modelium_plugin_triton.locate import Interpreter, has_gpu
 from modelium_plugin_triton.packs import BASE, CONSTRAINTS, PACKS, SERVER, SITE_FILES
-from modelium_plugin_triton.piprun import InstallError, cpu_index_args, run_pip
 
 STUB = "triton_python_backend_stub"
 FETCH_WITHIN_S = 120.0
 """apt-get has no bound of its own where nothing answers."""
 _SERVER_PARTS = ("pytriton/tritonserver/bin/", "pytriton/tritonserver/backends/", "nvidia_pytriton.libs/")
 """Of the wheel. Its libraries find each other by paths relative to themselves, so the layout is kept."""
-
-
-@dataclass(frozen=True, slots=True)
-class Environment:
-    """A virtual environment for Triton's stubs."""
-
-    folder: Path
-
-    @property
-    def python(self) -> Path:
-        return self.folder / "bin" / "python"
-
-    def has(self, pack: str) -> bool:
-        try:
-            return self._marker(pack).read_text() == _hash(PACKS[pack], CONSTRAINTS)
-        except OSError:
-            return False
-
-    def mark(self, pack: str) -> None:
-        self._marker(pack).write_text(_hash(PACKS[pack], CONSTRAINTS))
-
-    def _marker(self, pack: str) -> Path:
-        return self.folder / f".pack-{pack}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,13 +50,15 @@ async def prepare(cache: Path, interpreter: Interpreter, pip_args: Sequence[str]
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"the cache folder {cache} can't be made: {error.strerror}; make it writable") from error
-    with _disk(cache):
+    with on_disk(cache):
         libraries = await _libraries(cache, interpreter, report)
         server = await _server(cache, interpreter, report)
         await _check_stub(server, libraries, interpreter)
         environment = Environment(cache / f"env-{interpreter.version}-{_environment_key(interpreter)}")
-        if not environment.has(BASE):
-            await _make_environment(environment, interpreter, report)
+        if not has_pack(environment, BASE):
+            await make_environment(
+                environment, interpreter, report, what="Triton's Python environment", site_files=SITE_FILES
+            )
             await install_pack(environment, BASE, pip_args, report)
     return Wheel(
         executable=server / "pytriton/tritonserver/bin/tritonserver",
@@ -93,25 +68,25 @@ async def prepare(cache: Path, interpreter: Interpreter, pip_args: Sequence[str]
     )
 
 
+def has_pack(environment: Environment, pack: str) -> bool:
+    """Whether Triton's environment has it."""
+    return environment.has(pack, PACKS[pack], CONSTRAINTS)
+
+
 async def install_pack(environment: Environment, pack: str, pip_args: Sequence[str], report: Report) -> None:
     """Install a pack, unless it is there. Raises `InstallError`."""
     if pack not in PACKS:
         raise InstallError(f"a plan asks for the pack {pack!r} of Triton's environment; there are {', '.join(PACKS)}")
-    if environment.has(pack):
-        return
-    what = f"installing {pack} for Triton"
-    async with _locked(environment.folder, report, what) as lock:
-        if environment.has(pack):
-            return
-        extra = list(pip_args)
-        if pack == "torch" and not extra and not has_gpu():
-            extra = await cpu_index_args()
-        with _disk(environment.folder), tempfile.TemporaryDirectory() as scratch:
-            constraints = Path(scratch) / "constraints.txt"
-            constraints.write_text("\n".join(CONSTRAINTS) + "\n")
-            args = ["install", "--constraint", str(constraints), *extra, *PACKS[pack]]
-            await run_pip(args, what=what, report=report, python=environment.python, lock=lock)
-            environment.mark(pack)
+    await environments.install_pack(
+        environment,
+        pack,
+        PACKS[pack],
+        report,
+        what=f"installing {pack} for Triton",
+        constraints=CONSTRAINTS,
+        pip_args=pip_args,
+        torch=pack == "torch",
+    )
 
 
 # --------------------------------------------------------------------------- the server
@@ -121,10 +96,10 @@ async def _server(cache: Path, interpreter: Interpreter, report: Report) -> Path
     folder = cache / f"server-{SERVER.partition('==')[2]}-{interpreter.version}"
     if folder.is_dir():
         return folder
-    async with _locked(folder, report, "downloading Triton") as lock:
+    async with locked(folder, report, "downloading Triton") as lock:
         if folder.is_dir():
             return folder
-        with _beside(folder) as fresh:
+        with beside(folder) as fresh:
             args = ["download", "--no-deps", "--only-binary", ":all:", "--dest", str(fresh), SERVER]
             await run_pip(args, what="downloading Triton", report=report, lock=lock)
             wheel = next(fresh.glob("*.whl"))
@@ -184,11 +159,11 @@ async def _check_stub(server: Path, libraries: Path, interpreter: Interpreter) -
 async def _libraries(cache: Path, interpreter: Interpreter, report: Report) -> Path:
     """A folder with nothing but the interpreter's shared library: in LD_LIBRARY_PATH its own folder's other libraries
     would come before those that Python packages bring."""
-    folder = cache / f"lib-{_hash((str(interpreter.prefix), interpreter.full_version))}"
+    folder = cache / f"lib-{hash_of((str(interpreter.prefix), interpreter.full_version))}"
     link = folder / interpreter.library_name
     if link.exists():
         return folder
-    async with _locked(folder, report, "looking for Python's shared library"):
+    async with locked(folder, report, "looking for Python's shared library"):
         folder.mkdir(exist_ok=True)
         if interpreter.library is not None:
             fresh = folder / f".{interpreter.library_name}"
@@ -253,79 +228,6 @@ async def _run(*command: str, cwd: str) -> str:
 # --------------------------------------------------------------------------- the environment
 
 
-async def _make_environment(environment: Environment, interpreter: Interpreter, report: Report) -> None:
-    folder = environment.folder
-    async with _locked(folder, report, "making Triton's Python environment"):
-        if folder.is_dir():
-            return
-        with _beside(folder) as fresh:
-            # pip works on it from outside: an environment without pip needs no ensurepip, which Debian splits off.
-            made = fresh / "made"
-            process = await asyncio.create_subprocess_exec(
-                interpreter.executable, "-I", "-m", "venv", "--without-pip", made,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.STDOUT,
-            )  # fmt: skip
-            output, _ = await process.communicate()
-            if process.returncode != 0:
-                said = output.decode(errors="replace").strip()
-                raise InstallError(f"`{interpreter.executable} -m venv` failed: {said}")
-            site = made / "lib" / f"python{interpreter.version}" / "site-packages"
-            for name, text in SITE_FILES.items():
-                (site / name).write_text(text)
-            os.replace(made, folder)
-
-
 def _environment_key(interpreter: Interpreter) -> str:
     """Another interpreter or other pins make another environment: what runs in the old one is left alone."""
-    return _hash((interpreter.full_version, str(interpreter.prefix), PACKS, CONSTRAINTS, SITE_FILES))
-
-
-# --------------------------------------------------------------------------- small things
-
-
-def _hash(*what: object) -> str:
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
-
-
-@contextlib.asynccontextmanager
-async def _locked(folder: Path, report: Report, what: str) -> AsyncIterator[int]:
-    """Hold the lock of `folder` among all processes of this user; yields its descriptor."""
-    lock = os.open(f"{folder}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        waited = False
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if not waited:
-                    report(Progress(stage=f"{what}: waiting for another Modelium that does it"))
-                waited = True
-                await asyncio.sleep(0.2)
-        yield lock
-    finally:
-        os.close(lock)
-
-
-@contextlib.contextmanager
-def _beside(folder: Path) -> Iterator[Path]:
-    """An empty folder beside `folder`, removed in the end; what a crash left of it goes first. Under its lock only."""
-    fresh = folder.with_name(f".{folder.name}.new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir()
-    try:
-        yield fresh
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _disk(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise InstallError(
-            f"{folder} could not be written: {error.strerror or error}; make room or make it writable"
-        ) from error
+    return hash_of((interpreter.full_version, str(interpreter.prefix), PACKS, CONSTRAINTS, SITE_FILES))

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modelium.api import ProcessRecord
+from modelium.api.ports import HOST, hold
 from modelium.errors import ConfigError
 from modelium_plugin_triton.install import Wheel
 from modelium_plugin_triton.locate import INSTALLED, backends_folder
 from modelium_plugin_triton.settings import TritonSettings
 
-HOST = "127.0.0.1"
 EXIT_TIMEOUT_S = 15
 """How long it waits for requests in flight when it is told to end."""
 STUCK_EXIT_S = 3
@@ -127,7 +127,7 @@ def choose_ports(settings: TritonSettings, state_dir: Path) -> dict[str, int]:
     try:
         for name in PORTS:
             wanted = getattr(settings, f"{name}_port")
-            holder = _hold(wanted or last.get(name, 0)) or (None if wanted else _hold(0))
+            holder = hold(wanted or last.get(name, 0)) or (None if wanted else hold(0))
             if holder is None:
                 raise ConfigError(
                     f"triton.{name}_port is {wanted}, and another program uses that port: choose another, or leave it "
@@ -143,19 +143,6 @@ def choose_ports(settings: TritonSettings, state_dir: Path) -> dict[str, int]:
         state_dir.mkdir(parents=True, exist_ok=True)
         memory.write_text(json.dumps(ports))
     return ports
-
-
-def _hold(port: int) -> socket.socket | None:
-    """Take a port for a moment (0: any free one), so that the next one asked for is another."""
-    holder = socket.socket()
-    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        holder.bind((HOST, port))
-        holder.listen(1)
-    except (OSError, OverflowError):
-        holder.close()
-        return None
-    return holder
 
 
 # --------------------------------------------------------------------------- shared memory

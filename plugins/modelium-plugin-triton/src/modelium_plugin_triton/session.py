@@ -25,7 +25,7 @@ from modelium.api import (
 from modelium.errors import DriverError, LoadRejected, ModelError, RuntimeStuck
 from modelium_plugin_triton import modelconfig, reasons
 from modelium_plugin_triton.client import CallFailed, Counted, TritonClient
-from modelium_plugin_triton.measure import Family, Measurer, Stub, added, has_shaken_hands, kill, less
+from modelium_plugin_triton.measure import Family, Measurer, Stub, has_shaken_hands, kill
 from modelium_plugin_triton.settings import TritonSettings
 from modelium_plugin_triton.watch import LoadWatch
 

@@ -1,0 +1,1 @@
+"""Modelium's runtime for llama.cpp: a server process for each GGUF model."""

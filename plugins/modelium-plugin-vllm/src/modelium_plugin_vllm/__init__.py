@@ -1,0 +1,1 @@
+"""Modelium's runtime for vLLM: a server process for each model."""

@@ -17,9 +17,10 @@ import tritonclient.http
 from driver_lab import Lab
 from modelium_plugin_triton import analyzer
 from modelium_plugin_triton.backend import TritonBackend
-from modelium_plugin_triton.install import Environment, install_pack
+from modelium_plugin_triton.install import install_pack
 
 from modelium.api import Analysis, LoadRequest, Plan
+from modelium.api.environments import Environment
 from modelium.api.fakes import silent
 from modelium.builtin import huggingface, onnx, torchscript
 

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 from driver_lab import Lab, code
-from modelium_plugin_triton import install, locate, packs, piprun
-from modelium_plugin_triton.install import STUB, Environment, install_pack, prepare
-from modelium_plugin_triton.locate import Interpreter
+from modelium_plugin_triton import install, locate, packs
+from modelium_plugin_triton.install import STUB, has_pack, install_pack, prepare
 from modelium_plugin_triton.settings import TritonSettings
 
-from modelium.api import Progress
+from modelium.api import Progress, environments, pip
+from modelium.api.environments import Environment, Interpreter, make_environment
 from modelium.api.fakes import silent
 from modelium.api.pip import InstallError, explain
 from modelium.errors import ConfigError
@@ -39,7 +39,7 @@ async def interpreter() -> Interpreter:
 async def environment(tmp_path: Path, interpreter: Interpreter) -> Environment:
     """An empty one of its own."""
     environment = Environment(tmp_path / "env")
-    await install._make_environment(environment, interpreter, silent)
+    await make_environment(environment, interpreter, silent, what="an environment", site_files=packs.SITE_FILES)
     return environment
 
 
@@ -67,7 +67,7 @@ async def main():
     interpreter = await locate.find_interpreter(TritonSettings())
     stages = []
     wheel = await install.prepare(Path({str(tmp_path)!r}), interpreter, (), lambda p: stages.append(p.stage))
-    print(wheel.executable.is_file(), wheel.environment.has("base"), "unpacking Triton" in stages)
+    print(wheel.executable.is_file(), install.has_pack(wheel.environment, "base"), "unpacking Triton" in stages)
 
 asyncio.run(main())
 """
@@ -147,7 +147,7 @@ async def test_what_an_interruption_left_is_cleared(tmp_path: Path) -> None:
     folder = tmp_path / "thing"
     (tmp_path / ".thing.new").mkdir()
     (tmp_path / ".thing.new/half").write_text("half")
-    with install._beside(folder) as fresh:
+    with environments.beside(folder) as fresh:
         assert list(fresh.iterdir()) == []
     assert list(tmp_path.iterdir()) == []
 
@@ -167,7 +167,7 @@ async def test_a_stub_that_does_not_start_is_told(tmp_path: Path, interpreter: I
 
 
 async def test_debians_library_is_fetched_without_root(tmp_path: Path) -> None:
-    system = await locate.probe(Path("/usr/bin/python3"))
+    system = await environments.probe(Path("/usr/bin/python3"))
     if system is None or not shutil.which("apt-get") or await can_fetch(tmp_path, system) is None:
         pytest.skip("needs the Python of Debian or Ubuntu, and their package lists and archive")
     told: list[Progress] = []
@@ -201,7 +201,7 @@ async def test_a_pack_never_moves_numpy(environment: Environment, monkeypatch: p
     monkeypatch.setitem(packs.PACKS, "greedy", ("numpy>=2",))
     with pytest.raises(InstallError, match="numpy"):
         await install_pack(environment, "greedy", (), silent)
-    assert not environment.has("greedy")
+    assert not has_pack(environment, "greedy")
 
 
 async def test_an_interrupted_installation_is_done_again(
@@ -216,15 +216,15 @@ async def test_an_interrupted_installation_is_done_again(
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert not environment.has("small")
+    assert not has_pack(environment, "small")
     await install_pack(environment, "small", (), told.append)
-    assert environment.has("small")
+    assert has_pack(environment, "small")
     assert await run(environment.python, "-c", "import idna; print(idna.encode('x').decode())") == "x\n"
     told.clear()
     await install_pack(environment, "small", (), told.append)
     assert told == []
     monkeypatch.setitem(packs.PACKS, "small", ("idna", "attrs"))
-    assert not environment.has("small")  # other pins: not the same pack any more
+    assert not has_pack(environment, "small")  # other pins: not the same pack any more
 
 
 async def test_an_unknown_pack(environment: Environment) -> None:
@@ -239,7 +239,7 @@ async def test_pip_holds_the_lock_for_as_long_as_it_runs(environment: Environmen
     gate = tmp_path / "gate"
     os.mkfifo(gate)
     requirements = asyncio.create_task(
-        piprun.run_pip(["install", "-r", str(gate)], what="x", report=silent, python=environment.python, lock=lock)
+        pip.run_pip(["install", "-r", str(gate)], what="x", report=silent, python=environment.python, lock=lock)
     )
     writer = await asyncio.to_thread(os.open, gate, os.O_WRONLY)  # pip has opened it: it runs
     os.close(lock)
@@ -302,9 +302,9 @@ async def test_backends_are_the_folders_with_a_library(tmp_path: Path) -> None:
 
 
 async def test_interpreters(tmp_path: Path) -> None:
-    ours = await locate.probe(Path(sys.executable))
+    ours = await environments.probe(Path(sys.executable))
     assert ours is not None and ours.full_version == ".".join(map(str, sys.version_info[:3]))
-    assert await locate.probe(tmp_path / "nothing") is None
+    assert await environments.probe(tmp_path / "nothing") is None
     not_python = tmp_path / "python3"
     not_python.write_text("#!/bin/sh\necho hello\n")
     not_python.chmod(0o755)
@@ -334,15 +334,15 @@ async def test_the_cpu_index_is_used_when_it_answers_at_once(monkeypatch: pytest
     async def no_index() -> bool:
         return False
 
-    monkeypatch.setattr(piprun, "_names_an_index", no_index)
-    monkeypatch.setattr(piprun, "CPU_INDEX_WITHIN_S", 0.5)
+    monkeypatch.setattr(pip, "_names_an_index", no_index)
+    monkeypatch.setattr(pip, "CPU_INDEX_WITHIN_S", 0.5)
     async for url in answering(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"):
-        monkeypatch.setattr(piprun, "CPU_INDEX", url)
-        assert await piprun.cpu_index_args() == ["--extra-index-url", url]
-    assert await piprun.cpu_index_args() == []  # it has closed
+        monkeypatch.setattr(pip, "CPU_INDEX", url)
+        assert await pip.cpu_index_args() == ["--extra-index-url", url]
+    assert await pip.cpu_index_args() == []  # it has closed
     async for url in answering(b""):  # takes the connection and says nothing
-        monkeypatch.setattr(piprun, "CPU_INDEX", url)
-        assert await piprun.cpu_index_args() == []
+        monkeypatch.setattr(pip, "CPU_INDEX", url)
+        assert await pip.cpu_index_args() == []
 
 
 async def answering(what: bytes) -> AsyncIterator[str]:
@@ -366,5 +366,5 @@ async def answering(what: bytes) -> AsyncIterator[str]:
 
 async def test_an_index_of_the_users_own_stays_the_only_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_INDEX_URL", "https://mirror.invalid/simple")
-    assert await piprun._names_an_index()
-    assert await piprun.cpu_index_args() == []
+    assert await pip._names_an_index()
+    assert await pip.cpu_index_args() == []

@@ -12,7 +12,9 @@ from typing import Any
 
 import psutil
 import pytest
-from modelium_plugin_triton.measure import HOST_MEMORY, Gpus, Measurer, added, less, stub_of
+from modelium_plugin_triton.measure import Measurer, stub_of
+
+from modelium.api.measuring import HOST_MEMORY, Gpus, added, less
 
 REPOSITORY = Path("/models")
 STUB = "/opt/tritonserver/backends/python/triton_python_backend_stub"

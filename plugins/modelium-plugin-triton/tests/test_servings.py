@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 from modelium_plugin_triton.backend import TritonBackend
-from modelium_plugin_triton.install import Environment
 from modelium_plugin_triton.modelconfig import parse_config, placed
+from modelium_plugin_triton.packs import CONSTRAINTS, PACKS
 from modelium_plugin_triton.servings import SERVINGS
 
 from modelium.api import Analysis, Device, Offer, Plan, RuntimeInfo, Tensor
+from modelium.api.environments import Environment
 from modelium.api.templates import render, template_names
 from modelium.errors import ModelError, PluginError
 
@@ -116,7 +117,7 @@ class TestOffers:
         llm, somebody_elses = model("huggingface", task="text-generation"), triton("python")
         ours = somebody_elses.model_copy(update={"facts": {"environment": str(tmp_path)}})
         assert [offers(llm, t)[0].requires for t in (None, somebody_elses, ours)] == [("torch",), (), ("torch",)]
-        Environment(tmp_path).mark("torch")
+        Environment(tmp_path).mark("torch", PACKS["torch"], CONSTRAINTS)
         assert offers(llm, ours)[0].requires == ()
 
     @pytest.mark.parametrize(

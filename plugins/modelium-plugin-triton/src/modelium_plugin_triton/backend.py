@@ -8,9 +8,10 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from modelium.api import Analysis, Device, Layout, Offer, Plan, RuntimeContext, RuntimeDriver, RuntimeInfo
+from modelium.api.environments import Environment
 from modelium.errors import ModelError
 from modelium_plugin_triton import servings
-from modelium_plugin_triton.install import Environment
+from modelium_plugin_triton.install import has_pack
 from modelium_plugin_triton.servings import AS_IS, RUNTIME, SERVINGS
 from modelium_plugin_triton.settings import TritonSettings
 
@@ -96,7 +97,7 @@ def _missing(packs: Iterable[str], runtime: RuntimeInfo | None) -> tuple[str, ..
     if runtime is None:
         return tuple(packs)
     folder = runtime.facts.get("environment")
-    return tuple(pack for pack in packs if not Environment(Path(folder)).has(pack)) if folder else ()
+    return tuple(pack for pack in packs if not has_pack(Environment(Path(folder)), pack)) if folder else ()
 
 
 def _alone(backend: str) -> str:

@@ -20,10 +20,12 @@ from modelium.api import (
     RuntimeInfo,
     UnloadOutcome,
 )
+from modelium.api.environments import Environment
+from modelium.api.measuring import Gpus, key_of
+from modelium.api.ports import HOST
 from modelium.errors import RuntimeUnavailable
 from modelium_plugin_triton import attach, install, locate, reasons, server
 from modelium_plugin_triton.client import TritonClient
-from modelium_plugin_triton.install import Environment
 from modelium_plugin_triton.measure import Measurer
 from modelium_plugin_triton.session import Attempt, Session
 from modelium_plugin_triton.settings import TritonSettings
@@ -167,9 +169,9 @@ class TritonDriver:
             pid=record.pid,
             backends=backends,
             endpoints=(
-                Endpoint(protocol="kserve-http", address=f"http://{server.HOST}:{ports['http']}"),
-                Endpoint(protocol="kserve-grpc", address=f"{server.HOST}:{ports['grpc']}"),
-                Endpoint(protocol="metrics", address=f"http://{server.HOST}:{ports['metrics']}/metrics"),
+                Endpoint(protocol="kserve-http", address=f"http://{HOST}:{ports['http']}"),
+                Endpoint(protocol="kserve-grpc", address=f"{HOST}:{ports['grpc']}"),
+                Endpoint(protocol="metrics", address=f"http://{HOST}:{ports['metrics']}/metrics"),
             ),
             facts={
                 "executable": record.argv[0],
@@ -303,7 +305,7 @@ class TritonDriver:
     async def _pack(self, pack: str, report: Report) -> None:
         """Have a pack in the environment; several loads wait for one installation, which goes on when they give up."""
         environment = self._environment
-        if environment is None or await asyncio.to_thread(environment.has, pack):
+        if environment is None or await asyncio.to_thread(install.has_pack, environment, pack):
             return  # another server than the wheel's has an environment of its own
         listeners = [report, self._context.report]
 
@@ -380,4 +382,4 @@ def _identity(pid: int) -> str:
 def _grpc(facts: dict[str, object]) -> str:
     ports = facts["ports"]
     assert isinstance(ports, dict)
-    return f"{server.HOST}:{ports['grpc']}"
+    return f"{HOST}:{ports['grpc']}"

@@ -70,7 +70,7 @@ async def prepare(cache: Path, interpreter: Interpreter, pip_args: Sequence[str]
 
 def has_pack(environment: Environment, pack: str) -> bool:
     """Whether Triton's environment has it."""
-    return environment.has(pack, PACKS[pack], CONSTRAINTS)
+    return pack in PACKS and environment.has(pack, PACKS[pack], CONSTRAINTS)
 
 
 async def install_pack(environment: Environment, pack: str, pip_args: Sequence[str], report: Report) -> None:

@@ -22,6 +22,7 @@ from modelium.api import (
     Report,
     UnloadOutcome,
 )
+from modelium.api.measuring import added, less
 from modelium.errors import DriverError, LoadRejected, ModelError, RuntimeStuck
 from modelium_plugin_triton import modelconfig, reasons
 from modelium_plugin_triton.client import CallFailed, Counted, TritonClient

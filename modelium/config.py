@@ -175,6 +175,8 @@ class Policies(Section):
     """A failed load is tried again after this, then after twice as long each time, when someone wants the model."""
     retry_max_s: Seconds = 300
     """The longest such pause."""
+    max_residue_bytes: Size = 2**30
+    """A runtime that keeps more than this of what it has unloaded is started anew while nothing of it is in use."""
     crash_budget: Count = 5
     """A runtime that crashes this often within `crash_window_s` is left down for as long, or until someone loads one of
     its models."""

@@ -137,6 +137,8 @@ class Drained(Event):
 class Unloaded(Event):
     name: str
     op: int
+    residue: Booking = ()
+    """What did not come back."""
 
 
 @dataclass(frozen=True, slots=True)

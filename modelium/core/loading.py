@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from modelium.core import events as e
 from modelium.core.instructions import OpenRoute
 from modelium.core.moves import admit, begin_unload, fail, onward, recycle, unload_parts
@@ -30,6 +32,7 @@ def loaded(turn: Turn, event: e.Loaded) -> None:
             want=Want.NONE,
             failure=None,
             failures=0,
+            late=0,
             use=Use(),
         )
         turn.out.append(OpenRoute(model.name, model.home))
@@ -62,9 +65,10 @@ def _learnt(model: Model, held: Held | None, booked: Booking, event: e.Loaded) -
     """What the next load is expected to take, unless what was loaded is out of date by now."""
     if held is None or held.spec != model.spec:
         return model.estimate
+    slowest_s = max(model.estimate.slowest_s, event.load_s)
     if not event.memory:
-        return Estimate(model.estimate.memory_bytes, event.load_s, model.estimate.measured)
-    return Estimate(footprint(event.memory, booked), event.load_s, True)
+        return Estimate(model.estimate.memory_bytes, event.load_s, model.estimate.measured, slowest_s)
+    return Estimate(footprint(event.memory, booked), event.load_s, True, slowest_s)
 
 
 def footprint(memory: Booking, booked: Booking) -> int:
@@ -121,6 +125,7 @@ def unloaded(turn: Turn, event: e.Unloaded) -> None:
     model = turn.models.get(event.name)
     if model is None or model.op != event.op or model.state is not State.UNLOADING:
         return
+    _note_unload(turn, model, event.residue)
     again, whole = model.again, model
     reason = model.reason.removeprefix("nothing in flight; ")
     if model.failure is not None:
@@ -143,6 +148,21 @@ def unloaded(turn: Turn, event: e.Unloaded) -> None:
         model = turn.grant_gone(model)
     onward(turn, model, again, reason)
     unload_parts(turn, whole)
+
+
+def _note_unload(turn: Turn, model: Model, residue: Booking) -> None:
+    runtime = turn.runtimes.get(model.home)
+    if runtime is None:
+        return
+    took_s = turn.now - model.op_since
+    if residue or took_s > runtime.slowest_unload_s:
+        kept = dict(runtime.residue)
+        for device, size in residue:
+            kept[device] = kept.get(device, 0) + size
+        noted = replace(
+            runtime, residue=tuple(sorted(kept.items())), slowest_unload_s=max(took_s, runtime.slowest_unload_s)
+        )
+        turn.runtimes = turn.runtimes.set(runtime.name, noted)
 
 
 def unload_failed(turn: Turn, event: e.UnloadFailed) -> None:

@@ -34,7 +34,16 @@ def runtime_up(turn: Turn, event: e.RuntimeUp) -> None:
     if runtime is None or runtime.epoch != event.epoch or runtime.state is not RuntimeState.STARTING:
         return
     reason = "adopted as it was" if event.adopted else "answers"
-    turn.move_runtime(runtime, RuntimeState.UP, reason, instance=event.instance, external=event.external)
+    known = runtime.instance == event.instance
+    turn.move_runtime(
+        runtime,
+        RuntimeState.UP,
+        reason,
+        instance=event.instance,
+        external=event.external,
+        residue=runtime.residue if known else (),
+        slowest_unload_s=runtime.slowest_unload_s if known else 0.0,
+    )
     _reconcile(turn, event.name, event.observation.models, inf)
     for model in list(turn.models.values()):
         if model.home == event.name:

@@ -25,6 +25,8 @@ class Estimate:
     memory_bytes: int
     load_s: float
     measured: bool = False
+    slowest_s: float = 0.0
+    """The slowest of its last loads; 0 where none was measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +113,8 @@ class Model:
     failure: Failure | None = None
     failures: int = 0
     retry_at: float = 0.0
+    late: int = 0
+    """How often in a row a load was begun anew, since it took far longer than any before."""
 
     @property
     def runtime(self) -> str:
@@ -218,6 +222,10 @@ class Runtime:
     recycle: str = ""
     """It is UP, and why it is to be started anew as soon as nothing that it holds is in use."""
     foreign: tuple[str, ...] = ()
+    residue: Booking = ()
+    """What unloads did not give back since it was started."""
+    slowest_unload_s: float = 0.0
+    """Of those seen since it was started."""
 
 
 def least_recently_used(candidates: Sequence[Candidate], now: float) -> Sequence[str]:
@@ -244,6 +252,8 @@ class Policy:
     max_queue: int = 10_000
     max_queue_per_model: int = 1_000
     max_concurrent_loads: int = 2
+    max_residue_bytes: int = 2**30
+    """What unloads may leave behind in a runtime before it is started anew."""
     sweep_s: float = 10.0
     retry_s: float = 5.0
     retry_max_s: float = 300.0

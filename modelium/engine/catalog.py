@@ -291,7 +291,7 @@ class Catalog:
             source=str(entry.path),
             revision=entry.revision,
             inspection=inspection,
-            plan=self._planner.plan(entry.name, inspection.analysis),
+            plan=self._planner.plan(entry.name, inspection),
         )
 
     def _keep(self, manifests: Iterable[Manifest]) -> None:

@@ -156,6 +156,11 @@ class Effects:
         if key is not None and memory_bytes:
             self._engine.store.measure(key, memory_bytes, load_s)
 
+    def left_behind(self, name: str, runtime: str, size: int) -> None:
+        """An unload did not give all back: note it against the way of serving."""
+        known = self._engine.catalog.known.get(name)
+        self._engine.store.note_residue(runtime, known.plan.serving if known is not None else "", size)
+
     def request_for(self, order: i.Load) -> LoadRequest:
         known = self._engine.catalog.known[order.name]
         self._measured_as[order.name] = known.measured_as

@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 from modelium.api.datapath import DataPath, DataPathContext, DataPathDriver
 from modelium.api.driver import RuntimeContext
+from modelium.api.measuring import Gpus
 from modelium.api.types import Device, Progress, Report, Situation
 from modelium.config import Config
 from modelium.core import events as e
@@ -25,6 +26,7 @@ from modelium.engine.effects import Effects
 from modelium.engine.fastpath import READ_EVERY_S, FastPath
 from modelium.engine.ingest import Ingest
 from modelium.engine.journal import Journal
+from modelium.engine.ledger import Ledger
 from modelium.engine.loop import Clock, Loop
 from modelium.engine.planner import Planner, budgets
 from modelium.engine.processes import ProcessSupervisor
@@ -65,6 +67,7 @@ def policy_of(config: Config, host: PluginHost) -> Policy:
         drain_timeout_s=section.drain_timeout_s,
         load_timeout_s=section.load_timeout_s,
         fairness_after_s=section.fairness_after_s,
+        max_residue_bytes=section.max_residue_bytes,
         max_queue=section.max_queue,
         max_queue_per_model=section.max_queue_per_model,
         max_concurrent_loads=section.max_concurrent_loads,
@@ -106,6 +109,7 @@ class Orchestrator:
         self.processes = ProcessSupervisor(
             paths.root, state_dir=paths.state / "processes", log_dir=paths.state / "logs"
         )
+        self.ledger = Ledger()
         self.running: dict[str, Running] = {}
         for backend in host.runtime_backends():
             settings = sections[backend.name]
@@ -138,6 +142,7 @@ class Orchestrator:
             self._report_for,
             self.effects.measured,
             self._see,
+            self.effects.left_behind,
         )
         self.runtimes.moved = self.effects.reroute
         self.planner = Planner(
@@ -377,10 +382,18 @@ class Orchestrator:
     # ------------------------------------------------------------------ devices, use, housekeeping
 
     async def _look_at_devices(self) -> None:
-        devices = await asyncio.to_thread(self.host.devices)
+        devices = await asyncio.to_thread(self._take_stock)
         if devices:
             self.devices = devices
             self.loop.post(e.DevicesObserved(self.clock(), devices, self.runtimes.accounted(self._booked)))
+
+    def _take_stock(self) -> tuple[Device, ...]:
+        """The devices as they are, and who holds what of them; in a thread."""
+        if self.ledger.gpus is None and any(device.kind == "cuda" for device in self.devices):
+            self.ledger.gpus = Gpus.open()
+        runtimes = {running.info.pid for running in self.running.values() if running.info and running.info.pid}
+        self.ledger.look(runtimes | self.processes.pids())
+        return self.host.devices()
 
     def _booked(self, name: str) -> bool:
         """Whether a model's memory is on the books; what one holds that is not counts as others'."""

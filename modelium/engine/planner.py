@@ -9,7 +9,7 @@ from modelium.api.driver import Brain
 from modelium.api.types import Analysis, Device, Inspection, Layout, Offer, Plan, Situation
 from modelium.core.world import Estimate
 from modelium.engine.runtimes import Running
-from modelium.engine.store import Store, measurement_key
+from modelium.engine.store import Store, key_of, measurement_key
 from modelium.errors import ModelError, PluginError
 
 
@@ -34,15 +34,37 @@ class Planner:
             raise ModelError("; ".join(reasons))
         return offers
 
-    def plan(self, name: str, analysis: Analysis) -> Plan:
-        """Raises `ModelError` when nothing on offer will do."""
-        offers = self.offers(analysis)
+    def plan(self, name: str, inspection: Inspection) -> Plan:
+        """What was measured of this content before counts, else the offers' own estimates.
+
+        Raises `ModelError` when nothing on offer will do.
+        """
+        analysis = inspection.analysis
+        if analysis is None:
+            raise ModelError(f"no analyzer knows what {name} is")
         if not self.runtimes:
             raise ModelError("no runtime is there to serve it: `pip install modelium-plugin-triton`")
+        offers = [known for offer in self.offers(analysis) for known in self._measured(inspection.content_key, offer)]
         plan = self.brain.plan(name, analysis, offers, self.situation())
         if plan.runtime not in self.runtimes:
             raise PluginError(f"the brain {self.brain.name} chose the runtime {plan.runtime}, which is not there")
         return plan
+
+    def _measured(self, content_key: str, offer: Offer) -> list[Offer]:
+        """The offer as it is, or one for each kind of device where something was measured on one of them."""
+        found = {
+            kind: self.store.measurement(key_of(content_key, offer.runtime, offer.serving, kind, offer.settings))
+            for kind in offer.device_kinds
+        }
+        if not any(found.values()):
+            return [offer]
+        return [
+            offer.model_copy(
+                update={"device_kinds": (kind,)}
+                | ({"memory_bytes": known.memory_bytes, "load_s": known.load_s or offer.load_s} if known else {})
+            )
+            for kind, known in found.items()
+        ]
 
     def layout(self, name: str, analysis: Analysis, plan: Plan) -> Layout:
         return self.runtimes[plan.runtime].backend.layout(name, analysis, plan)
@@ -52,7 +74,7 @@ class Planner:
         found = self.store.measurement(measurement_key(inspection.content_key, plan))
         if found is None:
             return Estimate(plan.memory_bytes, plan.load_s)
-        return Estimate(found.memory_bytes, found.load_s or plan.load_s, measured=True)
+        return Estimate(found.memory_bytes, found.load_s or plan.load_s, measured=True, slowest_s=found.slowest_s)
 
 
 def budgets(devices: Sequence[Device], configured: Mapping[str, int], share: float) -> dict[str, int]:

@@ -40,7 +40,7 @@ async def preview(engine: Orchestrator, path: Path) -> PlanPreview:
         if name in engine.catalog.known:
             raise ModelConflict(f"a model named {name} is there already")
         await engine.runtimes_known()
-        plan = engine.planner.plan(name, analysis)
+        plan = engine.planner.plan(name, inspection)
         offers = engine.planner.offers(analysis)
         layout = engine.planner.layout(name, analysis, plan)
     except ModeliumError as exc:

@@ -51,6 +51,9 @@ Counted = Callable[[Mapping[str, int]], Awaitable[None]]
 Measured = Callable[[str, int, float | None], None]
 """Told a model's measured bytes, after a load with its seconds, later without."""
 
+Residue = Callable[[str, str, int], None]
+"""Told a model, its runtime, and the bytes that its unload did not give back."""
+
 
 class Runtimes:
     """Carries out loads, unloads and starts, and watches what the runtimes hold."""
@@ -63,6 +66,7 @@ class Runtimes:
         report_for: Callable[[str], Report],
         measured: Measured,
         counted: Counted,
+        residue: Residue,
         *,
         observe_every_s: float = 2.0,
     ):
@@ -72,6 +76,7 @@ class Runtimes:
         self._report_for = report_for
         self._tell_measured = measured
         self._counted = counted
+        self._tell_residue = residue
         self._observe_every_s = observe_every_s
         self._tasks: set[asyncio.Task[None]] = set()
         self._ops: dict[str, asyncio.Task[None]] = {}
@@ -153,11 +158,13 @@ class Runtimes:
         loop = self._loop()
         try:
             outcome = await self.running[order.runtime].driver.unload(order.name)
-            if any(outcome.residue.values()):
-                log.warning("%s: %s did not come back after its unload", order.name, dict(outcome.residue))
+            residue = tuple(sorted((device, size) for device, size in outcome.residue.items() if size))
+            if residue:
+                log.warning("%s: %s did not come back after its unload", order.name, dict(residue))
+                self._tell_residue(order.name, order.runtime, sum(size for _, size in residue))
             self.measured.get(order.runtime, {}).pop(order.name, None)
             self.endpoints.pop(order.name, None)
-            loop.post(e.Unloaded(loop.clock(), order.name, order.op))
+            loop.post(e.Unloaded(loop.clock(), order.name, order.op, residue))
         except asyncio.CancelledError:
             raise
         except Exception as exc:

@@ -272,6 +272,8 @@ class TransitionCounter:
         name, before, after, reason = transition.subject, transition.before, transition.after, transition.reason
         if name.startswith("runtime:"):
             return
+        if before == after and before != State.READY:  # only its reason is another
+            return
         load = self._loading.pop(name, None)
         if after == State.LOADING:
             first = re.split(r"\W", reason, maxsplit=1)[0]

@@ -94,6 +94,8 @@ class Sim:
         self.asked: set[int] = set()
         self.people: set[int] = set()
         self.foreign = [0] * devices
+        self.residue: dict[str, Booking] = {}
+        """What unloading a model does not give back, by its name."""
         self.snapshots: list[tuple[str, int, float, Observation]] = []
         self.next_ticket = 1
         self.steps = 0
@@ -338,7 +340,7 @@ class Sim:
             case i.Unload(name, op, runtime):
                 if not p.late:
                     self.real[runtime].models.pop(name, None)
-                self.happen(e.Unloaded(self.now, name, op))
+                self.happen(e.Unloaded(self.now, name, op, self.residue.get(name, ())))
             case i.Load(name, op, runtime, booking):
                 real = self.real[runtime]
                 file = self.files.get(name)

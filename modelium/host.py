@@ -21,6 +21,7 @@ from pydantic import BaseModel
 from modelium.api.datapath import DataPath
 from modelium.api.driver import Brain, Converter, EvictionPolicy, RuntimeBackend, UsageSource
 from modelium.api.hookspecs import PROJECT, ModeliumSpec
+from modelium.api.optimizing import Optimizer
 from modelium.api.types import Analysis, Completeness, Device, Finding, Severity, Transition
 from modelium.discovery import HOOKS, PluginView, Source, builtin_sources, entry_point_sources, register, suggestion
 from modelium.errors import ConfigError, ModelError, ModeliumError, PluginError
@@ -34,9 +35,9 @@ __all__ = ["Failure", "PluginHost", "PluginView"]
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-S = TypeVar("S", RuntimeBackend, DataPath)
+S = TypeVar("S", RuntimeBackend, DataPath, Optimizer)
 
-NAMED = (Brain, Converter, DataPath, EvictionPolicy, RuntimeBackend, UsageSource)
+NAMED = (Brain, Converter, DataPath, EvictionPolicy, Optimizer, RuntimeBackend, UsageSource)
 """What is chosen, or told apart, by name."""
 
 
@@ -87,6 +88,7 @@ class PluginHost:
         self._failures: dict[tuple[str, str, str], Failure] = {}
         self._backends: tuple[RuntimeBackend, ...] | None = None
         self._data_paths: tuple[DataPath, ...] | None = None
+        self._optimizers: tuple[Optimizer, ...] | None = None
         by_name = {view.name: view for view in self._plugins if view.error is None}
         self._hooks = {
             hook: tuple(
@@ -224,6 +226,12 @@ class PluginHost:
             self._data_paths = self._with_settings("data path", "modelium_data_paths", DataPath)
         return self._data_paths
 
+    def optimizers(self) -> tuple[Optimizer, ...]:
+        """All optimizers, the same objects each time; where two have one name, neither."""
+        if self._optimizers is None:
+            self._optimizers = self._with_settings("optimizer", "modelium_optimizers", Optimizer)
+        return self._optimizers
+
     def _with_settings(self, what: str, hook: str, kind: type[S]) -> tuple[S, ...]:
         """What a hook offers that has a name, and a section of the configuration by that name."""
         good: list[Answer[S]] = []
@@ -239,7 +247,8 @@ class PluginHost:
     def sections(self) -> dict[str, type[BaseModel]]:
         """The sections of the configuration that plugins own, and the models that validate them."""
         sections = {backend.name: backend.settings_model for backend in self.runtime_backends()}
-        return sections | {path.name: path.settings_model for path in self.data_paths()}
+        sections |= {path.name: path.settings_model for path in self.data_paths()}
+        return sections | {optimizer.name: optimizer.settings_model for optimizer in self.optimizers()}
 
     def devices(self) -> tuple[Device, ...]:
         """All devices as they are now, by id; of two reports of one device, the first plugin's by name is kept."""

@@ -14,6 +14,7 @@ from modelium.api.driver import (
     UsageSource,
 )
 from modelium.api.hookspecs import HOOKSPEC_VERSION, ModeliumSpec, hookimpl
+from modelium.api.optimizing import Job, Optimization, Optimized, Optimizer, OptimizerContext, Served
 from modelium.api.types import (
     Analysis,
     Candidate,
@@ -30,6 +31,7 @@ from modelium.api.types import (
     Observation,
     ObservedModel,
     Offer,
+    OptimizationRecord,
     Plan,
     Progress,
     Report,
@@ -62,6 +64,7 @@ __all__ = [
     "Frozen",
     "Inspection",
     "Installable",
+    "Job",
     "Layout",
     "LoadOutcome",
     "LoadRequest",
@@ -70,6 +73,11 @@ __all__ = [
     "Observation",
     "ObservedModel",
     "Offer",
+    "Optimization",
+    "OptimizationRecord",
+    "Optimized",
+    "Optimizer",
+    "OptimizerContext",
     "Plan",
     "ProcessRecord",
     "Processes",
@@ -79,6 +87,7 @@ __all__ = [
     "RuntimeContext",
     "RuntimeDriver",
     "RuntimeInfo",
+    "Served",
     "Severity",
     "Situation",
     "Tensor",

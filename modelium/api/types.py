@@ -181,6 +181,22 @@ class Layout(Frozen):
     """Destination to the text to be written."""
 
 
+class OptimizationRecord(Frozen):
+    """What an optimizer made of a model, as its manifest tells it."""
+
+    optimizer: str
+    key: str
+    """Stands for all that it depends on."""
+    what: str
+    note: str
+    """What was compared, and with what result."""
+    made_at: float
+    unconverted: str
+    """The folder inside the model's that holds it as it was, with its manifest."""
+    depends_on: Mapping[str, str] = Field(default_factory=dict)
+    """What is in the key, for a person to compare."""
+
+
 class Manifest(Frozen):
     """`modelium.json`, beside a rendered model's `config.pbtxt`: written once, before the model appears."""
 
@@ -193,6 +209,8 @@ class Manifest(Frozen):
     """Of the model's files when this was written, by their names, sizes and times."""
     inspection: Inspection
     plan: Plan
+    optimization: OptimizationRecord | None = None
+    """Set when the model is served in a faster form than it was dropped in."""
 
 
 # --------------------------------------------------------------------------- running it

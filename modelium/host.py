@@ -163,11 +163,14 @@ class PluginHost:
     def analyze(self, path: Path) -> Analysis:
         """The claim with the highest confidence.
 
-        Raises `PluginError` when the best claims tie; `ModelError` with the claimant's reason when it is broken, or
-        when nobody knows it.
+        Raises `PluginError` when the best claims tie; `ModelError` with the claimant's reason when it is broken (also
+        where others only claim that nobody serves it), or when nobody knows it.
         """
         answers = self._ask("modelium_analyze", Analysis, path=path, expected=ModelError)
         claims = [(value, answer.by) for answer in answers for value in answer.values]
+        refusals = [answer.error for answer in answers if isinstance(answer.error, ModelError)]
+        if refusals and all(value.facts.get("unsupported") for value, _ in claims):
+            claims = []  # whoever could serve it knows best why it can't
         if claims:
             best = max(value.confidence for value, _ in claims)
             winners = [(value, by) for value, by in claims if value.confidence == best]
@@ -177,7 +180,6 @@ class PluginHost:
                     f"{path.name} is claimed with equal confidence ({best:g}) by {both}: disable one of these plugins"
                 )
             return winners[0][0]
-        refusals = [answer.error for answer in answers if isinstance(answer.error, ModelError)]
         if len(refusals) == 1:
             raise refusals[0]
         if refusals:

@@ -31,7 +31,9 @@ class Known:
 
 _ONNX = "export it to ONNX"
 GGUF = Known(
-    "gguf", "a GGUF model for llama.cpp", "drop the Hugging Face folder that it was made from, with safetensors"
+    "gguf",
+    "a GGUF model for llama.cpp",
+    "`pip install modelium-plugin-llamacpp`, or drop the Hugging Face folder that it was made from, with safetensors",
 )
 TENSORRT = Known(
     "tensorrt",

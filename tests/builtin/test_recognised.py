@@ -141,6 +141,6 @@ def test_the_reason_names_the_drop_and_what_to_do(tmp_path: Path) -> None:
     assert found is not None
     assert json.loads(json.dumps(dict(found.facts))) == found.facts
     assert found.facts["unsupported"] == (
-        "llama.gguf is a GGUF model for llama.cpp; Modelium has no runtime for it here: drop the Hugging Face folder "
-        "that it was made from, with safetensors"
+        "llama.gguf is a GGUF model for llama.cpp; Modelium has no runtime for it here: `pip install "
+        "modelium-plugin-llamacpp`, or drop the Hugging Face folder that it was made from, with safetensors"
     )

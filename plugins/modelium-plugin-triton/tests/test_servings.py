@@ -213,8 +213,8 @@ class TestLayouts:
                 if name.endswith(".py"):
                     compile(text, name, "exec")
 
-    def test_there_is_a_serving_for_every_template(self) -> None:
-        assert template_names() == sorted(SERVINGS)
+    def test_there_is_a_template_for_every_serving(self) -> None:
+        assert set(SERVINGS) <= set(template_names())
 
     def test_a_file_is_put_where_triton_looks(self) -> None:
         alone = ONNX.model_copy(update={"entry": ""})

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Mapping
+from contextlib import asynccontextmanager
 
 import aiohttp
 from aiohttp import hdrs, web
@@ -123,7 +124,7 @@ class Upstream:
     ) -> web.StreamResponse:
         """Pass `request` to the runtime at `base`, and its answer to the client.
 
-        `model` is for messages; `body` is the request's where it was read already, as it came. Raises
+        `model` is for messages; `body` is the request's where it was read already. Raises
         `RuntimeUnavailable` when nothing was sent, `UpstreamFailed` when the runtime did not answer, `StreamBroken`
         when it was lost in the middle of an answer; the client then sees a connection that broke.
         """
@@ -133,6 +134,8 @@ class Upstream:
         if headers.get(hdrs.CONTENT_TYPE, "").lstrip().lower().startswith(FORM):
             headers[hdrs.CONTENT_TYPE] = "application/octet-stream" if HEADER_LENGTH in headers else "application/json"
         headers[REQUEST_ID] = request[ID]
+        if body is not None:
+            headers[hdrs.CONTENT_LENGTH] = str(len(body))
         target = request.raw_path
         url = URL(base + (target if target.startswith("/") else str(request.rel_url)), encoded=True)
         async with await self._send(request.method, url, headers, payload, model) as answer:
@@ -156,6 +159,20 @@ class Upstream:
         payload = None if body is None else _Whole(body)
         async with await self._send(method, URL(url, encoded=True), headers, payload, model) as answer:
             return answer.status, CIMultiDict(answer.headers), await _taken(answer.read(), model)
+
+    @asynccontextmanager
+    async def asking(
+        self, method: str, url: str, model: str, *, body: bytes, headers: Mapping[str, str]
+    ) -> AsyncIterator[tuple[int, AsyncIterator[bytes]]]:
+        """As `ask`, with the answer's body as it comes. Leaving early closes the connection."""
+
+        async def pieces() -> AsyncIterator[bytes]:
+            while piece := await _taken(answer.content.readany(), model):
+                yield piece
+
+        target = URL(url, encoded=True)
+        async with await self._send(method, target, CIMultiDict(headers), _Whole(body), model) as answer:
+            yield answer.status, pieces()
 
     async def _body(self, request: web.Request) -> Payload | None:
         headers, content = request.headers, request.content
@@ -229,7 +246,7 @@ class Upstream:
                 chunk = await content.readany()
             except (aiohttp.ClientError, OSError) as exc:
                 log.warning("%s: its runtime was lost while it answered: %s", model, _words(exc))
-                _break_off(request, declared is None and request.version < aiohttp.HttpVersion11)
+                break_off(request, declared is None and request.version < aiohttp.HttpVersion11)
                 raise StreamBroken(_words(exc)) from exc
             if not chunk:
                 break
@@ -261,7 +278,7 @@ async def _taken(reading: Awaitable[bytes], model: str) -> bytes:
         raise UpstreamFailed(f"the runtime of {model} broke off its answer ({_words(exc)}); ask again") from exc
 
 
-def _break_off(request: web.Request, ends_with_connection: bool) -> None:
+def break_off(request: web.Request, ends_with_connection: bool) -> None:
     """Close the client's connection so that it can't take what it has for the whole answer."""
     transport = request.transport
     if transport is None:

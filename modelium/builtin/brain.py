@@ -133,7 +133,7 @@ class _Option:
     place: int
     """Among what was offered."""
     room: int
-    """The largest budget of a device of that kind."""
+    """What models may have of as many devices of that kind as it spreads over."""
 
     @property
     def fits(self) -> bool:
@@ -141,7 +141,7 @@ class _Option:
 
     @property
     def words(self) -> str:
-        return f"{self.offer.runtime}/{self.offer.serving} on {self.device_kind}"
+        return f"{self.offer.runtime}/{self.offer.serving} on {_where(self)}"
 
 
 class RulesBrain:
@@ -165,6 +165,7 @@ class RulesBrain:
             serving=best.offer.serving,
             device_kind=best.device_kind,
             settings={**best.offer.settings, **rule.settings},
+            devices=best.offer.devices,
             memory_bytes=best.offer.memory_bytes,
             load_s=best.offer.load_s,
             reason=_reason(best, rule),
@@ -174,15 +175,25 @@ class RulesBrain:
 
 
 def _options(offers: Sequence[Offer], situation: Situation) -> list[_Option]:
-    room: dict[str, int] = {}
-    for device in situation.devices:
-        room[device.kind] = max(room.get(device.kind, 0), situation.budgets.get(device.id, device.total_bytes))
     return [
-        _Option(offer, kind, place, room[kind])
+        _Option(offer, kind, place, room)
         for place, offer in enumerate(offers)
         for kind in offer.device_kinds
-        if kind in room
+        if (room := _room(offer, kind, situation)) is not None
     ]
+
+
+def _room(offer: Offer, kind: str, situation: Situation) -> int | None:
+    """What the devices with the largest budgets have for the offer, in equal parts; None where there are too few."""
+    budgets = sorted(
+        (
+            situation.budgets.get(device.id, device.total_bytes)
+            for device in situation.devices
+            if device.kind == kind and device.runtime in ("", offer.runtime)
+        ),
+        reverse=True,
+    )
+    return budgets[offer.devices - 1] * offer.devices if len(budgets) >= offer.devices else None
 
 
 def _nothing(name: str, analysis: Analysis, offers: Sequence[Offer], situation: Situation) -> str:
@@ -193,7 +204,9 @@ def _nothing(name: str, analysis: Analysis, offers: Sequence[Offer], situation: 
             f"no runtime here serves {name} ({analysis.format}: {analysis.summary}): install a plugin that does, or "
             "drop it as ONNX, TorchScript, a Hugging Face folder or a Triton model directory"
         )
-    wanted = sorted({kind for offer in offers for kind in offer.device_kinds})
+    wanted = sorted(
+        {kind if o.devices == 1 else f"{o.devices} devices of kind {kind}" for o in offers for kind in o.device_kinds}
+    )
     there = sorted({device.kind for device in situation.devices})
     return (
         f"{name} could be served on {' or '.join(wanted) or 'no device'}, and this machine has "
@@ -248,9 +261,14 @@ def _reason(best: _Option, rule: Rule) -> str:
     how = "with its own backend" if best.offer.native else "from a template"
     because = f", because {rule.because}" if rule.because else ""
     return (
-        f"{best.offer.runtime} serves it as {best.offer.serving} {how} on {best.device_kind}, where it takes {size}"
+        f"{best.offer.runtime} serves it as {best.offer.serving} {how} on {_where(best)}, where it takes {size}"
         f"{because} (rule {rule.name})"
     )
+
+
+def _where(option: _Option) -> str:
+    count = option.offer.devices
+    return option.device_kind if count == 1 else f"{count} devices of kind {option.device_kind}"
 
 
 def _why_not(option: _Option, best: _Option, prefer: Prefer) -> str:

@@ -26,7 +26,7 @@ def loaded(turn: Turn, event: e.Loaded) -> None:
             op=0,
             booking=event.memory or model.booking,
             measured=event.memory,
-            estimate=_learnt(model, model.held, model.booking, event),
+            estimate=_learnt(model, model.held, model.placed, event),
             loaded_at=turn.now,
             loaded_for=model.want,
             want=Want.NONE,
@@ -47,8 +47,9 @@ def _replaced(turn: Turn, model: Model, coming: Held, event: e.Loaded) -> None:
         op=0,
         extra=(),
         booking=event.memory or model.extra or model.booking,
+        placed=tuple(device for device, _ in model.extra) or model.placed,
         measured=event.memory,
-        estimate=_learnt(model, coming, model.extra, event),
+        estimate=_learnt(model, coming, tuple(device for device, _ in model.extra) or model.placed, event),
         held=coming,
         coming=None,
         loaded_at=turn.now,
@@ -61,19 +62,23 @@ def _replaced(turn: Turn, model: Model, coming: Held, event: e.Loaded) -> None:
     turn.dirty = True
 
 
-def _learnt(model: Model, held: Held | None, booked: Booking, event: e.Loaded) -> Estimate:
+def _learnt(model: Model, held: Held | None, placed: tuple[str, ...], event: e.Loaded) -> Estimate:
     """What the next load is expected to take, unless what was loaded is out of date by now."""
     if held is None or held.spec != model.spec:
         return model.estimate
     slowest_s = max(model.estimate.slowest_s, event.load_s)
     if not event.memory:
         return Estimate(model.estimate.memory_bytes, event.load_s, model.estimate.measured, slowest_s)
-    return Estimate(footprint(event.memory, booked), event.load_s, True, slowest_s)
+    return Estimate(footprint(event.memory, placed), event.load_s, True, slowest_s)
 
 
-def footprint(memory: Booking, booked: Booking) -> int:
-    """What a model takes on the device that it was placed on; in all, where it was placed on none of those measured."""
-    return sum(bytes_on(memory, device) for device, _ in booked[:1]) or sum(n for _, n in memory)
+def footprint(memory: Booking, placed: tuple[str, ...]) -> int:
+    """What a model takes on the devices that it was placed on; in all, where it was placed on none of those measured.
+
+    Where they are unequal, the fullest one counts for all, since each is to have room for an equal part.
+    """
+    taken = [bytes_on(memory, device) for device in placed]
+    return max(taken, default=0) * len(taken) or sum(n for _, n in memory)
 
 
 def load_failed(turn: Turn, event: e.LoadFailed) -> None:
@@ -140,6 +145,7 @@ def unloaded(turn: Turn, event: e.Unloaded) -> None:
             booking=(),
             extra=(),
             measured=(),
+            placed=(),
             held=None,
             coming=None,
             again=Want.NONE,

@@ -178,6 +178,7 @@ def fail(turn: Turn, model: Model, failure: Failure, *, runtime_lost: bool = Fal
         extra=(),
         promise=(),
         measured=(),
+        placed=(),
         held=None,
         coming=None,
         again=Want.NONE,

@@ -12,7 +12,7 @@ from modelium.core.eviction import Tier, Victims
 from modelium.core.line import Line
 from modelium.core.loading import keep_old, stuck
 from modelium.core.moves import begin_unload, drain, give_up_load, recycle
-from modelium.core.runtimes import start
+from modelium.core.runtimes import lose, start, unwanted
 from modelium.core.states import RuntimeState, State, Want
 from modelium.core.turn import Turn
 from modelium.core.world import Account, Failure, Model, Runtime
@@ -29,6 +29,10 @@ def use_observed(turn: Turn, event: e.UseObserved) -> None:
 
 def devices_observed(turn: Turn, event: e.DevicesObserved) -> None:
     loading = {d for n in turn.moving for d, _ in _unmeasured(turn.models[n])}
+    seen_ids = {device.id for device in event.devices}
+    for former in list(turn.devices.values()):
+        if former.runtime and former.id not in seen_ids:
+            _gone(turn, former)
     for device in event.devices:
         account = turn.devices.get(device.id)
         foreign = max(0, device.used_bytes - event.accounted.get(device.id, 0))
@@ -38,7 +42,7 @@ def devices_observed(turn: Turn, event: e.DevicesObserved) -> None:
         seen = Account(
             id=device.id, kind=device.kind, name=device.name, total_bytes=device.total_bytes,
             used_bytes=device.used_bytes, budget_bytes=min(budget, device.total_bytes), foreign_bytes=foreign,
-            utilization=device.utilization,
+            utilization=device.utilization, runtime=device.runtime,
         )  # fmt: skip
         if account is None:
             turn.add_device(seen)
@@ -53,6 +57,21 @@ def devices_observed(turn: Turn, event: e.DevicesObserved) -> None:
         before = None if account is None else (account.limit_bytes, account.budget_bytes)
         if before != (seen.limit_bytes, seen.budget_bytes):
             turn.dirty = turn.dirty or bool(turn.queue)
+
+
+def _gone(turn: Turn, account: Account) -> None:
+    """A device of another machine is not there any more, nor what was loaded on it."""
+    failure = Failure("runtime_unavailable", f"{account.id} is gone")
+    turn.devices = turn.devices.delete(account.id)
+    for name in sorted({*turn.live, *turn.queue}):
+        model = turn.models[name]
+        if any(device == account.id for device, _ in model.promise):
+            model = turn.change(model, promise=())
+        if any(device == account.id for device, _ in model.booking + model.extra):
+            lose(turn, model, failure)
+            if name in turn.models:
+                unwanted(turn, turn.models[name], failure.message)
+    turn.dirty = True
 
 
 def _unmeasured(model: Model) -> tuple[tuple[str, int], ...]:
@@ -217,7 +236,7 @@ def _relieve(turn: Turn, account: Account) -> None:
     if excess <= 0:
         return
     victims = Victims(turn, Line(turn).awaited)
-    for victim in victims.choose(account.id, excess, Tier.QUIET, None):
+    for victim in victims.choose({account.id: excess}, Tier.QUIET, None):
         drain(
             turn,
             turn.models[victim.name],

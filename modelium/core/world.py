@@ -38,6 +38,8 @@ class Spec:
     revision: str
     """Changes whenever a file of it changes."""
     depends_on: tuple[str, ...] = ()
+    devices: int = 1
+    """Over how many devices it spreads, each with an equal part of its memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +90,8 @@ class Model:
     """Memory that it holds, or will hold when its load is done."""
     extra: Booking = ()
     """Memory for the new revision while the old one serves."""
+    placed: tuple[str, ...] = ()
+    """The devices that it was placed on; its booking may name others too, on which it holds a little besides."""
     measured: Booking = ()
     op: int = 0
     """The operation under way; results of any other are dropped."""
@@ -120,6 +124,12 @@ class Model:
     def runtime(self) -> str:
         """Where it should be loaded."""
         return self.spec.runtime if self.spec else ""
+
+    @property
+    def need(self) -> int:
+        """What it is expected to take on each of its devices."""
+        several = self.spec.devices if self.spec else 1
+        return self.estimate.memory_bytes if several == 1 else -(-self.estimate.memory_bytes // several)
 
     @property
     def home(self) -> str:
@@ -197,6 +207,11 @@ class Account:
     promised_bytes: int = 0
     reclaiming_bytes: int = 0
     utilization: float | None = None
+    runtime: str = ""
+    """The only runtime that reaches it; empty: any."""
+
+    def open_to(self, runtime: str) -> bool:
+        return not self.runtime or self.runtime == runtime
 
     @property
     def limit_bytes(self) -> int:

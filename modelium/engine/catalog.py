@@ -57,10 +57,12 @@ class Known:
     """When it was first found out what it is."""
     decoupled: bool
     depends_on: tuple[str, ...]
+    optimized: bool
+    """It is served in a faster form than it was dropped in."""
 
     @property
     def spec(self) -> Spec:
-        return Spec(self.plan.runtime, self.plan.device_kind, self.revision, self.depends_on)
+        return Spec(self.plan.runtime, self.plan.device_kind, self.revision, self.depends_on, self.plan.devices)
 
 
 class Catalog:
@@ -358,6 +360,7 @@ class Catalog:
             created_at=manifest.created_at,
             decoupled=bool(decoupled),
             depends_on=analysis.depends_on,
+            optimized=manifest.optimization is not None,
         )
 
     def estimate(self, known: Known) -> Estimate:

@@ -150,8 +150,13 @@ class Effects:
         revision = model.loaded_revision or known.revision
         self._engine.store.set_loaded(name, revision)
 
-    def measured(self, name: str, memory_bytes: int, load_s: float | None) -> None:
+    def measured(self, name: str, memory: Mapping[str, int], load_s: float | None) -> None:
+        """What it takes of the kind of device that it was planned for is what its next load is placed by."""
         known = self._engine.catalog.known.get(name)
+        kind = known.plan.device_kind if known is not None else ""
+        devices = self._engine.loop.world.devices
+        of_kind = [n for d, n in memory.items() if (account := devices.get(d)) is not None and account.kind == kind]
+        memory_bytes = sum(of_kind) or sum(memory.values())
         key = self._measured_as.get(name) or (known.measured_as if known is not None else None)
         if key is not None and memory_bytes:
             self._engine.store.measure(key, memory_bytes, load_s)

@@ -145,6 +145,7 @@ class Orchestrator:
             self.effects.left_behind,
         )
         self.runtimes.moved = self.effects.reroute
+        self.runtimes.devices_changed = lambda: self._background(self._look_at_devices())
         self.planner = Planner(
             host.brain(config.brain.name, config.brain.settings), self.running, self.situation, self.store
         )
@@ -383,6 +384,7 @@ class Orchestrator:
 
     async def _look_at_devices(self) -> None:
         devices = await asyncio.to_thread(self._take_stock)
+        devices += tuple(device for running in self.running.values() for device in running.devices)
         if devices:
             self.devices = devices
             self.loop.post(e.DevicesObserved(self.clock(), devices, self.runtimes.accounted(self._booked)))

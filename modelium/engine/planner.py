@@ -25,9 +25,10 @@ class Planner:
         situation = self.situation()
         offers: list[Offer] = []
         reasons: list[str] = []
-        for running in self.runtimes.values():
+        for name, running in self.runtimes.items():
             try:
-                offers += running.backend.offers(analysis, running.info, situation.devices)
+                devices = [device for device in situation.devices if device.runtime in ("", name)]
+                offers += running.backend.offers(analysis, running.info, devices)
             except ModelError as exc:
                 reasons.append(exc.message)
         if reasons and not offers:

@@ -47,7 +47,7 @@ async def preview(engine: Orchestrator, path: Path) -> PlanPreview:
         return PlanPreview(name=name, analysis=analysis, findings=findings, plan=None, layout=None, refused=exc.message)
     now = engine.clock()
     estimate = engine.planner.estimate(inspection, plan)
-    spec = Spec(plan.runtime, plan.device_kind, "preview", analysis.depends_on)
+    spec = Spec(plan.runtime, plan.device_kind, "preview", analysis.depends_on, plan.devices)
     loop = engine.loop
     world, dropped = steps(loop.exact(), [e.ModelAccepted(now, name, spec, estimate, dropped=True)], loop.policy)
     would_load = any(isinstance(x, i.Load) and x.name == name for x in dropped)
@@ -67,7 +67,7 @@ async def preview(engine: Orchestrator, path: Path) -> PlanPreview:
         findings=findings,
         plan=plan,
         layout=layout,
-        device=loads[0].booking[0][0] if loads and loads[0].booking else None,
+        device=" ".join(d for d, _ in loads[0].booking) if loads else None,
         would_load=would_load,
         would_evict=tuple(sorted(evicted)),
         refused=refused,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from modelium.api.driver import RuntimeBackend, RuntimeDriver
-from modelium.api.types import Endpoint, LoadRequest, Observation, Progress, Report, RuntimeInfo
+from modelium.api.types import Device, Endpoint, LoadRequest, Observation, Progress, Report, RuntimeInfo
 from modelium.core import events as e
 from modelium.core import instructions as i
 from modelium.core.states import RuntimeState
@@ -38,6 +38,8 @@ class Running:
     misses: int = 0
     progress: Progress | None = None
     overhead: dict[str, int] = field(default_factory=dict)
+    devices: tuple[Device, ...] = ()
+    """Those that only this runtime reaches, as it last showed them."""
     known: asyncio.Event = field(default_factory=asyncio.Event)
     """Set once it was up, or could not be started: what it can do is known as far as it will be."""
     poke: asyncio.Event = field(default_factory=asyncio.Event)
@@ -48,8 +50,8 @@ RequestFor = Callable[[i.Load], LoadRequest]
 """Reads files: called in a thread."""
 Counted = Callable[[Mapping[str, int]], Awaitable[None]]
 """Told how many requests each loaded model of a runtime has finished, by the runtime's own count."""
-Measured = Callable[[str, int, float | None], None]
-"""Told a model's measured bytes, after a load with its seconds, later without."""
+Measured = Callable[[str, Mapping[str, int], float | None], None]
+"""Told a model's measured bytes by device, after a load with its seconds, later without."""
 
 Residue = Callable[[str, str, int], None]
 """Told a model, its runtime, and the bytes that its unload did not give back."""
@@ -86,6 +88,8 @@ class Runtimes:
         """Address by protocol of each model that does not answer where its runtime does."""
         self.moved: Callable[[str], None] = lambda name: None
         """Told when a model's endpoints are others than before."""
+        self.devices_changed: Callable[[], None] = lambda: None
+        """Told when a runtime reaches other devices than before."""
 
     # ------------------------------------------------------------------ instructions
 
@@ -139,7 +143,7 @@ class Runtimes:
             outcome = await driver.load(request, self._report_for(order.name))
             memory = tuple(sorted(outcome.memory.items()))
             self._note_endpoints(order.name, outcome.endpoints)
-            self._tell_measured(order.name, sum(outcome.memory.values()), outcome.load_s)
+            self._tell_measured(order.name, outcome.memory, outcome.load_s)
             loop.post(e.Loaded(loop.clock(), order.name, order.op, memory, outcome.load_s))
             return
         except asyncio.CancelledError:
@@ -267,8 +271,13 @@ class Runtimes:
             if model.ready:
                 self._note_endpoints(model.name, model.endpoints)
             if model.ready and model.memory:
-                self._tell_measured(model.name, sum(model.memory.values()), None)
-        self.running[name].overhead = dict(observation.overhead)
+                self._tell_measured(model.name, model.memory, None)
+        running = self.running[name]
+        running.overhead = dict(observation.overhead)
+        others = {d.id for d in running.devices} != {d.id for d in observation.devices}
+        running.devices = observation.devices
+        if others:
+            self.devices_changed()
 
     def _note_endpoints(self, name: str, endpoints: Iterable[Endpoint]) -> None:
         now = {endpoint.protocol: endpoint.address for endpoint in endpoints}

@@ -242,3 +242,32 @@ def test_the_least_recently_used_goes_first() -> None:
 def test_it_has_nothing_to_set() -> None:
     with pytest.raises(ConfigError, match=r"eviction\.idle is not a setting; there are: none"):
         lru.modelium_eviction_policies({"idle": 5})
+
+
+def gpus(count: int, budget: int, **more: Any) -> tuple[Device, ...]:
+    return tuple(
+        Device(id=f"cuda:{n}", kind="cuda", name="GPU", total_bytes=budget, used_bytes=0, **more) for n in range(count)
+    )
+
+
+def test_a_model_over_two_devices_needs_room_on_each() -> None:
+    whole = offer("one", device_kinds=("cuda",), memory_bytes=12 * GB)
+    split = offer("two", device_kinds=("cuda",), memory_bytes=13 * GB, devices=2)
+    devices = gpus(2, 8 * GB)
+    where = Situation(devices=devices, budgets={d.id: d.total_bytes for d in devices})
+    taken = plan([whole, split], where)
+    assert (taken.serving, taken.devices) == ("two", 2)
+    assert "on 2 devices of kind cuda" in taken.reason and "16.0 GB" in taken.reason
+    assert any("triton/one on cuda: needs about 12.0 GB" in line for line in taken.alternatives)
+    uneven = Situation(devices=devices, budgets={"cuda:0": 8 * GB, "cuda:1": 6 * GB})
+    assert plan([whole, split], uneven).confidence <= 0.3
+    with pytest.raises(ModelError, match="2 devices of kind cuda"):
+        plan([split], Situation(devices=devices[:1], budgets={}))
+
+
+def test_devices_of_another_runtime_are_no_room() -> None:
+    there = gpus(1, 80 * GB, runtime="far")
+    here = situation(cpu=16)
+    where = Situation(devices=(*here.devices, *there), budgets=dict(here.budgets))
+    assert plan([offer(device_kinds=BOTH)], where).device_kind == "cpu"
+    assert plan([offer(device_kinds=BOTH, runtime="far")], where).device_kind == "cuda"

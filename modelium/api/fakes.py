@@ -109,6 +109,7 @@ class FakeRuntime:
         self.residue: dict[str, Mapping[str, int]] = {}
         """What unloading a model does not give back, by its name."""
         self.overhead: Mapping[str, int] = {}
+        self.external = False
         self.devices: tuple[Device, ...] = ()
         """Those that only it reaches."""
         self.endpoints: dict[str, str] = {}
@@ -202,6 +203,7 @@ class FakeDriver:
             version="1.0",
             instance=rt.instance,
             adopted=adopted,
+            external=rt.external,
             backends=("fake",),
             endpoints=(Endpoint(protocol="kserve-http", address=f"http://{rt.name}.invalid"),),
         )

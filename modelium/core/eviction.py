@@ -128,7 +128,7 @@ class Victims:
     def obstacles(self, worst: Tier) -> list[str]:
         """Why others can't go, for the reason that people read."""
         models, now = self._turn.models, self._turn.now
-        told = [f"{n} is {'always loaded' if models[n].always_loaded else 'pinned'}" for n in self._kept]
+        told = [f"{n} is {'pinned' if models[n].pinned else 'always loaded'}" for n in self._kept]
         told += [f"{n} stays {until - now:.0f} s more" for until, n in self._staying]
         told += [f"{n} is in use" for n, tier in self._free.items() if tier > worst]
         return sorted(told)

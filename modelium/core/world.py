@@ -40,6 +40,8 @@ class Spec:
     depends_on: tuple[str, ...] = ()
     devices: int = 1
     """Over how many devices it spreads, each with an equal part of its memory."""
+    guest: bool = False
+    """Its runtime has it of its own accord: it is used, and never loaded or unloaded from here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +154,7 @@ class Model:
     @property
     def kept(self) -> bool:
         """It should be loaded at all times."""
-        return self.pinned or self.always_loaded
+        return self.pinned or self.always_loaded or (self.spec is not None and self.spec.guest)
 
     @property
     def parts(self) -> tuple[str, ...]:

@@ -167,7 +167,11 @@ class Effects:
         self._engine.store.note_residue(runtime, known.plan.serving if known is not None else "", size)
 
     def request_for(self, order: i.Load) -> LoadRequest:
-        known = self._engine.catalog.known[order.name]
+        known = self._engine.catalog.known.get(order.name)
+        if known is None:
+            raise LoadRejected(
+                f"{order.name} has no folder in the repository: {order.runtime} has to show it by itself"
+            )
         self._measured_as[order.name] = known.measured_as
         analysis = self._engine.catalog.manifest(order.name).inspection.analysis
         if analysis is None:

@@ -6,14 +6,14 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
 from modelium.api.datapath import DataPath, DataPathContext, DataPathDriver
-from modelium.api.driver import RuntimeContext
+from modelium.api.driver import RuntimeBackend, RuntimeContext
 from modelium.api.measuring import Gpus
 from modelium.api.types import Device, Progress, Report, Situation
 from modelium.config import Config
@@ -24,6 +24,7 @@ from modelium.engine.admission import Admission
 from modelium.engine.catalog import Catalog
 from modelium.engine.effects import Effects
 from modelium.engine.fastpath import READ_EVERY_S, FastPath
+from modelium.engine.guests import Guests
 from modelium.engine.ingest import Ingest
 from modelium.engine.journal import Journal
 from modelium.engine.ledger import Ledger
@@ -79,6 +80,16 @@ def policy_of(config: Config, host: PluginHost) -> Policy:
     )
 
 
+def _wanted_runtimes(config: Config, host: PluginHost) -> Iterator[tuple[str, RuntimeBackend]]:
+    """One of each backend by its own name, and those that the configuration names."""
+    backends = {backend.name: backend for backend in host.runtime_backends()}
+    yield from backends.items()
+    for name, named in config.runtimes.items():
+        if named.backend not in backends:
+            raise ConfigError(f"runtimes.{name}.backend: {named.backend} is no runtime: there is {', '.join(backends)}")
+        yield name, backends[named.backend]
+
+
 class Orchestrator:
     """The engine. Made, started, stopped once."""
 
@@ -111,20 +122,20 @@ class Orchestrator:
         )
         self.ledger = Ledger()
         self.running: dict[str, Running] = {}
-        for backend in host.runtime_backends():
-            settings = sections[backend.name]
+        for name, backend in _wanted_runtimes(config, host):
+            settings = sections[name]
             if getattr(settings, "enabled", True) is False:
                 continue
             context = RuntimeContext(
-                name=backend.name,
+                name=name,
                 repository=paths.repository,
-                state_dir=paths.state / "runtimes" / backend.name,
+                state_dir=paths.state / "runtimes" / name,
                 cache_dir=paths.cache,
                 settings=settings,
                 processes=self.processes,
-                report=self._runtime_report(backend.name),
+                report=self._runtime_report(name),
             )
-            self.running[backend.name] = Running(backend, backend.create(context))
+            self.running[name] = Running(backend, backend.create(context))
         self._sections = sections
         self.fast = self._chosen_path()
         self.effects = Effects(self)
@@ -145,6 +156,7 @@ class Orchestrator:
             self.effects.left_behind,
         )
         self.runtimes.moved = self.effects.reroute
+        self.runtimes.shown = Guests(lambda: self.loop, lambda name: name in self.catalog.known).see
         self.runtimes.devices_changed = lambda: self._background(self._look_at_devices())
         self.planner = Planner(
             host.brain(config.brain.name, config.brain.settings), self.running, self.situation, self.store

@@ -28,7 +28,8 @@ class Planner:
         for name, running in self.runtimes.items():
             try:
                 devices = [device for device in situation.devices if device.runtime in ("", name)]
-                offers += running.backend.offers(analysis, running.info, devices)
+                found = running.backend.offers(analysis, running.info, devices)
+                offers += [o if o.runtime == name else o.model_copy(update={"runtime": name}) for o in found]
             except ModelError as exc:
                 reasons.append(exc.message)
         if reasons and not offers:

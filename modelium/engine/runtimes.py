@@ -88,6 +88,8 @@ class Runtimes:
         """Address by protocol of each model that does not answer where its runtime does."""
         self.moved: Callable[[str], None] = lambda name: None
         """Told when a model's endpoints are others than before."""
+        self.shown: Callable[[str, Observation], None] = lambda name, observation: None
+        """Told what an external runtime shows, before the core is."""
         self.devices_changed: Callable[[], None] = lambda: None
         """Told when a runtime reaches other devices than before."""
 
@@ -273,6 +275,8 @@ class Runtimes:
             if model.ready and model.memory:
                 self._tell_measured(model.name, model.memory, None)
         running = self.running[name]
+        if running.info is not None and running.info.external:
+            self.shown(name, observation)
         running.overhead = dict(observation.overhead)
         others = {d.id for d in running.devices} != {d.id for d in observation.devices}
         running.devices = observation.devices

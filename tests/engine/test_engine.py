@@ -20,6 +20,7 @@ from modelium.errors import (
     DeadlinePassed,
     DriverError,
     LoadRejected,
+    ModelConflict,
     ModelFailed,
     ModelLoading,
     ModelNotFound,
@@ -857,3 +858,50 @@ async def test_what_was_measured_on_a_device_counts_there_and_what_is_held_besid
         await r.service.unload("a")
         assert (await r.service.explain("a")).measured.memory_bytes == 2 * MB  # type: ignore[union-attr]
         assert r.service.view("a").memory_bytes == 2 * MB
+
+
+async def test_what_an_external_runtime_serves_of_its_own_accord_is_usable_and_stays(tmp_path: Path) -> None:
+    runtime = FakeRuntime()
+    runtime.external = True
+    runtime.up = True
+    there = Endpoint(protocol="openai", address="http://box.invalid")
+    runtime.put("llm", endpoints=(there,))
+    runtime.put("org/llm", endpoints=(there,))  # a name that no path could have
+    runtime.put("elsewhere")  # its own affair: it answers nowhere that is known
+    async with rig(tmp_path, runtime=runtime, evict_after_idle_seconds=10, min_resident_seconds=0) as r:
+        await r.is_("llm", "READY")
+        assert [m.name for m in r.service.models()] == ["llm"]
+        lease = await r.service.acquire("llm")
+        assert lease.endpoints == {"openai": "http://box.invalid"}
+        lease.release()
+        with pytest.raises(ModelConflict, match="not ours to unload"):
+            await r.service.unload("llm")
+        r.advance(1000)
+        await r.look()
+        assert r.state("llm") == "READY"
+        runtime.put("second", endpoints=(there,))
+        await r.look()
+        await r.is_("second", "READY")
+        runtime.models.pop("llm")
+        await r.look()
+        await r.until(lambda: r.state("llm") == "-", "llm is forgotten")
+        r.crash()
+        await r.until(lambda: r.state("second") in ("QUEUED", "FAILED"), "its runtime is gone")
+        waiter = asyncio.ensure_future(r.service.acquire("second"))
+        runtime.put("second", endpoints=(there,))
+        r.advance(2)
+        (await waiter).release()
+        assert not runtime.count("load") and not runtime.count("unload", "second")
+
+
+async def test_a_folder_has_its_name_before_any_guest(tmp_path: Path) -> None:
+    runtime = FakeRuntime()
+    runtime.external = True
+    runtime.up = True
+    async with rig(tmp_path, runtime=runtime) as r:
+        await r.add("a")
+        runtime.put("a", endpoints=(Endpoint(protocol="openai", address="http://box.invalid"),))
+        await r.look()
+        assert (await r.service.model("a")).plan is not None
+        await r.service.unload("a")
+        assert r.state("a") == "COLD"

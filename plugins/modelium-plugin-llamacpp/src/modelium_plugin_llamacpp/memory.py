@@ -22,7 +22,7 @@ CELLS = 256
 
 # Measured on xllamacpp 2026.10 (CPU, Linux x86-64) with models of several widths, as the process's PSS less the
 # buffers that llama.cpp tells of in its log.
-OVERHEAD_BYTES = 30 * MIB
+OVERHEAD_BYTES = 25 * MIB
 """Of a server without a model: code, threads, HTTP."""
 VOCABULARY_BYTES = 210
 """Of each token, and each merge of two tokens, in the tables that text is taken apart with."""

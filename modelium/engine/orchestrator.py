@@ -29,6 +29,7 @@ from modelium.engine.ingest import Ingest
 from modelium.engine.journal import Journal
 from modelium.engine.ledger import Ledger
 from modelium.engine.loop import Clock, Loop
+from modelium.engine.optimizing import Optimizing
 from modelium.engine.planner import Planner, budgets
 from modelium.engine.processes import ProcessSupervisor
 from modelium.engine.repository import Repository
@@ -186,6 +187,7 @@ class Orchestrator:
                 settle_s=config.orchestration.settle_s,
                 retry_s=config.orchestration.rescan_interval_s,
             )
+        self.optimizing = Optimizing(self, sections)
         self._watcher: Watcher | None = None
         self._tasks: list[asyncio.Task[Any]] = []
         self._idle_due = False
@@ -300,6 +302,8 @@ class Orchestrator:
             self._background(self.runtimes.watch(name))
         for source in self.host.usage_sources():
             self._every(USAGE_EVERY_S, lambda s=source: self._read_usage(s))
+        if self.optimizing.wanted:
+            self._background(self.optimizing.run())
         if self.fast is not None:
             self._background(self.fast.run())
             self._background(self._settle(self.fast))

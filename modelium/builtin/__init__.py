@@ -4,6 +4,7 @@ BUILTIN_PLUGINS = (
     "modelium.builtin.onnx",
     "modelium.builtin.huggingface",
     "modelium.builtin.torchscript",
+    "modelium.builtin.python_model",
     "modelium.builtin.recognised",
     "modelium.builtin.scanners",
     "modelium.builtin.pickle_converter",

@@ -2,6 +2,7 @@
 
 BUILTIN_PLUGINS = (
     "modelium.builtin.onnx",
+    "modelium.builtin.openvino",
     "modelium.builtin.huggingface",
     "modelium.builtin.torchscript",
     "modelium.builtin.python_model",

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from modelium.api import Completeness, Finding, Severity, hookimpl
 from modelium.api.units import human
-from modelium.builtin import hf_folder, python_model
+from modelium.builtin import hf_folder, openvino, python_model
 from modelium.builtin.files import UNFINISHED, Entry, head, walk
 from modelium.builtin.pickles import Survey
 from modelium.builtin.torch_file import ZIP_MAGIC, Kind, kind_of, open_zip, survey_file
@@ -58,6 +58,8 @@ class _Surroundings:
     """The model may be a program: that of a Triton model directory, or a Python model."""
     weights: frozenset[str]
     """Files that a Hugging Face folder would be loaded from, by their path in the drop."""
+    numbers: frozenset[str]
+    """Weights of OpenVINO models, which are numbers and nothing else: by chance some of them look like pickles."""
     safe_weights: bool
     """There are safetensors weights, so that no pickle is needed."""
     folder: bool
@@ -110,7 +112,8 @@ def _look_around(path: Path) -> _Surroundings:
             safe = found.kind == "safetensors"
     except ModelError:  # the analyzer says what is wrong; until then every pickle counts as weights
         pass
-    return _Surroundings(triton, triton or python_model.find(path) is not None, weights, safe, path.is_dir())
+    numbers = openvino.weights_in(walk(path)) - weights
+    return _Surroundings(triton, triton or python_model.find(path) is not None, weights, numbers, safe, path.is_dir())
 
 
 def _file(entry: Entry, around: _Surroundings) -> Iterator[Finding]:
@@ -138,7 +141,8 @@ def _file(entry: Entry, around: _Surroundings) -> Iterator[Finding]:
                 yield _objects(entry, f"its arrays {', '.join(objects[:4])} hold", around)
         elif start.startswith(b"\x93NUMPY") and b"O'" in head(entry.path, 256):
             yield _objects(entry, "it holds", around)
-        yield from _pickle(entry, start, around)
+        if entry.name not in around.numbers or start[:4] in ZIP_MAGIC:
+            yield from _pickle(entry, start, around)
     except ModelError as exc:
         severity = Severity.WARN if around.program else Severity.REFUSE
         yield _finding(severity, exc.code, entry, exc.message)

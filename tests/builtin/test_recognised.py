@@ -110,9 +110,6 @@ def test_folders(tmp_path: Path) -> None:
     assert known(tmp_path / "sd") == "diffusers"
     write(tmp_path / "lora" / "adapter_config.json", b"{}")
     assert known(tmp_path / "lora") == "peft"
-    write(tmp_path / "ov" / "model.xml", b"<net/>")
-    write(tmp_path / "ov" / "model.bin", b"x")
-    assert known(tmp_path / "ov") == "openvino"
     write(tmp_path / "gguf" / "README.md", b"x")
     write(tmp_path / "gguf" / "q4.gguf", b"GGUF" + bytes(99))
     assert known(tmp_path / "gguf") == "gguf"

@@ -10,7 +10,7 @@ import pytest
 from modelium.api import Analysis, Tensor
 from modelium.builtin import openvino as plugin
 from modelium.builtin import scanners
-from modelium.builtin.openvino import NotOpenVino
+from modelium.builtin.openvino_xml import NotOpenVino
 from modelium.errors import ModelError
 from modelium.host import PluginHost
 from tests.openvino_models import Network, linear, odd

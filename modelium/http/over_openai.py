@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -50,6 +50,14 @@ OWN = frozenset({
 """What `sampling_parameters` may not say: it is said otherwise, or has no place in one answer."""
 TRITONS = ("priority", "sequence_", "timeout", "triton_")
 """How the names begin of request parameters that are Triton's own."""
+
+RULES: Mapping[str, tuple[Callable[[float], bool], str]] = {
+    "max_tokens": (lambda value: value >= 1, "1 or more"),
+    "temperature": (lambda value: value >= 0, "0 or more"),
+    "top_p": (lambda value: 0 < value <= 1, "more than 0 and at most 1"),
+    "repetition_penalty": (lambda value: value > 0, "more than 0"),
+}
+"""The templates' own: not every runtime refuses what makes no sense."""
 
 
 # --------------------------------------------------------------------------- the question
@@ -93,6 +101,9 @@ def text_call(model: str, request: InferRequest, *, pieces: bool) -> Call:
     if refused := sorted(OWN & asked.keys()):
         raise BadRequest(f"{refused[0]!r} is no sampling parameter of {model}: leave it out")
     body = {name: value for name, value in asked.items() if value is not None}
+    for name, (kept, rule) in RULES.items():
+        if isinstance(value := body.get(name), int | float) and not kept(value):
+            raise BadRequest(f"{name} must be {rule}, and is {value}")
     if "repetition_penalty" in body:
         body["repeat_penalty"] = body["repetition_penalty"]  # llama.cpp's name
     body |= {"model": body.pop("lora_name", model), "stream": stream}
@@ -142,9 +153,12 @@ def _sampling(text: str) -> dict[str, Any]:
 
 def _conversation(text: str) -> Any:
     try:
-        return json.loads(text)
+        messages = json.loads(text)
     except (ValueError, RecursionError) as exc:
         raise BadRequest(f"expected messages to be JSON, a list of messages: {exc}") from None
+    if not isinstance(messages, list) or not messages:
+        raise BadRequest(f"expected messages to be a list of at least one message, found {text!r:.80}")
+    return messages
 
 
 # --------------------------------------------------------------------------- the answer
@@ -332,6 +346,8 @@ class OverOpenAI:
         """What the runtime answers, as it comes. Leaving early ends the runtime's work."""
         url = endpoint(lease, OPENAI) + call.path
         headers = {**request.headers, hdrs.CONTENT_TYPE: "application/json"}
+        if call.body.get("stream"):
+            headers[hdrs.CONNECTION] = "close"  # as llama.cpp does after a stream, without saying so
         refused: ModeliumError | None = None
         for body in call.bodies():
             async with self._upstream.asking("POST", url, lease.model, body=body, headers=headers) as (status, pieces):

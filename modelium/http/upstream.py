@@ -120,13 +120,13 @@ class Upstream:
             await self._session.close()
 
     async def forward(
-        self, request: web.Request, base: str, model: str, *, body: bytes | None = None
+        self, request: web.Request, base: str, model: str, *, body: bytes | None = None, once: bool = False
     ) -> web.StreamResponse:
         """Pass `request` to the runtime at `base`, and its answer to the client.
 
-        `model` is for messages; `body` is the request's where it was read already. Raises
-        `RuntimeUnavailable` when nothing was sent, `UpstreamFailed` when the runtime did not answer, `StreamBroken`
-        when it was lost in the middle of an answer; the client then sees a connection that broke.
+        `model` is for messages; `body` is the request's where it was read already; `once` has the connection closed
+        after it. Raises `RuntimeUnavailable` when nothing was sent, `UpstreamFailed` when the runtime did not answer,
+        `StreamBroken` when it was lost in the middle of an answer; the client then sees a connection that broke.
         """
         payload = await self._body(request) if body is None else _Whole(body)
         headers = CIMultiDict(request.headers)
@@ -136,6 +136,8 @@ class Upstream:
         headers[REQUEST_ID] = request[ID]
         if body is not None:
             headers[hdrs.CONTENT_LENGTH] = str(len(body))
+        if once:
+            headers[hdrs.CONNECTION] = "close"
         target = request.raw_path
         url = URL(base + (target if target.startswith("/") else str(request.rel_url)), encoded=True)
         async with await self._send(request.method, url, headers, payload, model) as answer:

@@ -141,10 +141,9 @@ class OpenAIServer:
 
 def prompt_of(body: dict[str, Any], chat: bool) -> list[str]:
     if chat:
-        if not isinstance(body["messages"], list):
-            raise Refused("1 validation error:\n  {'type': 'list_type', 'loc': 'body.messages'}", 400, "Bad Request")
-        if not body["messages"]:
-            raise Refused("Cannot apply chat template to an empty conversation. Provide at least one message.")
+        if not all(isinstance(message, dict) for message in body["messages"]):
+            said = "{'type': 'dict_type', 'loc': 'body.messages.0', 'msg': 'Input should be a valid dictionary'}"
+            raise Refused(f"1 validation error:\n  {said}", 400, "Bad Request", "body.messages.0")
         return [f"{m['role']}:{word}" for m in body["messages"] for word in m["content"].split()]
     prompt = body["prompt"]
     if not prompt:
@@ -160,19 +159,25 @@ def prompt_of(body: dict[str, Any], chat: bool) -> list[str]:
 
 def asked_tokens(body: dict[str, Any], prompt_tokens: int) -> int:
     """How many to make at most."""
-    if (temperature := body.get("temperature")) is not None and temperature < 0:
-        said = f"temperature must be non-negative, got {temperature}. (parameter=temperature, value={temperature})"
-        raise Refused(said, param="temperature")
+    if (min_p := body.get("min_p")) is not None and not 0 <= min_p <= 1:
+        raise Refused(f"min_p must be in [0, 1], got {min_p}. (parameter=min_p, value={min_p})", param="min_p")
     if body.get("stream_options") and not body.get("stream"):
-        raise Refused("Stream options can only be defined when `stream=True`.")
+        said = "Stream options can only be defined when `stream=True`. (parameter=stream_options)"
+        raise Refused(said, param="stream_options")
     most = int(body.get("max_tokens", 16))
     if most < 1:
-        raise Refused(f"max_tokens must be at least 1, got {most}. (parameter=max_tokens, value={most})")
+        said = f"max_tokens must be at least 1, got {most}. (parameter=max_tokens, value={most})"
+        raise Refused(said, param="max_tokens")
     if most > CONTEXT:
         said = f"max_tokens={most} cannot be greater than max_model_len={CONTEXT}. Please request fewer output tokens."
         raise Refused(f"{said} (parameter=max_tokens, value={most})", param="max_tokens")
     if prompt_tokens >= CONTEXT:
-        raise Refused(f"This model's maximum context length is {CONTEXT} tokens. Please reduce the length of the input")
+        said = (
+            f"This model's maximum context length is {CONTEXT} tokens. However, your prompt contains at least "
+            f"{CONTEXT + 1} input tokens, which exceeds this limit even without any output tokens. Please reduce the "
+            f"length of the input prompt. (parameter=input_tokens, value={CONTEXT + 1})"
+        )
+        raise Refused(said, param="input_tokens")
     return min(most, CONTEXT - prompt_tokens)
 
 

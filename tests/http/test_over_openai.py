@@ -102,6 +102,15 @@ def test_what_nobody_asked_for_is_not_insisted_on() -> None:
         (asked({"stream_options": "x"}, text_input="a"), "'stream_options' is no sampling parameter"),
         (asked({"stream": "yes"}, text_input="a"), "expected 'stream' to be true or false"),
         (asked(messages="hello"), "expected messages to be JSON"),
+        (asked(messages="[]"), "a list of at least one message, found '[]'"),
+        (asked(messages='{"role": "user"}'), "a list of at least one message"),
+        (asked(text_input="a", max_tokens=0), "max_tokens must be 1 or more, and is 0"),
+        (asked(text_input="a", temperature=-1), "temperature must be 0 or more, and is -1.0"),
+        (asked({"top_p": 0}, text_input="a"), "top_p must be more than 0 and at most 1, and is 0"),
+        (
+            asked(text_input="a", sampling_parameters='{"repetition_penalty": 0}'),
+            "repetition_penalty must be more than",
+        ),
         (InferRequest([TensorValue("text_input", "BYTES", (1,), b"\1\0\0\0\xff")]), "expected text in UTF-8"),
     ],
 )
@@ -113,7 +122,7 @@ def test_what_can_not_be_asked_is_told(request_: InferRequest, words: str) -> No
 
 def test_numbers_that_json_has_not() -> None:
     with pytest.raises(BadRequest, match="finite"):
-        text_call("m", asked(text_input="a", temperature=float("nan")), pieces=True).bodies()
+        text_call("m", asked(text_input="a", sampling_parameters='{"min_p": NaN}'), pieces=True).bodies()
 
 
 def shaped(name: str, datatype: str, *shape: int, **parameters: Any) -> TensorValue:

@@ -181,6 +181,8 @@ def _http(front: Front, files: Files) -> Iterable[str]:
     http-request wait-for-body time {stall} if openai {direct}
     http-request set-var(txn.model) req.body,json_query('$.model') if openai {direct}
     http-request set-var(txn.key) str(openai/),concat(,txn.model) if openai {{ var(txn.model) -m found }}
+    # llama.cpp closes a connection after a stream without saying so, and the next request would be lost with it.
+    http-request set-header connection close if openai {{ req.body,json_query('$.stream') -m bool }}
     http-request set-var(txn.to) var(txn.key),map_str({files.map}) if {{ var(txn.key) -m found }}
     acl direct var(txn.to) -m found
     # What curl calls any body, and Triton's HTTP server crashes on when it is long.

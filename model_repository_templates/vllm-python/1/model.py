@@ -63,9 +63,7 @@ def set_environment(args: Mapping[str, str], settings: Mapping[str, str]) -> Non
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         # A fork would take the threads' locks and Triton's shared memory along.
-        "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn",
-        # Its processes end when this one does, however it does.
-        "MODELIUM_DIE_WITH_PARENT": "1",
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     }
     kind = args["model_instance_kind"]
     if kind == "CPU":
@@ -76,6 +74,8 @@ def set_environment(args: Mapping[str, str], settings: Mapping[str, str]) -> Non
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "OMP_NUM_THREADS": str(threads),
+            # Some sampling would be compiled at its first use, for which there may be no compiler, and a client waits.
+            "TORCH_COMPILE_DISABLE": "1",
         }
     elif numbers := settings.get("devices") if kind == "MODEL" else args["model_instance_device_id"]:
         wanted["CUDA_VISIBLE_DEVICES"] = visible(numbers.split(","), os.environ.get("CUDA_VISIBLE_DEVICES"))

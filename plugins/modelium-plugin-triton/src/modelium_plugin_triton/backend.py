@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from modelium.api import Analysis, Device, Layout, Offer, Plan, RuntimeContext, RuntimeDriver, RuntimeInfo
 from modelium.api.environments import Environment
 from modelium.errors import ModelError
-from modelium_plugin_triton import servings
+from modelium_plugin_triton import servings, vllm
 from modelium_plugin_triton.install import has_pack
 from modelium_plugin_triton.servings import AS_IS, RUNTIME, SERVINGS
 from modelium_plugin_triton.settings import TritonSettings
@@ -38,6 +38,15 @@ class TritonBackend:
         serves, and this Triton, or this model, is not such that it could."""
         if analysis.format == "triton":
             return [as_is(analysis, runtime, devices)]
+        in_vllm = vllm.offers(analysis, runtime, devices)
+        try:
+            return [*in_vllm, *self._templates(analysis, runtime, devices)]
+        except ModelError:
+            if in_vllm:
+                return in_vllm
+            raise
+
+    def _templates(self, analysis: Analysis, runtime: RuntimeInfo | None, devices: Sequence[Device]) -> Sequence[Offer]:
         possible = servings.servings_for(analysis)
         if not possible:
             return []
@@ -52,6 +61,8 @@ class TritonBackend:
     def layout(self, name: str, analysis: Analysis, plan: Plan) -> Layout:
         if plan.serving == AS_IS:
             return Layout(files={".": "."})
+        if plan.serving in vllm.SERVINGS:
+            return vllm.layout(name, analysis, plan)
         return servings.layout(name, analysis, plan)
 
 

@@ -24,7 +24,7 @@ from modelium.api.environments import Environment
 from modelium.api.measuring import Gpus, key_of
 from modelium.api.ports import HOST
 from modelium.errors import RuntimeUnavailable
-from modelium_plugin_triton import attach, install, locate, reasons, server
+from modelium_plugin_triton import attach, install, locate, reasons, server, vllm, vllm_environment
 from modelium_plugin_triton.client import TritonClient
 from modelium_plugin_triton.measure import Measurer
 from modelium_plugin_triton.session import Attempt, Session
@@ -177,6 +177,9 @@ class TritonDriver:
                 "executable": record.argv[0],
                 "gpu": self._gpus is not None,
                 "environment": facts["environment"],
+                "repository": str(self._repository),
+                "vllm_environment": str(self._vllm_place),
+                "vllm_takes_devices": await asyncio.to_thread(vllm.takes_devices, folder),
                 "log": str(record.log),
             },
         )
@@ -195,6 +198,7 @@ class TritonDriver:
         repository = self._repository
         local_backends: tuple[str, ...] = ()
         python_based = frozenset({"python"})
+        seen_facts: dict[str, Any] = {}
         if process is not None:
             instance = _identity(process.pid)
             argv = tuple(process.cmdline())
@@ -206,6 +210,8 @@ class TritonDriver:
             seen = Path(f"/proc/{process.pid}/root{folder}") if folder.startswith("/") else Path(process.cwd()) / folder
             local_backends = await asyncio.to_thread(locate.list_backends, seen)
             python_based |= await asyncio.to_thread(locate.python_based, seen)
+            takes_devices = await asyncio.to_thread(vllm.takes_devices, seen)
+            seen_facts = {"gpu": self._gpus is not None, "vllm_takes_devices": takes_devices}
         else:
             self._epoch = attach.Epoch(self._context.state_dir / "external.json", endpoint)
             instance = self._epoch.instance
@@ -240,7 +246,7 @@ class TritonDriver:
                 Endpoint(protocol="kserve-http", address=found.http),
                 Endpoint(protocol="kserve-grpc", address=found.grpc),
             ),
-            facts={"backends_known": bool(known)} | ({"gpu": self._gpus is not None} if process else {}),
+            facts={"backends_known": bool(known), "repository": str(repository), **seen_facts},
         )
         return self._info
 
@@ -281,8 +287,15 @@ class TritonDriver:
         on. Raises `LoadRejected`, `RuntimeUnavailable`, or another `DriverError` where trying again may help.
         """
         session = self._need()
+        environment = None
         for pack in request.plan.settings.get("packs") or ():
-            await self._pack(str(pack), report)
+            if pack == vllm.PACK:
+                environment = await self._vllm_environment(report)
+            else:
+                await self._pack(str(pack), report)
+        if request.plan.serving in vllm.SERVINGS:
+            parameters = await asyncio.to_thread(vllm.load_parameters, request, session.repository, environment)
+            request = request.model_copy(update={"parameters": parameters})
         if self._epoch is not None:
             self._epoch.expect(request.name)
         attempt = Attempt()
@@ -301,6 +314,17 @@ class TritonDriver:
         if self._epoch is not None:
             self._epoch.expect(name)
         return await session.unload(name)
+
+    async def _vllm_environment(self, report: Report) -> Path | None:
+        """What models that run in vLLM run in; None where Triton is not the wheel's, and has what it has."""
+        if self._environment is None:
+            return None
+        cache, pip_args = self._context.cache_dir, self._settings.pip_args
+        return (await vllm_environment.prepare(self._vllm_place, self._environment, cache, pip_args, report)).folder
+
+    @property
+    def _vllm_place(self) -> Path:
+        return self._settings.vllm_environment or self._context.cache_dir / vllm_environment.FOLDER
 
     async def _pack(self, pack: str, report: Report) -> None:
         """Have a pack in the environment; several loads wait for one installation, which goes on when they give up."""

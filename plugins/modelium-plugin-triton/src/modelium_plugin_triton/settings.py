@@ -56,6 +56,10 @@ class TritonSettings(BaseModel):
     pip_args: tuple[str, ...] = ()
     """Further arguments of `pip install`, such as `--extra-index-url URL`; with any, none is added by itself."""
 
+    vllm_environment: Path | None = None
+    """An environment with vLLM, of the same version of Python as Triton's own, for language models that the wheel's
+    server runs in vLLM; by default the one that `modelium runtimes install vllm` makes."""
+
     # Models
 
     load_timeout_s: float = Field(default=900, gt=0)

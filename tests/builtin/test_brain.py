@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from modelium.api import Analysis, Candidate, Device, Offer, Plan, Situation
 from modelium.builtin import brain as plugin
 from modelium.builtin import lru
-from modelium.builtin.brain import DEFAULT_RULES, RulesBrain
+from modelium.builtin.brain import DEFAULT_RULES, SMALL_BYTES, RulesBrain
 from modelium.errors import ConfigError, ModelError
 
 GB = 10**9
@@ -107,6 +107,47 @@ def test_quantised_weights_and_triton_directories_have_rules_of_their_own() -> N
     assert (own.confidence, "its own Triton configuration" in own.reason) == (1.0, True)
 
 
+LANGUAGE_MODEL = analysis(format="huggingface", task="text-generation", weights_bytes=2 * GB)
+IN_TRITON = {
+    "native": offer("vllm", device_kinds=("cuda",)),
+    "alone": offer("vllm", runtime="vllm", device_kinds=BOTH),
+    "template": offer("vllm-python", native=False, device_kinds=BOTH),
+    "transformers": offer("transformers-text-generation", native=False, device_kinds=BOTH),
+}
+
+
+@pytest.mark.parametrize("where", [situation(cpu=16, cuda=8), situation(cpu=16)])
+def test_language_models_go_to_vllm_where_it_is(where: Situation) -> None:
+    """In Triton, then by itself, then from a template; each is the choice where those before it are not on offer."""
+    on_gpu = len(where.devices) > 1
+    order = [name for name in IN_TRITON if on_gpu or name != "native"]
+    for left_out in range(len(order)):
+        offers = [IN_TRITON[name] for name in order[left_out:]]
+        best = offers[0]
+        for shown in (offers, offers[::-1]):
+            found = plan(shown, where, LANGUAGE_MODEL)
+            assert (found.runtime, found.serving) == (best.runtime, best.serving)
+            assert found.device_kind == ("cuda" if on_gpu else "cpu")
+
+
+def test_small_ones_on_a_cpu_stay_with_transformers() -> None:
+    offers = list(IN_TRITON.values())
+    small = LANGUAGE_MODEL.model_copy(update={"weights_bytes": SMALL_BYTES - 1})
+    found = plan(offers, situation(cpu=16), small)
+    assert found.serving == "transformers-text-generation"
+    assert "starts in seconds (rule small-language-model-on-the-cpu)" in found.reason
+    assert "triton/vllm-python on cpu: the rule prefers triton/transformers-text-generation" in found.alternatives
+    assert plan(offers, situation(cpu=16, cuda=8), small).serving == "vllm", "on a GPU it loses nothing"
+    assert plan(offers[1:2], situation(cpu=16), small).runtime == "vllm", "where there is nothing else"
+
+
+def test_quantised_language_models_go_to_vllm() -> None:
+    quantised = LANGUAGE_MODEL.model_copy(update={"facts": {"quantization": "awq"}})
+    found = plan([IN_TRITON["alone"], IN_TRITON["native"]], situation(cpu=16, cuda=8), quantised)
+    assert (found.runtime, found.serving) == ("triton", "vllm")
+    assert "rule quantized-on-a-gpu" in found.reason
+
+
 def test_nothing_on_offer_says_what_it_is() -> None:
     with pytest.raises(ModelError, match="x is a GGUF model") as caught:
         plan([], situation(cpu=16), analysis(facts={"unsupported": "x is a GGUF model"}))
@@ -133,6 +174,9 @@ def test_rules_of_ones_own_come_first() -> None:
     ("when", "applies"),
     [
         ({}, True),
+        ({"name": "m"}, True),
+        ({"name": ["llama-*", "m*"]}, True),
+        ({"name": "llama-*"}, False),
         ({"format": "onnx"}, True),
         ({"format": ["triton", "on*"]}, True),
         ({"format": "triton"}, False),
@@ -162,6 +206,9 @@ def test_preferences_and_settings() -> None:
     assert (found.serving, found.settings) == ("b", {"x": 1, "y": 2})
     assert plan(offers, situation(cpu=16), None, {"name": "r", "prefer": {"runtime": "vllm"}}).serving == "c"
     assert plan(offers, situation(cpu=16), None, {"name": "r", "prefer": {"serving": ["z", "a"]}}).serving == "a"
+    named = {"name": "r", "prefer": {"runtime": ["*/b", "triton/a"], "native": False}}
+    assert plan(offers, situation(cpu=16), None, named).serving == "b"
+    assert plan([offers[0], offers[2]], situation(cpu=16), None, named).serving == "a"
 
 
 @pytest.mark.parametrize(

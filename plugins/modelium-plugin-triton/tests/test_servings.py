@@ -99,6 +99,24 @@ class TestOffers:
         assert [o.serving for o in offers(unknown, triton("pytorch", "python"))] == ["torchscript-python"]
         assert [o.serving for o in offers(known, triton("pytorch", "python"))] == ["torchscript", "torchscript-python"]
 
+    def test_openvino_computes_on_the_cpu_and_its_backend_wants_names_and_dimensions(self) -> None:
+        have = triton("openvino", "python")
+        named = ONNX.model_copy(update={"format": "openvino", "facts": {"batch_dim": True, "packed_bytes": 500}})
+        native, template = offers(named, have, (CPU, GPU))
+        assert (native.serving, template.serving) == ("openvino", "openvino-python")
+        assert {native.device_kinds, template.device_kinds} == {("cpu",)}
+        assert native.settings.get("max_batch_size") is None and template.settings["max_batch_size"] == 32
+        assert template.memory_bytes - SERVINGS["openvino-python"].overhead_bytes == 1500
+        assert TritonBackend().layout("m", named, plan(native)).files == {"1": "."}
+        assert TritonBackend().layout("m", named, plan(template)).files == {"1/model": "."}
+        for change in (
+            {"facts": {"unnamed": ["x"]}},
+            {"inputs": (Tensor(name="x", datatype="FP32", shape=()),)},
+        ):
+            assert [o.serving for o in offers(named.model_copy(update=change), have)] == ["openvino-python"]
+        with pytest.raises(ModelError, match="keeps a state"):
+            offers(named.model_copy(update={"facts": {"unsupported": "it keeps a state"}}), have)
+
     def test_bfloat16_tensors_need_the_native_backend(self) -> None:
         half = ONNX.model_copy(update={"inputs": (Tensor(name="x", datatype="BF16", shape=(-1, 4)),)})
         assert [o.serving for o in offers(half, triton("onnxruntime", "python"))] == ["onnx"]
@@ -198,13 +216,14 @@ class TestLayouts:
         task = serving.removeprefix("transformers-") if format == "huggingface" else None
         base = LLM if format == "huggingface" else ONNX
         analysis = base.model_copy(update={"format": format, "task": task})
-        have = triton("onnxruntime", "pytorch", "python")
+        have = triton("onnxruntime", "openvino", "pytorch", "python")
         for devices, kind in (((CPU,), "KIND_CPU"), ((CPU, GPU), "KIND_GPU")):
             offer = next(o for o in offers(analysis, have, devices) if o.serving == serving)
             made = texts(analysis, offer, 'a "quoted" \\ name', instances=2, threads=3)
             config = parse_config(made["config.pbtxt"])
             assert config.name == 'a "quoted" \\ name'
             (group,) = config.instance_group
+            kind = "KIND_CPU" if SERVINGS[serving].cpu_only else kind
             assert (type(group).Kind.Name(group.kind), group.count, list(group.gpus)) == (kind, 2, [])
             assert config.backend == SERVINGS[serving].backend
             assert ("1/model.py" in made) == (config.backend == "python")

@@ -15,7 +15,7 @@ from modelium_plugin_triton.install import has_pack
 from modelium_plugin_triton.servings import AS_IS, RUNTIME, SERVINGS
 from modelium_plugin_triton.settings import TritonSettings
 
-PACK_OF = {"onnxruntime": "onnx", "torch": "torch", "transformers": "torch"}
+PACK_OF = {"onnxruntime": "onnx", "openvino": "openvino", "torch": "torch", "transformers": "torch"}
 """The pack that brings a module which a person's own Python model imports."""
 
 ALWAYS = ("python",)
@@ -119,7 +119,7 @@ def _like(backend: str, packs: Collection[str]) -> servings.Serving:
     """The way of serving that takes most nearly as much."""
     if backend == "python":
         return SERVINGS["transformers-feature-extraction" if "torch" in packs else "onnx-python"]
-    return SERVINGS["torchscript" if backend == "pytorch" else "onnx"]
+    return SERVINGS[{"pytorch": "torchscript", "openvino": "openvino"}.get(backend, "onnx")]
 
 
 def _device_kinds(runtime: RuntimeInfo | None, devices: Sequence[Device]) -> tuple[str, ...]:

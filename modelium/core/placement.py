@@ -60,19 +60,27 @@ def spots(turn: Turn, model: Model, ahead: Mapping[str, int] | None = None) -> l
     """
     if model.spec is None:
         return []
-    need = model.estimate.memory_bytes
+    need, where = model.estimate.memory_bytes, _where(turn, model)
     found = [
         Spot(
             account,
-            need,
+            max(0, need - bytes_on(model.booking, account.id)) if where else need,
             account.promised_bytes - bytes_on(model.promise, account.id) if ahead is None else ahead.get(account.id, 0),
         )
         for account in turn.devices.values()
-        if account.kind == model.spec.device_kind
+        if account.kind == model.spec.device_kind and (not where or account.id in where)
     ]
     if len(found) > 1:
         found.sort(key=lambda s: (-s.free_now, s.account.id))
     return found
+
+
+def _where(turn: Turn, model: Model) -> set[str]:
+    """The devices that a parked model wakes on: where it was, and holds something perhaps. Empty: any."""
+    if model.parked is None or model.spec is None:
+        return set()
+    held = model.parked.before or model.booking
+    return {d for d, _ in held if d in turn.devices and turn.devices[d].kind == model.spec.device_kind}
 
 
 def never_fits(model: Model, found: Iterable[Spot]) -> str | None:

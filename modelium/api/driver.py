@@ -18,6 +18,7 @@ from modelium.api.types import (
     LoadRequest,
     Observation,
     Offer,
+    ParkOutcome,
     Plan,
     Report,
     RuntimeInfo,
@@ -117,6 +118,28 @@ class RuntimeDriver(Protocol):
 
     def logs(self, model: str | None, lines: int) -> list[str]:
         """The last lines that it wrote, about one model where that can be told."""
+
+
+@runtime_checkable
+class Parks(Protocol):
+    """A `RuntimeDriver` whose models can be put to sleep: they give their device's memory back and come again soon.
+
+    A parked model is shown by `observe` with its level as not ready, through restarts of Modelium too. `unload` ends
+    it as it ends one that serves; `load` has it serve, by waking it or anew. Only models of which nothing is in flight
+    are parked, and what keeps a model asleep must be out of reach of its clients.
+    """
+
+    async def park(self, name: str, level: int) -> ParkOutcome:
+        """Return when the model sleeps and its device's memory is back. Cancelled or failed, it is unloaded next.
+
+        Raises `DriverError`, also for what is not loaded.
+        """
+
+    async def wake(self, name: str, report: Report) -> LoadOutcome:
+        """Return when the model answers again as it did. Cancelled or failed, it is unloaded next, and loaded anew.
+
+        Raises `DriverError`, also for what is not there.
+        """
 
 
 @runtime_checkable

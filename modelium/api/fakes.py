@@ -26,13 +26,14 @@ from modelium.api.types import (
     Observation,
     ObservedModel,
     Offer,
+    ParkOutcome,
     Plan,
     Progress,
     Report,
     RuntimeInfo,
     UnloadOutcome,
 )
-from modelium.errors import RuntimeUnavailable
+from modelium.errors import DriverError, RuntimeUnavailable
 
 
 def silent(progress: Progress) -> None:
@@ -104,8 +105,12 @@ class FakeRuntime:
         self.starts = 0
         self.contact = True
         self.models: dict[str, ObservedModel] = {}
+        self.asleep: dict[str, ObservedModel] = {}
+        """What parked models were before, and are again once they are woken."""
         self.memory: dict[str, Mapping[str, int]] = {}
         """What loading a model takes, by its name; what the ledger booked where it is not given."""
+        self.parked_memory: dict[str, Mapping[str, int]] = {}
+        """What a parked model holds, by its name; half of what it took, as host memory, where it is not given."""
         self.residue: dict[str, Mapping[str, int]] = {}
         """What unloading a model does not give back, by its name."""
         self.overhead: Mapping[str, int] = {}
@@ -143,6 +148,7 @@ class FakeRuntime:
         """End it at once, with all that it holds; calls under way fail. The next start is a new instance."""
         self.up = False
         self.models.clear()
+        self.asleep.clear()
         self._drop_calls("the runtime has died")
 
     def lose_contact(self) -> None:
@@ -230,13 +236,38 @@ class FakeDriver:
             rt.models[name] = ObservedModel(
                 name=name, ready=True, versions=("1",), memory=memory, requests=0, endpoints=endpoints
             )
+            rt.asleep.pop(name, None)
             return LoadOutcome(memory=memory, load_s=request.plan.load_s, endpoints=endpoints)
+
+    async def park(self, name: str, level: int) -> ParkOutcome:
+        rt = self.runtime
+        async with _Turn(rt, name, "parking"):
+            await rt.call("park", name)
+            awake = rt.models.get(name)
+            if awake is None or awake.parked:
+                raise DriverError(f"{name} can't be parked: it is {'parked already' if awake else 'not loaded'}")
+            memory = rt.parked_memory.get(name, {"cpu:0": sum(awake.memory.values()) // 2})
+            rt.asleep[name] = awake
+            rt.models[name] = ObservedModel(name=name, ready=False, parked=level, memory=memory, reason="parked")
+            return ParkOutcome(memory=memory, park_s=0.5)
+
+    async def wake(self, name: str, report: Report) -> LoadOutcome:
+        rt = self.runtime
+        async with _Turn(rt, name, "waking"):
+            await rt.call("wake", name, report)
+            shown = rt.models.get(name)
+            if shown is None or not shown.parked:
+                raise DriverError(f"{name} can't be woken: it is not parked")
+            awake = rt.asleep.pop(name, shown.model_copy(update={"ready": True, "parked": 0, "reason": ""}))
+            rt.models[name] = awake
+            return LoadOutcome(memory=awake.memory, load_s=0.25, endpoints=awake.endpoints)
 
     async def unload(self, name: str) -> UnloadOutcome:
         rt = self.runtime
         async with _Turn(rt, name, "unloading"):
             await rt.call("unload", name)
             gone = rt.models.pop(name, None)
+            rt.asleep.pop(name, None)
             return UnloadOutcome(residue=rt.residue.get(name, {}) if gone else {})
 
     async def stop(self) -> None:
@@ -275,17 +306,31 @@ class FakeBackend:
 
     settings_model: type[BaseModel] = FakeSettings
 
-    def __init__(self, runtime: FakeRuntime | None = None, device_kinds: tuple[str, ...] = ("cpu",)) -> None:
+    def __init__(
+        self,
+        runtime: FakeRuntime | None = None,
+        device_kinds: tuple[str, ...] = ("cpu",),
+        standby: tuple[int, ...] = (),
+    ) -> None:
         self.runtime = runtime or FakeRuntime()
         self.name = self.runtime.name
         self.device_kinds = device_kinds
+        self.standby = standby
 
     def create(self, context: RuntimeContext) -> FakeDriver:
         return FakeDriver(self.runtime)
 
     def offers(self, analysis: Analysis, runtime: RuntimeInfo | None, devices: Sequence[Device]) -> Sequence[Offer]:
         memory = analysis.weights_bytes
-        return [Offer(runtime=self.name, serving="as-is", device_kinds=self.device_kinds, memory_bytes=memory)]
+        return [
+            Offer(
+                runtime=self.name,
+                serving="as-is",
+                device_kinds=self.device_kinds,
+                memory_bytes=memory,
+                standby=self.standby,
+            )
+        ]
 
     def layout(self, name: str, analysis: Analysis, plan: Plan) -> Layout:
         if analysis.format == "triton":

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import pytest
 import pytest_asyncio
 
-from modelium.api.driver import RuntimeDriver
+from modelium.api.driver import Parks, RuntimeDriver
 from modelium.api.fakes import FakeBackend, FakeDriver, FakeProcesses, FakeRuntime, Held, load_request, silent
 from modelium.api.types import LoadRequest, ObservedModel
 from modelium.errors import DriverError, LoadRejected, RuntimeUnavailable
@@ -51,11 +51,13 @@ class DriverContract:
     - `slow_model`: one whose load takes long enough to be cancelled, a few seconds;
     - `crash`: a function that ends the runtime with all its models, as `kill -9` would.
 
-    Fixtures must end the runtime's processes when they are done with it.
+    Fixtures must end the runtime's processes when they are done with it. A driver that is `Parks` is held to that too,
+    with `good_model`.
     """
 
     each_alone = False
     """Each model has processes of its own: `crash` ends those of all models, and there is no runtime to lose."""
+    park_level = 1
 
     @pytest_asyncio.fixture
     async def driver(self, make_driver: Callable[[], RuntimeDriver]) -> AsyncIterator[RuntimeDriver]:
@@ -185,6 +187,70 @@ class DriverContract:
         crash()
         with pytest.raises(DriverError if self.each_alone else RuntimeUnavailable):
             await task
+
+    @pytest_asyncio.fixture
+    async def parks(self, driver: RuntimeDriver) -> Parks:
+        if not isinstance(driver, Parks):
+            pytest.skip("its models can't be parked")
+        return driver
+
+    async def test_a_parked_model_holds_less_and_wakes(
+        self, driver: RuntimeDriver, parks: Parks, good_model: LoadRequest
+    ) -> None:
+        loaded = await driver.load(good_model, silent)
+        parked = await parks.park(good_model.name, self.park_level)
+        shown = await self.held(driver, good_model.name)
+        assert shown is not None and not shown.ready and not shown.broken
+        assert shown.parked == self.park_level
+        for device in good_model.devices:
+            assert parked.memory.get(device, 0) < loaded.memory.get(device, 1)
+        woken = await parks.wake(good_model.name, silent)
+        shown = await self.held(driver, good_model.name)
+        assert shown is not None and shown.ready and not shown.parked
+        assert shown.endpoints == woken.endpoints == loaded.endpoints
+
+    async def test_what_is_not_there_is_neither_parked_nor_woken(self, parks: Parks) -> None:
+        with pytest.raises(DriverError):
+            await parks.park("nobody-loaded-this", self.park_level)
+        with pytest.raises(DriverError):
+            await parks.wake("nobody-loaded-this", silent)
+
+    async def test_a_parked_model_is_unloaded_like_any(
+        self, driver: RuntimeDriver, parks: Parks, good_model: LoadRequest
+    ) -> None:
+        await driver.load(good_model, silent)
+        await parks.park(good_model.name, self.park_level)
+        await driver.unload(good_model.name)
+        assert await self.held(driver, good_model.name) is None
+
+    async def test_a_load_has_a_parked_model_serve(
+        self, driver: RuntimeDriver, parks: Parks, good_model: LoadRequest
+    ) -> None:
+        await driver.load(good_model, silent)
+        await parks.park(good_model.name, self.park_level)
+        await driver.load(good_model, silent)
+        shown = await self.held(driver, good_model.name)
+        assert shown is not None and shown.ready and not shown.parked
+
+    async def test_a_new_driver_finds_a_parked_model_asleep(
+        self,
+        driver: RuntimeDriver,
+        parks: Parks,
+        make_driver: Callable[[], RuntimeDriver],
+        good_model: LoadRequest,
+    ) -> None:
+        await driver.load(good_model, silent)
+        await parks.park(good_model.name, self.park_level)
+        await driver.close()
+        second = make_driver()
+        await second.start()
+        shown = await self.held(second, good_model.name)
+        assert shown is not None and not shown.ready and shown.parked == self.park_level
+        assert isinstance(second, Parks)
+        await second.wake(good_model.name, silent)
+        shown = await self.held(second, good_model.name)
+        assert shown is not None and shown.ready
+        await second.close()
 
     async def test_logs(self, driver: RuntimeDriver, good_model: LoadRequest) -> None:
         await driver.load(good_model, silent)

@@ -118,6 +118,9 @@ class Offer(Frozen):
     """Over how many devices of one kind it spreads, each with an equal part of the memory."""
     requires: tuple[str, ...] = ()
     """What the runtime has to install before the first load of this kind, for a person to know."""
+    standby: tuple[int, ...] = ()
+    """Levels at which a model served like this can be parked (`Parks`): 1 keeps its weights in host memory, 2 drops
+    them. Empty: it can't."""
     settings: Mapping[str, Any] = Field(default_factory=dict)
     """What the plan is to carry on; `decoupled: true` says that one request may have many responses."""
     note: str = ""
@@ -133,6 +136,8 @@ class Plan(Frozen):
     settings: Mapping[str, Any] = Field(default_factory=dict)
     devices: int = 1
     """Over how many devices it spreads."""
+    standby: tuple[int, ...] = ()
+    """Levels at which it can be parked, as the offer said."""
     memory_bytes: int
     load_s: float
     reason: str
@@ -278,6 +283,12 @@ class UnloadOutcome(Frozen):
     """Bytes that did not come back, by device id."""
 
 
+class ParkOutcome(Frozen):
+    memory: Mapping[str, int]
+    """Measured bytes that the model holds while it is parked, by device id; empty where the runtime can't tell."""
+    park_s: float
+
+
 class ObservedModel(Frozen):
     name: str
     ready: bool
@@ -289,6 +300,8 @@ class ObservedModel(Frozen):
     in_flight: int | None = None
     broken: bool = False
     """It is neither ready nor on its way: it has to be loaded again, say since a process of its own has ended."""
+    parked: int = 0
+    """The level at which it sleeps: it is there and not ready, and `wake` makes it ready. 0: it does not."""
     reason: str = ""
     endpoints: tuple[Endpoint, ...] = ()
     """Where this model answers, if it is not where the runtime does."""

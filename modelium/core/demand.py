@@ -7,10 +7,10 @@ from math import isfinite
 
 from modelium.api.units import human
 from modelium.core import events as e
-from modelium.core.moves import admit, drain, give_up_load, keep_resident, reopen, want
+from modelium.core.moves import admit, drain, drop_outdated, give_up_load, keep_resident, reopen, want
 from modelium.core.states import State, Want
 from modelium.core.turn import Turn
-from modelium.core.world import Failure, Model, Runtime, Ticket
+from modelium.core.world import Failure, Model, Runtime, Ticket, queued
 
 
 def ready_asked(turn: Turn, event: e.ReadyAsked) -> None:
@@ -50,8 +50,9 @@ def ready_asked(turn: Turn, event: e.ReadyAsked) -> None:
     turn.wake(ticket.deadline_at)
     if not reopen(turn, model):
         model = want(turn, turn.models[model.name], Want.PERSON if event.person else Want.REQUEST, "asked for")
-        if model.state in (State.FAILED, State.READY) or (first and model.state is State.QUEUED):
+        if model.state in (State.FAILED, State.READY) or (first and queued(model)):
             turn.dirty = True
+        drop_outdated(turn, model)
 
 
 def _hopeless(turn: Turn, model: Model) -> tuple[Failure, float | None] | None:
@@ -119,9 +120,10 @@ def unload_asked(turn: Turn, event: e.UnloadAsked) -> None:
             turn.hold(ticket)
             drain(turn, turn.change(turn.models[model.name], parameters={}), "unload asked for")
             turn.wake(ticket.deadline_at)
-        case State.LOADING:
+        case State.LOADING | State.PARKING | State.STANDBY:
             turn.hold(ticket)
-            give_up_load(turn, turn.change(turn.models[model.name], parameters={}), "unload asked for")
+            model = turn.change(turn.models[model.name], parameters={}, want=Want.NONE, again=Want.NONE)
+            give_up_load(turn, model, "unload asked for")
             turn.wake(ticket.deadline_at)
         case State.DRAINING | State.UNLOADING | State.RECOVERING:
             turn.change(turn.hold(ticket), again=Want.NONE, want=Want.NONE, parameters={})

@@ -6,7 +6,7 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from modelium.core import events as e
-from modelium.core.moves import drain, give_up_load, invalidate, keep_resident, want
+from modelium.core.moves import drain, drop_outdated, give_up_load, invalidate, keep_resident, want
 from modelium.core.states import State, Want
 from modelium.core.turn import Turn
 from modelium.core.world import Failure, Held, Model
@@ -106,6 +106,7 @@ def _changed(turn: Turn, model: Model, event: e.ModelAccepted, always: bool) -> 
     turn.dirty = True
     if state in (State.INVALID, State.DISCOVERED):
         return turn.move(model, State.COLD, event.reason, failure=None)
+    model = drop_outdated(turn, model)
     if state is State.FAILED and model.held is None:
         wanted = model.want is not Want.NONE or bool(turn.waiting(model))
         model = turn.move(model, State.COLD, "its files changed", failure=None, retry_at=0.0)
@@ -127,12 +128,16 @@ def model_invalid(turn: Turn, event: e.ModelInvalid) -> None:
         return
     elif model.held is None:
         invalidate(turn, model, event.failure)
-    elif model.state is State.LOADING:
+    elif model.state in _NOT_SERVING:
         model = turn.refuse_waiting(turn.change(model, invalid=event.failure), event.failure)
         give_up_load(turn, model, message)
     else:
         reason = f"its files are no longer usable, the loaded ones still serve: {message}"
         turn.change(model, invalid=event.failure, reason=reason)
+
+
+_NOT_SERVING = frozenset({State.LOADING, State.PARKING, State.STANDBY})
+"""Nothing is lost by unloading it at once."""
 
 
 def model_removed(turn: Turn, event: e.ModelRemoved) -> None:
@@ -146,7 +151,7 @@ def model_removed(turn: Turn, event: e.ModelRemoved) -> None:
     gone = Failure("model_not_found", f"{event.name} was removed from the repository")
     model = turn.refuse_waiting(model, gone)
     model = turn.change(model, forget=True, pinned=False, always_loaded=False, again=Want.NONE, want=Want.NONE)
-    if model.state is State.LOADING:
+    if model.state in _NOT_SERVING:
         give_up_load(turn, model, "removed from the repository")
     elif model.state is State.READY:
         needed = [m.name for m in turn.live_dependents(model.name)]

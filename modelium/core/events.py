@@ -128,6 +128,22 @@ class LoadFailed(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class Parked(Event):
+    name: str
+    op: int
+    memory: Booking
+    """Measured; empty where the runtime can't tell."""
+    park_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ParkFailed(Event):
+    name: str
+    op: int
+    failure: Failure
+
+
+@dataclass(frozen=True, slots=True)
 class Drained(Event):
     name: str
     op: int

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from enum import IntEnum
 
 from modelium.api.types import Candidate
+from modelium.core.standby import parked_as, worth
 from modelium.core.states import State, Want
 from modelium.core.turn import Turn, bytes_on
 from modelium.core.world import Model
@@ -15,19 +16,23 @@ Place = tuple[bool, float, float, str]
 
 
 class Tier(IntEnum):
-    """How much is lost by evicting: a waiter takes from the lowest tier that makes room."""
+    """How much is lost by evicting: a waiter takes from the lowest tiers that make room."""
 
-    IDLE = 0
+    PARKED = 0
+    """Asleep."""
+    IDLE = 1
     """Idle past the threshold."""
-    QUIET = 1
+    QUIET = 2
     """Not in use now, and less often than `keep_above_qps`."""
-    HOT = 2
+    HOT = 3
     """Not in use at this moment, but used often."""
-    BUSY = 3
+    BUSY = 4
     """In use: drained first, so nothing that runs is lost."""
 
 
 def tier_of(turn: Turn, model: Model) -> Tier:
+    if model.state is State.STANDBY:
+        return Tier.PARKED
     if model.use.in_flight:
         return Tier.BUSY
     if model.use.qps > turn.policy.keep_above_qps:
@@ -66,6 +71,8 @@ class Victims:
         self._fixed: frozenset[str] | None = None
         for name in sorted(turn.live):
             model = turn.models[name]
+            if model.state is State.STANDBY:
+                self._free[name] = Tier.PARKED
             if model.state is not State.READY or model.op:
                 continue
             if model.kept:
@@ -179,15 +186,21 @@ class Victims:
                 for n, t in self._free.items()
                 if t is tier and n not in gone and all(d.name in gone for d in self._turn.live_dependents(n))
             ]
-            order = self._turn.policy.rank(
-                [c for n in names if (c := self._candidate(n, device, tier))], self._turn.now
-            )
+            found = [c for n in names if (c := self._candidate(n, device, tier))]
+            if tier is Tier.PARKED:
+                order: Sequence[str] = self._least_worth(c.name for c in found)
+            else:
+                order = self._turn.policy.rank(found, self._turn.now)
             known = set(names)
             ranked = [n for n in order if n in known]
             if gone:
                 return ranked
             self._roots[key] = ranked
         return self._roots[key]
+
+    def _least_worth(self, names: Iterable[str]) -> list[str]:
+        models = self._turn.models
+        return sorted(names, key=lambda n: (worth(self._turn, models[n], parked_as(models[n])), n))
 
     def _candidate(self, name: str, device: str, tier: Tier) -> Candidate | None:
         """None where it holds nothing of the device, nor do its parts."""

@@ -29,6 +29,26 @@ class Load(Instruction):
 
 
 @dataclass(frozen=True, slots=True)
+class Park(Instruction):
+    """Becomes Parked or ParkFailed."""
+
+    name: str
+    op: int
+    runtime: str
+    level: int
+
+
+@dataclass(frozen=True, slots=True)
+class Wake(Instruction):
+    """Becomes Loaded or LoadFailed, as a load does."""
+
+    name: str
+    op: int
+    runtime: str
+    level: int
+
+
+@dataclass(frozen=True, slots=True)
 class CloseRoute(Instruction):
     """Let no new request in; becomes Drained when none is in flight. With op 0 nothing is awaited."""
 
@@ -46,7 +66,7 @@ class OpenRoute(Instruction):
 
 @dataclass(frozen=True, slots=True)
 class Unload(Instruction):
-    """Becomes Unloaded or UnloadFailed. A load of it that is under way is given up first."""
+    """Becomes Unloaded or UnloadFailed. What is under way with it is given up first."""
 
     name: str
     op: int

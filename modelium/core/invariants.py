@@ -10,15 +10,16 @@ from collections.abc import Iterator
 from modelium.core.line import Line
 from modelium.core.states import RuntimeState, State, Want
 from modelium.core.turn import Turn, bytes_on
-from modelium.core.world import Model, Policy, World, is_live, is_moving, is_stale, waits
+from modelium.core.world import Model, Policy, World, is_live, is_moving, is_stale, queued, waits
 
 S = State
 
-HOLDS = frozenset({S.LOADING, S.READY, S.DRAINING, S.UNLOADING, S.RECOVERING})
+HOLDS = frozenset({S.LOADING, S.READY, S.DRAINING, S.PARKING, S.STANDBY, S.UNLOADING, S.RECOVERING})
 """A runtime has it, or may have."""
 _RECLAIMING = frozenset({S.DRAINING, S.UNLOADING})
 _GOING = frozenset({S.DRAINING, S.UNLOADING, S.FAILED, S.RECOVERING})
-_UNWANTED = frozenset({S.DISCOVERED, S.INVALID, S.COLD, S.READY, S.DRAINING, S.UNLOADING})
+_LEAVING = _RECLAIMING | {S.PARKING}
+_UNWANTED = frozenset({S.DISCOVERED, S.INVALID, S.COLD, S.READY}) | _LEAVING
 
 
 def violations(world: World, policy: Policy, now: float | None = None) -> list[str]:
@@ -38,6 +39,7 @@ def _sums(world: World) -> Iterator[str]:
             size = bytes_on(model.booking, account.id) + bytes_on(model.extra, account.id)
             booked += size
             reclaiming += size if model.state in _RECLAIMING else 0
+            reclaiming += bytes_on(model.extra, account.id) if model.state is S.PARKING else 0
             promised += bytes_on(model.promise, account.id)
         for what, told, sum_of in (
             ("booked", account.booked_bytes, booked),
@@ -91,7 +93,7 @@ def _answers(world: World, model: Model) -> bool:
     match model.state:
         case S.READY:
             return model.coming is not None or (model.stale and model.spec != model.rejected and not model.forget)
-        case S.QUEUED | S.LOADING | S.DRAINING | S.UNLOADING:
+        case S.QUEUED | S.LOADING | S.DRAINING | S.PARKING | S.STANDBY | S.UNLOADING:
             return not model.forget or model.state is S.UNLOADING
         case S.RECOVERING | S.FAILED:
             return runtime is not None and not runtime.given_up and not model.forget
@@ -118,17 +120,21 @@ def _model(world: World, model: Model) -> Iterator[str]:
         yield f"held is {model.held}"
     if model.booking and model.held is None:
         yield f"it has booked {model.booking}"
-    if model.extra and model.coming is None:
+    if model.extra and model.coming is None and state is not S.PARKING:
         yield f"it has booked {model.extra} beside, for nothing"
     if model.measured and not model.booking:
         yield "it is measured, and nothing is booked"
-    if model.promise and state is not S.QUEUED:
+    if model.parked is not None and state not in (S.PARKING, S.STANDBY, S.LOADING):
+        yield f"it is not asleep, nor wakes: {model.parked}"
+    if model.parked is None and state in (S.PARKING, S.STANDBY):
+        yield "it does not sleep"
+    if model.promise and not queued(model):
         yield f"it is promised {model.promise}"
     if any(size < 0 for _, size in (*model.booking, *model.extra, *model.promise)):
         yield "it holds less than nothing"
 
     match state:
-        case S.LOADING | S.UNLOADING:
+        case S.LOADING | S.PARKING | S.UNLOADING:
             operates = bool(model.op)
         case S.DRAINING:
             operates = bool(model.op) or bool(live)
@@ -141,7 +147,7 @@ def _model(world: World, model: Model) -> Iterator[str]:
     if model.coming is not None and state not in (S.READY, S.DRAINING, S.UNLOADING) and not stuck:
         yield "something loads beside it"
 
-    if model.again is not Want.NONE and state not in _RECLAIMING:
+    if model.again is not Want.NONE and state not in _LEAVING:
         yield f"it should come back: {model.again}"
     if (model.forget or model.invalid is not None) and model.held is None:
         yield "it should be forgotten or INVALID by now"
@@ -149,7 +155,9 @@ def _model(world: World, model: Model) -> Iterator[str]:
         yield f"it is wanted: {model.want}"
     if model.kept and state is S.COLD:
         yield "it should be loaded at all times, and nothing brings it"
-    if state is S.QUEUED and not _wanted(world, model):
+    if state is S.STANDBY and (model.forget or model.stale or model.invalid is not None):
+        yield "it sleeps, and is of no use"
+    if queued(model) and not _wanted(world, model):
         yield f"it waits for nobody: {model.want}"
 
     runtime = world.runtimes.get(model.home)
@@ -169,7 +177,7 @@ def _wanted(world: World, model: Model) -> bool:
             return waiting
         case Want.PART:
             wholes = (world.models.get(n) for n in world.dependents.get(model.name, ()))
-            return any(m is not None and m.state is S.QUEUED for m in wholes)
+            return any(m is not None and queued(m) for m in wholes)
         case Want.RESIDENT:
             return model.kept
         case _:
@@ -181,9 +189,7 @@ def _promises(world: World, policy: Policy, now: float) -> Iterator[str]:
     line = Line(Turn(world, policy, now))
     for account in world.devices.values():
         promised = sum(
-            bytes_on(m.promise, account.id)
-            for n in world.queue
-            if (m := world.models[n]).state is S.QUEUED and not line.aged(m)
+            bytes_on(m.promise, account.id) for n in world.queue if queued(m := world.models[n]) and not line.aged(m)
         )
         room = account.limit_bytes - account.booked_bytes + account.reclaiming_bytes
         if promised > max(0, room):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from modelium.core.eviction import Place, Victims
 from modelium.core.states import BASE_PRIORITY, URGENT, State, Want
 from modelium.core.turn import Turn
-from modelium.core.world import Booking, Model, Spec
+from modelium.core.world import Booking, Model, Spec, queued
 
 
 class Line:
@@ -20,7 +20,7 @@ class Line:
         self._turn = turn
         self._places: dict[str, Place] = {}
         self.awaited: dict[str, Place] = {}
-        """Names of parts that waiting models need, with the first place among those."""
+        """Names of parts that waiting models need, with the first place among those, and of parked ones that wait."""
         self.ahead: dict[str, int] = {}
         """Bytes by device that are kept for those who came before in this look."""
         self.loading: dict[str, int] = {}
@@ -32,12 +32,15 @@ class Line:
         wholes: list[str] = []
         for name in turn.queue:
             model = turn.models[name]
-            if model.state is State.QUEUED:
+            if queued(model):
                 self._places[name] = _own_place(turn, model)
                 if model.parts:
                     wholes.append(name)
         for name in wholes:
             self._inherit(name)
+        for name, place in self._places.items():
+            if turn.models[name].state is State.STANDBY:
+                self.awaited[name] = place  # it is nobody's victim behind it
         for account in turn.devices.values():
             key = (account.kind, account.runtime)
             if key in self._largest:

@@ -6,7 +6,9 @@ from dataclasses import replace
 
 from modelium.core import events as e
 from modelium.core.instructions import OpenRoute
-from modelium.core.moves import admit, begin_unload, fail, onward, recycle, unload_parts
+from modelium.core.moves import DRAINED, admit, fail, onward, recycle, retire, unload_parts
+from modelium.core.parking import not_woken
+from modelium.core.standby import learnt, parked_as
 from modelium.core.states import State, Want
 from modelium.core.turn import Turn, bytes_on
 from modelium.core.world import Booking, Estimate, Failure, Held, Model, Use
@@ -19,14 +21,16 @@ def loaded(turn: Turn, event: e.Loaded) -> None:
     if model.state is State.READY and model.coming is not None:
         _replaced(turn, model, model.coming, event)
     elif model.state is State.LOADING:
+        asleep = model.parked
         model = turn.move(
             model,
             State.READY,
-            f"loaded in {event.load_s:.2f} s",
+            f"{'loaded' if asleep is None else 'woken'} in {event.load_s:.2f} s",
             op=0,
-            booking=event.memory or model.booking,
+            booking=event.memory or (model.booking if asleep is None else asleep.before),
             measured=event.memory,
             estimate=_learnt(model, model.held, model.placed, event),
+            parked=None,
             loaded_at=turn.now,
             loaded_for=model.want,
             want=Want.NONE,
@@ -66,10 +70,12 @@ def _learnt(model: Model, held: Held | None, placed: tuple[str, ...], event: e.L
     """What the next load is expected to take, unless what was loaded is out of date by now."""
     if held is None or held.spec != model.spec:
         return model.estimate
-    slowest_s = max(model.estimate.slowest_s, event.load_s)
-    if not event.memory:
-        return Estimate(model.estimate.memory_bytes, event.load_s, model.estimate.measured, slowest_s)
-    return Estimate(footprint(event.memory, placed), event.load_s, True, slowest_s)
+    estimate = model.estimate
+    if model.parked is None:
+        estimate = replace(estimate, load_s=event.load_s, slowest_s=max(estimate.slowest_s, event.load_s))
+    elif (how := parked_as(model)) is not None:
+        estimate = learnt(estimate, replace(how, wake_s=event.load_s))
+    return replace(estimate, memory_bytes=footprint(event.memory, placed), measured=True) if event.memory else estimate
 
 
 def footprint(memory: Booking, placed: tuple[str, ...]) -> int:
@@ -89,6 +95,8 @@ def load_failed(turn: Turn, event: e.LoadFailed) -> None:
         recycle(turn, model.home, event.failure.message)
     if model.state is State.READY:
         keep_old(turn, model, event.failure, blameless=event.runtime_lost)
+    elif model.state is State.LOADING and model.parked is not None and not event.runtime_lost:
+        not_woken(turn, model, event.failure)
     elif model.state is State.LOADING:
         fail(turn, model, event.failure, runtime_lost=event.runtime_lost)
         unload_parts(turn, model)
@@ -123,7 +131,7 @@ def drained(turn: Turn, event: e.Drained) -> None:
     if turn.live_dependents(model.name):
         turn.change(model, op=0, reason="waits for those that are made of it")
         return
-    begin_unload(turn, model, f"nothing in flight; {model.reason}")
+    retire(turn, model, f"{DRAINED}{model.reason}")
 
 
 def unloaded(turn: Turn, event: e.Unloaded) -> None:
@@ -132,7 +140,7 @@ def unloaded(turn: Turn, event: e.Unloaded) -> None:
         return
     _note_unload(turn, model, event.residue)
     again, whole = model.again, model
-    reason = model.reason.removeprefix("nothing in flight; ")
+    reason = model.reason.removeprefix(DRAINED)
     if model.failure is not None:
         model = turn.grant_gone(model)
         model = fail(turn, model, model.failure or Failure("driver", reason))
@@ -147,6 +155,7 @@ def unloaded(turn: Turn, event: e.Unloaded) -> None:
             measured=(),
             placed=(),
             held=None,
+            parked=None,
             coming=None,
             again=Want.NONE,
             use=Use(),

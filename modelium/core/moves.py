@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from modelium.core.instructions import CloseRoute, OpenRoute, Unload
+from modelium.core.instructions import CloseRoute, OpenRoute, Park, Unload
+from modelium.core.standby import Berth, berth
 from modelium.core.states import BASE_PRIORITY, URGENT, RuntimeState, State, Want
-from modelium.core.turn import Turn
-from modelium.core.world import Failure, Model, Use
+from modelium.core.turn import Turn, added, bytes_on
+from modelium.core.world import Failure, Model, Parked, Use
+
+DRAINED = "nothing in flight; "
+"""How the reason begins for which a drained model goes."""
 
 PATIENCE = 3
 """So many losses of its runtime in a row a waiting model sits out; then it is failed itself."""
@@ -19,7 +23,7 @@ def want(turn: Turn, model: Model, why: Want, reason: str) -> Model:
     """
     if model.forget or model.state in _SETTLED:
         return model
-    if model.state in (State.DRAINING, State.UNLOADING):
+    if model.state in _LEAVING:
         if why in (Want.DROPPED, Want.RESTORE) and model.again is Want.NONE:
             model = turn.change(model, again=why)
         return model
@@ -33,6 +37,7 @@ def want(turn: Turn, model: Model, why: Want, reason: str) -> Model:
 
 
 _SETTLED = frozenset({State.DISCOVERED, State.INVALID, State.READY})
+_LEAVING = frozenset({State.DRAINING, State.PARKING, State.UNLOADING})
 
 
 def keep_resident(turn: Turn, model: Model) -> Model:
@@ -79,14 +84,79 @@ def drain(turn: Turn, model: Model, reason: str, *, again: Want = Want.NONE) -> 
     return model
 
 
-def begin_unload(turn: Turn, model: Model, reason: str) -> Model:
+def evict(turn: Turn, model: Model, reason: str) -> None:
+    """Have a loaded model make room: one that serves is drained first."""
+    if model.state is State.STANDBY:
+        begin_unload(turn, model, reason)
+    else:
+        drain(turn, model, reason)
+
+
+def begin_unload(turn: Turn, model: Model, reason: str, *, again: Want = Want.NONE) -> Model:
+    """Unload what is drained, parked, or not loaded yet; what is parked and wanted comes back."""
     op, dirty = turn.new_id(), turn.dirty
     drained = model.state is State.DRAINING
-    model = turn.move(model, State.UNLOADING, reason, op=op, op_since=turn.now, want=Want.NONE)
+    if model.state is State.STANDBY and again is Want.NONE:
+        again = model.want
+    model = turn.move(
+        model,
+        State.UNLOADING,
+        reason,
+        op=op,
+        op_since=turn.now,
+        booking=added(model.booking, model.extra) if model.state is State.PARKING else model.booking,
+        extra=() if model.state is State.PARKING else model.extra,
+        promise=(),
+        parked=None,
+        again=again if again in _OF_ITS_OWN else model.again,
+        want=Want.NONE,
+    )
     if drained:
         turn.dirty = dirty  # its room was on its way back already
     turn.wake(turn.now + turn.policy.unload_timeout_s)
     turn.out.append(Unload(model.name, op, model.home))
+    return model
+
+
+_OF_ITS_OWN = frozenset({Want.DROPPED, Want.RESTORE})
+"""Reasons that are noted of a model that goes: others are told by tickets, by what is made of it, by configuration."""
+
+
+def retire(turn: Turn, model: Model, reason: str) -> Model:
+    """Unload a model that is drained, or park it where that is worth its memory."""
+    found = berth(turn, model)
+    if found is None:
+        return begin_unload(turn, model, reason)
+    for sleeper in found.instead_of:
+        begin_unload(turn, sleeper, f"{model.name} is parked instead: it saves more time for the memory")
+    return _begin_park(turn, model, found, reason)
+
+
+def _begin_park(turn: Turn, model: Model, found: Berth, reason: str) -> Model:
+    op, dirty = turn.new_id(), turn.dirty
+    level = found.how.level
+    goes = tuple((d, left) for d, n in model.booking if (left := n - bytes_on(found.holds, d)) > 0)
+    model = turn.move(
+        model,
+        State.PARKING,
+        reason,
+        op=op,
+        op_since=turn.now,
+        parked=Parked(level, model.booking),
+        booking=found.holds,
+        extra=goes,
+        measured=(),
+    )
+    turn.dirty = dirty  # its room was on its way back already
+    turn.wake(turn.now + turn.policy.unload_timeout_s)
+    turn.out.append(Park(model.name, op, model.home, level))
+    return model
+
+
+def drop_outdated(turn: Turn, model: Model) -> Model:
+    """What sleeps is of no use once it should be something else."""
+    if model.state in (State.PARKING, State.STANDBY) and model.stale:
+        return begin_unload(turn, model, "it should be another than the one that was parked")
     return model
 
 
@@ -102,7 +172,7 @@ def unload_parts(turn: Turn, whole: Model) -> None:
         if part is None or turn.live_dependents(name):
             continue
         if part.state is State.DRAINING and not part.op:
-            begin_unload(turn, part, part.reason)
+            retire(turn, part, part.reason)
         elif part.state is State.READY and part.forget:
             drain(turn, part, "removed from the repository")
 
@@ -182,6 +252,7 @@ def fail(turn: Turn, model: Model, failure: Failure, *, runtime_lost: bool = Fal
         measured=(),
         placed=(),
         held=None,
+        parked=None,
         coming=None,
         again=Want.NONE,
         want=keep,

@@ -108,15 +108,15 @@ def spots(turn: Turn, model: Model, ahead: Mapping[str, int] | None = None) -> l
     spec = model.spec
     if spec is None:
         return []
-    need = model.need
+    need, where = model.need, _where(turn, model)
     found = [
         Place(
             account,
-            need,
+            max(0, need - bytes_on(model.booking, account.id)) if where else need,
             account.promised_bytes - bytes_on(model.promise, account.id) if ahead is None else ahead.get(account.id, 0),
         )
         for account in turn.devices.values()
-        if account.kind == spec.device_kind and account.open_to(spec.runtime)
+        if account.kind == spec.device_kind and account.open_to(spec.runtime) and (not where or account.id in where)
     ]
     if len(found) > 1:
         found.sort(key=lambda p: (-p.free_now, p.account.id))
@@ -128,6 +128,14 @@ def spots(turn: Turn, model: Model, ahead: Mapping[str, int] | None = None) -> l
         if len(together) == MOST_SPOTS:
             break
     return together
+
+
+def _where(turn: Turn, model: Model) -> set[str]:
+    """The devices that a parked model wakes on: where it was, and holds something perhaps. Empty: any."""
+    if model.parked is None or model.spec is None:
+        return set()
+    held = model.parked.before or model.booking
+    return {d for d, _ in held if d in turn.devices and turn.devices[d].kind == model.spec.device_kind}
 
 
 def never_fits(turn: Turn, model: Model, found: Iterable[Spot]) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from modelium.core.instructions import StopRuntime
-from modelium.core.moves import drain
+from modelium.core.moves import begin_unload, drain
 from modelium.core.runtimes import lose_models
 from modelium.core.states import RuntimeState, State, Want
 from modelium.core.turn import Turn
@@ -28,6 +28,8 @@ def _empty(turn: Turn, runtime: Runtime) -> None:
         if model.state is State.READY and all(m.home == runtime.name for m in turn.live_dependents(model.name)):
             again = Want.RESTORE if turn.used_lately(model) else Want.NONE
             drain(turn, turn.models[model.name], f"{WHY}: {runtime.recycle}", again=again)
+        elif model.state is State.STANDBY:
+            begin_unload(turn, turn.models[model.name], f"{WHY}: {runtime.recycle}")
     if all(turn.models[m.name].state is State.FAILED for m in held):
         lose_models(turn, runtime.name, Failure("runtime_unavailable", f"{WHY}: {runtime.recycle}"))
         turn.move_runtime(runtime, RuntimeState.STOPPING, f"started anew: {runtime.recycle}", recycle="")

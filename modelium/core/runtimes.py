@@ -10,9 +10,11 @@ from modelium.core import events as e
 from modelium.core.instructions import CloseRoute, OpenRoute, StartRuntime
 from modelium.core.loading import footprint
 from modelium.core.moves import admit, drain, fail, onward, unload_parts, want
+from modelium.core.parking import rest
+from modelium.core.standby import asleep, parked_as
 from modelium.core.states import RuntimeState, State, Want
 from modelium.core.turn import Turn
-from modelium.core.world import Booking, Failure, Held, Model, Runtime, Use
+from modelium.core.world import Booking, Failure, Held, Model, Parked, Runtime, Use
 
 
 def runtime_added(turn: Turn, event: e.RuntimeAdded) -> None:
@@ -66,14 +68,16 @@ def _reconcile(turn: Turn, runtime: str, observed: tuple[ObservedModel, ...], ta
     seen = {m.name: m for m in observed if m.ready}
     there = {m.name: m for m in observed}
     foreign: list[str] = []
-    for shown in seen.values():
+    for shown in there.values():
+        if not shown.ready and not shown.parked:
+            continue
         model = turn.models.get(shown.name)
         if model is None or model.home != runtime or model.state is State.INVALID:
             foreign.append(shown.name)
-        elif model.state is State.READY:
+        elif model.state is (State.READY if shown.ready else State.STANDBY):
             _remeasure(turn, model, shown)
         elif model.state is State.RECOVERING or (model.state in _ADOPTABLE and model.since < taken_at):
-            _adopt(turn, model, shown)
+            (_adopt if shown.ready else _adopt_parked)(turn, model, shown)
     lost: list[Model] = []
     for name in sorted(turn.live):
         model = turn.models[name]
@@ -81,10 +85,12 @@ def _reconcile(turn: Turn, runtime: str, observed: tuple[ObservedModel, ...], ta
             continue
         left = there.get(name)
         holds = left is not None and (not left.broken or (model.state is State.FAILED and any(left.memory.values())))
-        if holds and model.state in (State.FAILED, State.RECOVERING):
+        if holds and model.state in (State.FAILED, State.RECOVERING, State.STANDBY):
             continue  # it is neither ready nor gone, and holds memory still
         lost.append(model)
         reason = left.reason if left is not None else f"{runtime} no longer has it loaded"
+        if left is not None and left.parked:
+            reason = "somebody put it to sleep"
         if model.state is State.RECOVERING:
             _gone(turn, model, reason, Want.RESTORE if left is not None else Want.NONE)
         elif model.since >= taken_at:
@@ -98,6 +104,8 @@ def _reconcile(turn: Turn, runtime: str, observed: tuple[ObservedModel, ...], ta
                 want(turn, turn.models[name], Want.RESTORE, f"{whole} is made of it")
         elif model.state is State.FAILED:
             _gone(turn, model, reason)
+        elif model.state is State.STANDBY:
+            _gone(turn, model, reason, model.want)
     for model in lost:
         unload_parts(turn, model)
     known = turn.runtimes[runtime]
@@ -105,7 +113,7 @@ def _reconcile(turn: Turn, runtime: str, observed: tuple[ObservedModel, ...], ta
         turn.runtimes = turn.runtimes.set(runtime, replace(known, foreign=tuple(sorted(foreign))))
 
 
-_ADOPTABLE = frozenset({State.COLD, State.QUEUED, State.FAILED})
+_ADOPTABLE = frozenset({State.COLD, State.QUEUED, State.FAILED, State.STANDBY})
 
 
 def _booking(turn: Turn, model: Model, shown: ObservedModel) -> Booking:
@@ -138,7 +146,7 @@ def _remeasure(turn: Turn, model: Model, shown: ObservedModel) -> None:
     if new == model.measured:
         return
     estimate = model.estimate
-    if not model.stale:
+    if not model.stale and model.parked is None:
         estimate = replace(estimate, memory_bytes=footprint(new, model.placed), measured=True)
     turn.change(model, measured=new, booking=new, estimate=estimate)
     turn.dirty = turn.dirty or bool(turn.queue)
@@ -158,6 +166,7 @@ def _adopt(turn: Turn, model: Model, shown: ObservedModel) -> None:
         promise=(),
         op=0,
         held=model.held or (Held(model.spec) if model.spec is not None else None),
+        parked=None,
         coming=None,
         again=Want.NONE,
         loaded_at=turn.now,
@@ -176,6 +185,31 @@ def _adopt(turn: Turn, model: Model, shown: ObservedModel) -> None:
         part = turn.models.get(name)
         if part is not None and part.state is State.DRAINING:
             _take_back(turn, part, model)
+
+
+def _adopt_parked(turn: Turn, model: Model, shown: ObservedModel) -> None:
+    if model.state is not State.RECOVERING:
+        model = turn.move(model, State.RECOVERING, "found asleep in its runtime")
+    model = turn.change(model, parked=Parked(shown.parked))
+    how, host = parked_as(model), turn.policy.standby_device
+    expected = ((host, how.host_bytes),) if how is not None else ()
+    model = turn.move(
+        model,
+        State.STANDBY,
+        f"{asleep(model)}; adopted: it slept already",
+        booking=tuple(sorted(shown.memory.items())) or expected,
+        extra=(),
+        measured=tuple(sorted(shown.memory.items())),
+        promise=(),
+        op=0,
+        held=model.held or (Held(model.spec) if model.spec is not None else None),
+        coming=None,
+        again=Want.NONE,
+        failure=None,
+        failures=0,
+        retry_at=0.0,
+    )
+    rest(turn, model)
 
 
 def _take_back(turn: Turn, part: Model, whole: Model) -> None:
@@ -242,6 +276,9 @@ def lose(turn: Turn, model: Model, failure: Failure) -> None:
     if model.state is State.FAILED:
         _gone(turn, model, failure.message)
         return
+    if model.state is State.STANDBY:
+        _gone(turn, model, failure.message, model.want)
+        return
     again = model.again
     if model.state is State.READY:
         turn.out.append(CloseRoute(model.name, 0))
@@ -269,7 +306,7 @@ def _gone(turn: Turn, model: Model, reason: str, again: Want = Want.NONE) -> Non
     wanted = again or model.want
     model = turn.move(
         model, State.COLD, reason, want=Want.NONE, booking=(), extra=(), measured=(), placed=(), held=None, coming=None,
-        failure=None, failures=0, retry_at=0.0,
+        promise=(), parked=None, failure=None, failures=0, retry_at=0.0,
     )  # fmt: skip
     model = turn.grant_gone(model)
     onward(turn, model, wanted if wanted in (Want.DROPPED, Want.RESTORE) else Want.NONE, reason)

@@ -9,17 +9,20 @@ another's claim.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from modelium.api.units import human
 from modelium.core.eviction import Tier
-from modelium.core.instructions import Load
+from modelium.core.instructions import Load, Wake
 from modelium.core.line import Line
-from modelium.core.moves import drain, fail, reopen, want
+from modelium.core.moves import evict, fail, give_up_load, reopen, want
+from modelium.core.parking import let_be
 from modelium.core.placement import Spot, never_beside, never_fits, spots
 from modelium.core.recycling import go_on
 from modelium.core.replacing import replace_stale
 from modelium.core.states import RuntimeState, State, Want
-from modelium.core.turn import Turn
-from modelium.core.world import Failure, Held, Model
+from modelium.core.turn import Turn, added
+from modelium.core.world import Failure, Held, Model, queued
 
 _BROKEN = frozenset({State.INVALID, State.DISCOVERED})
 
@@ -42,9 +45,10 @@ def schedule(turn: Turn) -> None:
             line = Line(turn)
             for name in line.order():
                 model = turn.models.get(name)
-                if model is not None and model.state is State.QUEUED:
+                if model is not None and queued(model):
                     _serve(turn, line, model)
-                    if model.parts and turn.models[name].state not in (State.QUEUED, State.LOADING):
+                    after = turn.models[name]
+                    if model.parts and not queued(after) and after.state is not State.LOADING:
                         break  # its parts wait for it no longer: look anew
         replace_stale(turn)
         _rescue(turn)
@@ -62,6 +66,8 @@ def _prune(turn: Turn) -> None:
             continue
         if why is not Want.NONE or model.state is State.FAILED:
             turn.change(model, want=why)
+        elif model.state is State.STANDBY:
+            let_be(turn, model, "nobody waits for it any more")
         else:
             turn.move(model, State.COLD, "nobody waits for it any more", want=Want.NONE, promise=())
 
@@ -74,7 +80,7 @@ def _still_wanted(turn: Turn, model: Model) -> Want:
         return Want.PERSON
     for name in turn.dependents.get(model.name, ()):
         whole = turn.models.get(name)
-        if whole is not None and whole.state is State.QUEUED:
+        if whole is not None and queued(whole):
             return Want.PART
     if waiting:
         return Want.REQUEST
@@ -113,7 +119,7 @@ def _serve(turn: Turn, line: Line, model: Model) -> None:
     if turn.devices and (model.parts or spec.devices > 1 or model.need > line.largest(spec)):
         never = never_fits(turn, model, spots(turn, model)) or _whole_never_fits(turn, model)
         if never is not None:
-            fail(turn, model, Failure("never_fits", f"{model.name} {never}"))
+            _cannot(turn, model, Failure("never_fits", f"{model.name} {never}"))
             return
     if runtime.state is not RuntimeState.UP:
         _wait(turn, model, f"waits for {runtime.name}, which is {runtime.state}: {runtime.reason}")
@@ -150,6 +156,14 @@ def _serve(turn: Turn, line: Line, model: Model) -> None:
 _NO_ROOM = "waits for room: "
 
 
+def _cannot(turn: Turn, model: Model, failure: Failure) -> None:
+    """There is no use in waiting. What sleeps in its runtime is unloaded, and FAILED after that."""
+    if model.held is not None:
+        give_up_load(turn, turn.change(model, want=Want.NONE), failure.message, failure)
+    else:
+        fail(turn, model, failure)
+
+
 def _wait(turn: Turn, model: Model, reason: str, promise: tuple[tuple[str, int], ...] = ()) -> None:
     if model.reason != reason or model.promise != promise:
         turn.change(model, reason=reason, promise=promise)
@@ -158,19 +172,19 @@ def _wait(turn: Turn, model: Model, reason: str, promise: tuple[tuple[str, int],
 def _parts_ready(turn: Turn, line: Line, model: Model) -> bool:
     """Whether all that it depends on is loaded; asks for what is not."""
     if model.name in whole_of(turn, model):
-        fail(turn, model, Failure("model_invalid", f"{model.name} is made of itself: see what its parts depend on"))
+        _cannot(turn, model, Failure("model_invalid", f"{model.name} is made of itself: see what its parts depend on"))
         return False
     waiting: list[str] = []
     for name in model.parts:
         part = turn.models.get(name)
         if part is None or part.forget or part.state in _BROKEN:
             why = "there is no such model in the repository" if part is None else part.reason
-            fail(turn, model, Failure("part_missing", f"{model.name} is made of {name}: {why}"))
+            _cannot(turn, model, Failure("part_missing", f"{model.name} is made of {name}: {why}"))
             return False
         if part.state is State.READY:
             continue
         if part.state is State.FAILED and part.failure is not None and _hopeless(turn, part):
-            fail(turn, model, Failure(part.failure.code, f"{model.name} is made of {name}: {part.failure.message}"))
+            _cannot(turn, model, Failure(part.failure.code, f"{model.name} is made of {name}: {part.failure.message}"))
             return False
         if reopen(turn, part):
             line.moved()
@@ -219,8 +233,11 @@ def _whole_never_fits(turn: Turn, model: Model) -> str | None:
 def _load(turn: Turn, line: Line, model: Model, spot: Spot) -> None:
     op, dirty = turn.new_id(), turn.dirty
     booking = spot.booking
-    spec = model.spec
+    spec, asleep = model.spec, model.parked
     assert spec is not None
+    if asleep is not None:
+        asleep = replace(asleep, before=asleep.before or booking)
+        booking = added(booking, model.booking)  # it may hold both until it is awake
     waiting = len(turn.waiting(model))
     told = f"{model.want.value}, {waiting} waiting" if waiting else model.want.value
     model = turn.move(
@@ -228,11 +245,13 @@ def _load(turn: Turn, line: Line, model: Model, spot: Spot) -> None:
         State.LOADING,
         f"{told}; {spot.arithmetic}",
         booking=booking,
-        placed=tuple(device for device, _ in booking),
+        placed=tuple(device for device, _ in spot.booking) if asleep is None else model.placed,
         promise=(),
         op=op,
         op_since=turn.now,
         held=Held(spec, model.parameters),
+        parked=asleep,
+        measured=(),
         rejected=None,
         failure=None,
     )
@@ -240,7 +259,10 @@ def _load(turn: Turn, line: Line, model: Model, spot: Spot) -> None:
     line.loading[spec.runtime] = line.loading.get(spec.runtime, 0) + 1
     line.moved()
     turn.wake(turn.now + turn.policy.load_timeout_s)
-    turn.out.append(Load(model.name, op, spec.runtime, booking, spec.revision, False, model.parameters))
+    if asleep is not None:
+        turn.out.append(Wake(model.name, op, spec.runtime, asleep.level))
+    else:
+        turn.out.append(Load(model.name, op, spec.runtime, booking, spec.revision, False, model.parameters))
 
 
 def _make_room(turn: Turn, line: Line, model: Model, found: list[Spot]) -> None:
@@ -268,7 +290,7 @@ def _make_room(turn: Turn, line: Line, model: Model, found: list[Spot]) -> None:
     if best is not None:
         _, spot, chosen = best
         for victim in chosen:
-            drain(turn, turn.models[victim.name], f"evicted for {model.name}")
+            evict(turn, turn.models[victim.name], f"evicted for {model.name}")
         line.moved()
         names = ", ".join(m.name for m in chosen)
         _promise(turn, line, model, spot, f"waits for {names} to make room; {spot.arithmetic}")
@@ -278,7 +300,7 @@ def _make_room(turn: Turn, line: Line, model: Model, found: list[Spot]) -> None:
         return
     never = never_beside(turn, model, found)
     if never is not None:
-        fail(turn, model, Failure("never_fits", f"{model.name} {never}"))
+        _cannot(turn, model, Failure("never_fits", f"{model.name} {never}"))
         return
     again_at = line.victims.again_at()
     if again_at is not None:
@@ -309,10 +331,13 @@ def _promise(turn: Turn, line: Line, model: Model, spot: Spot, reason: str) -> N
 
 def _give_up(turn: Turn, line: Line, model: Model, reason: str) -> None:
     """Nobody needs it: let it be, and with it what waits for it, which nobody needs either."""
-    turn.move(model, State.COLD, reason, want=Want.NONE, promise=())
+    if model.state is State.STANDBY:
+        let_be(turn, model, reason)
+    else:
+        turn.move(model, State.COLD, reason, want=Want.NONE, promise=())
     for name in turn.dependents.get(model.name, ()):
         whole = turn.models.get(name)
-        if whole is not None and whole.state is State.QUEUED:
+        if whole is not None and queued(whole):
             _give_up(turn, line, whole, f"no room to spare for {model.name}, which it is made of")
 
 

@@ -14,6 +14,8 @@ class State(StrEnum):
     LOADING = "LOADING"
     READY = "READY"
     DRAINING = "DRAINING"
+    PARKING = "PARKING"
+    STANDBY = "STANDBY"
     UNLOADING = "UNLOADING"
     FAILED = "FAILED"
     RECOVERING = "RECOVERING"
@@ -28,17 +30,19 @@ TRANSITIONS: Mapping[State, frozenset[State]] = {
     S.QUEUED: frozenset({S.LOADING, S.COLD, S.FAILED, S.RECOVERING, S.INVALID}),
     S.LOADING: frozenset({S.READY, S.FAILED, S.UNLOADING}),
     S.READY: frozenset({S.DRAINING, S.FAILED}),
-    S.DRAINING: frozenset({S.UNLOADING, S.READY, S.FAILED}),
+    S.DRAINING: frozenset({S.UNLOADING, S.PARKING, S.READY, S.FAILED}),
+    S.PARKING: frozenset({S.STANDBY, S.UNLOADING, S.FAILED}),
+    S.STANDBY: frozenset({S.LOADING, S.UNLOADING, S.COLD, S.RECOVERING}),
     S.UNLOADING: frozenset({S.COLD, S.FAILED}),
     S.FAILED: frozenset({S.QUEUED, S.COLD, S.RECOVERING, S.INVALID}),
-    S.RECOVERING: frozenset({S.READY, S.COLD, S.FAILED}),
+    S.RECOVERING: frozenset({S.READY, S.STANDBY, S.COLD, S.FAILED}),
 }
 """An accepted drop takes its model's name: where that is another one, the drop's record goes, and a COLD one comes."""
 
 BIRTH = frozenset({S.DISCOVERED, S.INVALID, S.COLD, S.RECOVERING})
 """States in which a record may first appear."""
 
-LIVE = frozenset({S.LOADING, S.READY, S.DRAINING, S.UNLOADING, S.RECOVERING})
+LIVE = frozenset({S.LOADING, S.READY, S.DRAINING, S.PARKING, S.STANDBY, S.UNLOADING, S.RECOVERING})
 """States in which a model may hold memory or an operation."""
 
 

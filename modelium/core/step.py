@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from modelium.core import demand, disk, loading, runtimes, ticking
+from modelium.core import demand, disk, loading, parking, runtimes, ticking
 from modelium.core import events as e
 from modelium.core.instructions import Instruction
 from modelium.core.schedule import schedule
@@ -29,6 +29,8 @@ _HANDLERS: dict[type[e.Event], Callable[[Turn, Any], None]] = {
     e.PinAsked: demand.pin_asked,
     e.Loaded: loading.loaded,
     e.LoadFailed: loading.load_failed,
+    e.Parked: parking.parked,
+    e.ParkFailed: parking.park_failed,
     e.Drained: loading.drained,
     e.Unloaded: loading.unloaded,
     e.UnloadFailed: loading.unload_failed,

@@ -11,11 +11,12 @@ from modelium.core.demand import expired
 from modelium.core.eviction import Tier, Victims
 from modelium.core.line import Line
 from modelium.core.loading import keep_old, stuck
-from modelium.core.moves import begin_unload, drain, give_up_load, recycle
+from modelium.core.moves import begin_unload, drain, evict, give_up_load, recycle
+from modelium.core.parking import not_parked, not_woken
 from modelium.core.runtimes import lose, start, unwanted
 from modelium.core.states import RuntimeState, State, Want
 from modelium.core.turn import Turn
-from modelium.core.world import Account, Failure, Model, Runtime
+from modelium.core.world import Account, Failure, Model, Runtime, queued
 
 
 def use_observed(turn: Turn, event: e.UseObserved) -> None:
@@ -75,8 +76,8 @@ def _gone(turn: Turn, account: Account) -> None:
 
 
 def _unmeasured(model: Model) -> tuple[tuple[str, int], ...]:
-    """What is booked for a load that is under way, and so not yet in anybody's measurements."""
-    return model.booking if model.state is State.LOADING else model.extra
+    """What is booked for what is under way, and so not yet in anybody's measurements."""
+    return model.booking if model.state in (State.LOADING, State.PARKING) else model.extra
 
 
 def ticked(turn: Turn, event: e.Ticked) -> None:
@@ -123,6 +124,10 @@ def _overdue(turn: Turn, model: Model) -> None:
         _late(turn, model)
         return
     match model.state:
+        case State.PARKING:
+            not_parked(turn, model, Failure("driver", f"not within {limit_s:.0f} s"))
+        case State.LOADING if model.parked is not None:
+            not_woken(turn, model, Failure("load_timeout", f"not within {limit_s:.0f} s"))
         case State.LOADING:
             failure = Failure("load_timeout", f"{model.name} did not load within {limit_s:.0f} s")
             give_up_load(turn, turn.refuse_all(model, failure), failure.message, failure)
@@ -148,7 +153,7 @@ def _late(turn: Turn, model: Model) -> None:
     """Say what takes far longer than it ever did. A load that goes on so is begun anew, those who wait for it wait on;
     the next one gets twice the time. An unload is left to its limit."""
     match model.state:
-        case State.LOADING:
+        case State.LOADING if model.parked is None:
             slowest_s, what = model.estimate.slowest_s, "load"
         case State.UNLOADING:
             runtime = turn.runtimes.get(model.home)
@@ -227,7 +232,7 @@ def _idle(turn: Turn, model: Model) -> None:
 def _awaited(turn: Turn, model: Model) -> bool:
     """What is made of it is about to load."""
     found = (turn.models.get(n) for n in turn.dependents.get(model.name, ()))
-    return any(m is not None and m.state is State.QUEUED for m in found)
+    return any(m is not None and queued(m) for m in found)
 
 
 def _relieve(turn: Turn, account: Account) -> None:
@@ -237,7 +242,7 @@ def _relieve(turn: Turn, account: Account) -> None:
         return
     victims = Victims(turn, Line(turn).awaited)
     for victim in victims.choose({account.id: excess}, Tier.QUIET, None):
-        drain(
+        evict(
             turn,
             turn.models[victim.name],
             f"{account.id} is {human(excess)} over its limit of {human(account.limit_bytes)}",

@@ -176,11 +176,12 @@ class Turn:
         for model, sign in ((old, -1), (new, 1)):
             if model is None:
                 continue
-            back = sign if model.state in _RECLAIMING else 0
-            for device, size in model.booking + model.extra:
-                booked = sums.setdefault(device, [0, 0, 0])
-                booked[0] += sign * size
-                booked[2] += back * size
+            for held, going in ((model.booking, _RECLAIMING), (model.extra, _RECLAIMING_EXTRA)):
+                back = sign if model.state in going else 0
+                for device, size in held:
+                    booked = sums.setdefault(device, [0, 0, 0])
+                    booked[0] += sign * size
+                    booked[2] += back * size
             for device, size in model.promise:
                 sums.setdefault(device, [0, 0, 0])[1] += sign * size
         for device, (booked_bytes, promised_bytes, reclaiming_bytes) in sums.items():
@@ -205,7 +206,7 @@ class Turn:
                 account,
                 booked_bytes=account.booked_bytes + size,
                 promised_bytes=account.promised_bytes + bytes_on(model.promise, account.id),
-                reclaiming_bytes=account.reclaiming_bytes + (size if model.state in _RECLAIMING else 0),
+                reclaiming_bytes=account.reclaiming_bytes + going_from(model, account.id),
             )
         self.devices = self.devices.set(account.id, account)
 
@@ -284,6 +285,7 @@ def _member(index: Map[str, None], name: str, member: bool) -> Map[str, None]:
 
 
 _RECLAIMING = frozenset({State.DRAINING, State.UNLOADING})
+_RECLAIMING_EXTRA = _RECLAIMING | {State.PARKING}
 
 
 def _evolve(model: Model, changes: dict[str, Any]) -> Model:
@@ -300,3 +302,14 @@ def _evolve(model: Model, changes: dict[str, Any]) -> Model:
 
 def bytes_on(booking: Booking, device: str) -> int:
     return sum(n for d, n in booking if d == device)
+
+
+def going_from(model: Model, device: str) -> int:
+    """The part of what it has booked that is on its way back."""
+    size = bytes_on(model.booking, device) if model.state in _RECLAIMING else 0
+    return size + (bytes_on(model.extra, device) if model.state in _RECLAIMING_EXTRA else 0)
+
+
+def added(one: Booking, other: Booking) -> Booking:
+    """Two bookings as one."""
+    return tuple((d, bytes_on((*one, *other), d)) for d in dict((*one, *other)))

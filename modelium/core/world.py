@@ -19,6 +19,17 @@ Booking = tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
+class Standby:
+    """What a model is expected to take while it is parked at a level."""
+
+    level: int
+    host_bytes: int
+    device_bytes: int
+    """What it keeps of the device that it is parked to make room on."""
+    wake_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Estimate:
     """What a load is expected to take."""
 
@@ -27,6 +38,8 @@ class Estimate:
     measured: bool = False
     slowest_s: float = 0.0
     """The slowest of its last loads; 0 where none was measured."""
+    standby: tuple[Standby, ...] = ()
+    """The levels at which the model can be parked, the quickest to wake first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +81,15 @@ class Held:
     parameters: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class Parked:
+    """How a model is put to sleep."""
+
+    level: int
+    before: Booking = ()
+    """What it held when it was awake: it wakes on the same devices. Empty where nobody knows any more."""
+
+
 @dataclass(frozen=True)
 class Model:
     """One model's record. Without slots: a step copies records, and a `__dict__` copies several times faster."""
@@ -86,12 +108,12 @@ class Model:
     wanted_since: float = 0.0
     tickets: tuple[int, ...] = ()
     promise: Booking = ()
-    """Room that is kept for it while it is QUEUED."""
+    """Room that is kept for it while it waits for that."""
 
     booking: Booking = ()
     """Memory that it holds, or will hold when its load is done."""
     extra: Booking = ()
-    """Memory for the new revision while the old one serves."""
+    """Memory for the new revision while the old one serves; while it is PARKING, what it will hold then."""
     placed: tuple[str, ...] = ()
     """The devices that it was placed on; its booking may name others too, on which it holds a little besides."""
     measured: Booking = ()
@@ -102,6 +124,8 @@ class Model:
     """What it is loaded as, or loads as; its files may be others by now."""
     coming: Held | None = None
     """What loads beside it, to replace it."""
+    parked: Parked | None = None
+    """It is parked, or about to be, or wakes."""
     rejected: Spec | None = None
     """What failed to replace it."""
     loaded_at: float = 0.0
@@ -277,6 +301,10 @@ class Policy:
     crash_budget: int = 5
     """Crashes of a runtime within `crash_window_s` before it is left down for as long."""
     crash_window_s: float = 600.0
+    standby_device: str = "cpu:0"
+    """Whose memory parked models hold: the host's."""
+    standby_budget_bytes: int | None = None
+    """What they may hold of it together; None: half of what would be free without them."""
     rank: Callable[[Sequence[Candidate], float], Sequence[str]] = least_recently_used
 
 
@@ -289,7 +317,7 @@ class World:
     live: Map[str, None] = Map()
     """Names of the models in a LIVE state, so that a tick need not look at the others."""
     queue: Map[str, None] = Map()
-    """Names of the models that wait: QUEUED, or FAILED and wanted."""
+    """Names of the models that wait: for room, or FAILED and wanted."""
     moving: Map[str, None] = Map()
     """Names of the models with an operation under way."""
     stale: Map[str, None] = Map()
@@ -311,14 +339,25 @@ def is_moving(model: Model) -> bool:
     return model.state in _MOVING or bool(model.op)
 
 
-_MOVING = frozenset({State.LOADING, State.DRAINING, State.UNLOADING})
+_MOVING = frozenset({State.LOADING, State.DRAINING, State.PARKING, State.UNLOADING})
 
 
 def is_stale(model: Model) -> bool:
     return model.state is State.READY and model.stale
 
 
+def queued(model: Model) -> bool:
+    """It waits for room, or for its turn: to be loaded, or to be woken."""
+    return model.state is State.QUEUED or (model.state is State.STANDBY and _wanted(model))
+
+
 def waits(model: Model) -> bool:
-    return model.state is State.QUEUED or (
-        model.state is State.FAILED and (model.want is not Want.NONE or bool(model.tickets))
-    )
+    state = model.state
+    return state is State.QUEUED or (state in _WAKEABLE and _wanted(model))
+
+
+_WAKEABLE = frozenset({State.STANDBY, State.FAILED})
+
+
+def _wanted(model: Model) -> bool:
+    return model.want is not Want.NONE or bool(model.tickets)

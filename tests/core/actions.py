@@ -34,12 +34,16 @@ def policy(pick: Pick) -> Policy:
         max_queue_per_model=4,
         max_queue=12,
         crash_budget=4,
+        standby_budget_bytes=(None, 0, 20, 100)[pick(4)],
     )
 
 
 def a_sim(pick: Pick) -> Sim:
     two = pick(3) == 0
-    return Sim(policy(pick), devices=1 + pick(2), runtimes=("r", "s") if two else ("r",), blind=pick(6) == 0)
+    return Sim(
+        policy(pick), devices=1 + pick(2), runtimes=("r", "s") if two else ("r",), blind=pick(6) == 0,
+        levels=((), (1,), (1, 2), (2,))[pick(4)], residue=(0, 2, 10)[pick(3)],
+    )  # fmt: skip
 
 
 def _name(sim: Sim, pick: Pick) -> str:
@@ -88,7 +92,10 @@ def accept_again_after_restart(sim: Sim, pick: Pick) -> None:
     real = sim.real["r"]
     size = SIZES[pick(len(SIZES))]
     if pick(2) and real.alive:
+        real.drop(name)
         real.models[name] = (("cpu:0", size),)
+        if sim.levels and pick(2):
+            real.sleep(name, sim.levels[0], (("host:0", 5),))
     sim.accept(name, memory=size, was_loaded=True, loaded_revision=("1", "0", None)[pick(3)])
 
 
@@ -267,7 +274,7 @@ def machine_goes(sim: Sim, pick: Pick) -> None:
 
 def memory_grows(sim: Sim, pick: Pick) -> None:
     real = sim.real[_runtime(sim, pick)]
-    names = sorted(real.models)
+    names = sorted(real.models.keys() - real.broken)
     if names:
         name = names[pick(len(names))]
         real.models[name] = tuple((d, n + (1, 15)[pick(2)]) for d, n in real.models[name])
@@ -291,13 +298,35 @@ def load_behind_its_back(sim: Sim, pick: Pick) -> None:
     if name is not None and name in LEAVES and name in sim.files and not _worked_on(sim, name):
         real = sim.real[sim.world.models[name].home]
         if real.alive:
+            real.drop(name)
+            real.broken.discard(name)
             real.models[name] = (("cpu:0", sim.files[name].real),)
 
 
 def unload_behind_its_back(sim: Sim, pick: Pick) -> None:
     name = _model(sim, pick, State.READY, State.DRAINING)
     if name is not None and not _worked_on(sim, name):
-        sim.real[sim.world.models[name].home].models.pop(name, None)
+        sim.real[sim.world.models[name].home].drop(name)
+
+
+def disturb_sleep(sim: Sim, pick: Pick) -> None:
+    """Somebody puts a model to sleep, wakes or ends one without asking."""
+    real = sim.real[_runtime(sim, pick)]
+    names = [n for n in sorted(real.models.keys() - real.broken) if not _worked_on(sim, n)]
+    if not sim.levels or not names:
+        return
+    name = names[pick(len(names))]
+    if name not in real.asleep:
+        real.sleep(name, sim.levels[pick(len(sim.levels))], (("host:0", 5),))
+    elif pick(2):
+        real.wake(name)
+    else:
+        real.drop(name)
+
+
+def host_memory(sim: Sim, pick: Pick) -> None:
+    sim.taken = (0, 30, 60, 90)[pick(4)]
+    sim.see_devices()
 
 
 def breaks(sim: Sim, pick: Pick) -> None:
@@ -335,4 +364,5 @@ SELDOM = (
     withdraw, fail, lose, jump, look, see, see_now, see_devices, foreign_memory, machine_comes,
     machine_goes, memory_grows, breaks, crash,
     lose_contact, restart_silently, load_behind_its_back, unload_behind_its_back, load_foreign, another_chance,
+    disturb_sleep, host_memory,
 )  # fmt: skip

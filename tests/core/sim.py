@@ -19,9 +19,11 @@ from modelium.core.line import Line
 from modelium.core.states import BIRTH, TRANSITIONS, RuntimeState, State, Want
 from modelium.core.step import step
 from modelium.core.turn import Turn
-from modelium.core.world import Booking, Estimate, Failure, Model, Policy, Spec, Use, World
+from modelium.core.world import Booking, Estimate, Failure, Model, Policy, Spec, Standby, Use, World, queued
 
 DEVICE_BYTES = 100
+HOST = "host:0"
+"""Where parked models are, in worlds whose models' devices are of kind `cpu`."""
 
 
 class Foul(AssertionError):
@@ -38,13 +40,30 @@ class RealRuntime:
     """What is loaded in it, with what it takes."""
     broken: set[str] = field(default_factory=set)
     """What has to be loaded again before it serves."""
+    asleep: dict[str, tuple[int, Booking]] = field(default_factory=dict)
+    """What is parked: the level, and what it takes when it is awake."""
+
+    def clear(self) -> None:
+        self.models.clear()
+        self.asleep.clear()
+
+    def drop(self, name: str) -> None:
+        self.models.pop(name, None)
+        self.asleep.pop(name, None)
+
+    def sleep(self, name: str, level: int, holds: Booking) -> None:
+        self.asleep[name] = (level, self.models[name])
+        self.models[name] = holds
+
+    def wake(self, name: str) -> None:
+        self.models[name] = self.asleep.pop(name)[1]
 
 
 @dataclass(frozen=True)
 class Pending:
     """An instruction that is being carried out."""
 
-    order: i.Load | i.Unload | i.CloseRoute | i.StartRuntime | i.StopRuntime
+    order: i.Load | i.Unload | i.Park | i.Wake | i.CloseRoute | i.StartRuntime | i.StopRuntime
     instance: int = 0
     late: bool = False
     """Given up: nobody waits for its result any more, which may come nevertheless."""
@@ -72,11 +91,26 @@ def _brief(model: Model) -> str:
 
 class Sim:
     def __init__(
-        self, policy: Policy | None = None, devices: int = 1, runtimes: Sequence[str] = ("r",), *, blind: bool = False
+        self,
+        policy: Policy | None = None,
+        devices: int = 1,
+        runtimes: Sequence[str] = ("r",),
+        *,
+        blind: bool = False,
+        levels: Sequence[int] = (),
+        residue: int = 0,
     ):
-        """`blind` runtimes can't tell what memory their models take."""
+        """`blind` runtimes can't tell what memory their models take.
+
+        With `levels` models can be parked: level 1 takes half of their size from the host, any other 2, and `residue`
+        is left on their device.
+        """
         self.policy = policy or Policy()
         self.blind = blind
+        self.levels = levels
+        self.residue = residue
+        if levels:
+            self.policy = replace(self.policy, standby_device=HOST)
         self.world = World()
         self.now = 1000.0
         self.latest = 0.0
@@ -96,8 +130,10 @@ class Sim:
         self.foreign = [0] * devices
         self.apart: dict[str, str] = {}
         """Devices that only one runtime reaches, and which."""
-        self.residue: dict[str, Booking] = {}
+        self.kept: dict[str, Booking] = {}
         """What unloading a model does not give back, by its name."""
+        self.taken = 0
+        """Of the host's memory, by others."""
         self.snapshots: list[tuple[str, int, float, Observation]] = []
         self.next_ticket = 1
         self.steps = 0
@@ -138,7 +174,7 @@ class Sim:
             if states.get(name) is not model.state:
                 raise Foul(self.story(f"{name} was told to be {states.get(name)}, and is {model.state}"))
         if not isinstance(event, e.UseObserved):
-            self._check_grants(out)
+            self._check_grants(before, out)
         return out
 
     def story(self, what: str) -> str:
@@ -197,6 +233,18 @@ class Sim:
                     raise self._foul(f"the load of {name} is not its operation")
                 if self.world.runtimes[runtime].recycle:
                     raise self._foul(f"{name} is to be loaded in {runtime}, which is to be started anew")
+            case i.Park(name, op, runtime):
+                self._check_unload(before, event, name, runtime)
+                if self.world.models[name].op != op:
+                    raise self._foul(f"the parking of {name} is not its operation")
+            case i.Wake(name, op, runtime, level):
+                self.loads.append(name)
+                self._check_op(before, event, name)
+                model = self.world.models[name]
+                if model.op != op or model.parked is None or model.parked.level != level or model.stale:
+                    raise self._foul(f"{name} is woken as what it is not")
+                if self.world.runtimes[runtime].recycle:
+                    raise self._foul(f"{name} is woken in {runtime}, which is to be started anew")
             case i.Unload(name, op, runtime):
                 self._check_unload(before, event, name, runtime)
                 if self.world.models[name].op != op:
@@ -239,7 +287,7 @@ class Sim:
     def _check_victim(self, name: str, waiter_name: str) -> None:
         waiter = self.world.models[waiter_name]
         turn = Turn(self.world, self.policy, self.history[-1][0].at)
-        if waiter.state is not State.QUEUED:
+        if not queued(waiter):
             return  # it was given up on later in the same step
         line = Line(turn)
         tier = tier_of(turn, self.world.models[name])
@@ -263,7 +311,7 @@ class Sim:
         model = before.models[name]
         if (model.home or runtime) != runtime:
             raise self._foul(f"{name} is to be unloaded from {runtime}, and it is in {model.home}")
-        if model.state is State.LOADING:
+        if model.state in (State.LOADING, State.PARKING) or name in self.real[runtime].asleep:
             return
         overdue = isinstance(event, e.Ticked) and model.op_since + self.policy.drain_timeout_s <= event.at
         waited = model.state is State.DRAINING and not model.op
@@ -281,12 +329,16 @@ class Sim:
             raise self._foul(f"ticket {order.ticket} was never asked for")
         self.answered[order.ticket] = order
 
-    def _check_grants(self, out: list[i.Instruction]) -> None:
+    def _check_grants(self, before: World, out: list[i.Instruction]) -> None:
         for order in out:
-            if isinstance(order, i.Load):
-                for device, size in order.booking:
+            if isinstance(order, i.Load | i.Wake):
+                booking = order.booking if isinstance(order, i.Load) else self.world.models[order.name].booking
+                held = dict(before.models[order.name].booking) if isinstance(order, i.Wake) else {}
+                for device, size in booking:
+                    if size <= held.get(device, 0) or (device == HOST and isinstance(order, i.Wake)):
+                        continue  # it is there already
                     account = self.world.devices[device]
-                    if size and account.booked_bytes > account.limit_bytes:
+                    if account.booked_bytes > account.limit_bytes:
                         raise self._foul(f"{order.name} was granted room on {device} that is not there: {account}")
         for id in self.asked:
             if id not in self.answered and id not in self.world.tickets:
@@ -298,7 +350,7 @@ class Sim:
         match order:
             case i.WakeAt(at):
                 self.wake = at if self.wake is None else min(self.wake, at)
-            case i.Load() | i.Unload():
+            case i.Load() | i.Unload() | i.Park() | i.Wake():
                 self._give_up(order.name)
                 self.pending.append(Pending(order, self.real[order.runtime].instance))
             case i.CloseRoute(name, op):
@@ -341,8 +393,28 @@ class Sim:
                 self.happen(e.Drained(self.now, name, op))
             case i.Unload(name, op, runtime):
                 if not p.late:
-                    self.real[runtime].models.pop(name, None)
-                self.happen(e.Unloaded(self.now, name, op, self.residue.get(name, ())))
+                    self.real[runtime].drop(name)
+                self.happen(e.Unloaded(self.now, name, op, self.kept.get(name, ())))
+            case i.Park(name, op, runtime, level):
+                holds = self._asleep(name, level)
+                real = self.real[runtime]
+                if not p.late and name in real.models and name not in real.broken | real.asleep.keys():
+                    real.sleep(name, level, holds)
+                elif not p.late:
+                    self.happen(e.ParkFailed(self.now, name, op, Failure("driver", "it is not there")))
+                    return
+                self.happen(e.Parked(self.now, name, op, () if self.blind else holds, took))
+            case i.Wake(name, op, runtime, level):
+                real = self.real[runtime]
+                if p.late:
+                    self.happen(e.Loaded(self.now, name, op, (), took))
+                elif not real.alive or real.instance != p.instance:
+                    self.happen(e.LoadFailed(self.now, name, op, Failure("runtime_unavailable", "it is gone"), True))
+                elif name not in real.asleep or name in real.broken:
+                    self.happen(e.LoadFailed(self.now, name, op, Failure("driver", "it does not sleep")))
+                else:
+                    real.wake(name)
+                    self.happen(e.Loaded(self.now, name, op, () if self.blind else real.models[name], took))
             case i.Load(name, op, runtime, booking):
                 real = self.real[runtime]
                 file = self.files.get(name)
@@ -354,12 +426,13 @@ class Sim:
                     self.happen(e.LoadFailed(self.now, name, op, Failure("load_rejected", "it is bad")))
                 else:
                     memory = self._spread(booking, file.real)
+                    real.drop(name)
                     real.models[name] = memory
                     real.broken.discard(name)
                     self.happen(e.Loaded(self.now, name, op, () if self.blind else memory, took))
             case i.StopRuntime(name, epoch):
                 self.real[name].alive = False
-                self.real[name].models.clear()
+                self.real[name].clear()
                 self.happen(e.RuntimeStopped(self.now, name, epoch))
             case i.StartRuntime(name, epoch):
                 real = self.real[name]
@@ -367,7 +440,7 @@ class Sim:
                 if not adopted:
                     real.alive = True
                     real.instance += 1
-                    real.models.clear()
+                    real.clear()
                 self.happen(
                     e.RuntimeUp(
                         self.now, name, epoch, str(real.instance), False, self.observation(name), adopted=adopted
@@ -387,7 +460,9 @@ class Sim:
                 self.happen(e.Drained(self.now, name, op))
             case i.Unload(name, op):
                 self.happen(e.UnloadFailed(self.now, name, op, Failure("driver", "it does not go"), recycle))
-            case i.Load(name, op):
+            case i.Park(name, op):
+                self.happen(e.ParkFailed(self.now, name, op, Failure("driver", "it does not sleep")))
+            case i.Load(name, op) | i.Wake(name, op):
                 code = "runtime_stuck" if recycle else "runtime_unavailable" if runtime_lost else "load_rejected"
                 self.happen(e.LoadFailed(self.now, name, op, Failure(code, "it failed"), runtime_lost, recycle))
             case i.StopRuntime(name, epoch):
@@ -406,9 +481,16 @@ class Sim:
             return
         match p.order:
             case i.Unload(name, _, runtime):
-                self.real[runtime].models.pop(name, None)
+                self.real[runtime].drop(name)
+            case i.Park(name, _, runtime, level):
+                if name in self.real[runtime].models and name not in self.real[runtime].asleep:
+                    self.real[runtime].sleep(name, level, self._asleep(name, level))
+            case i.Wake(name, _, runtime):
+                if name in self.real[runtime].asleep:
+                    self.real[runtime].wake(name)
             case i.Load(name, _, runtime, booking):
                 if self.real[runtime].instance == p.instance and name in self.files and booking:
+                    self.real[runtime].drop(name)
                     self.real[runtime].models[name] = self._spread(booking, self.files[name].real)
             case _:
                 pass
@@ -436,15 +518,26 @@ class Sim:
         self.files[name] = File(spec, memory, memory if real is None else real, bad)
         return self.happen(
             e.ModelAccepted(
-                self.now, name, spec, Estimate(memory, 1.0), pinned=pinned, dropped=dropped, was_loaded=was_loaded,
-                loaded_revision=loaded_revision,
+                self.now, name, spec, self.estimate(memory, parts), pinned=pinned, dropped=dropped,
+                was_loaded=was_loaded, loaded_revision=loaded_revision,
             )
         )  # fmt: skip
+
+    def estimate(self, memory: int, parts: Sequence[str] = ()) -> Estimate:
+        levels = () if parts else self.levels
+        standby = tuple(Standby(n, memory // 2 if n == 1 else 2, self.residue, 0.2) for n in levels)
+        return Estimate(memory, 1.0, standby=standby)
+
+    def _asleep(self, name: str, level: int) -> Booking:
+        """What a model really takes while it is parked."""
+        held = next((r.models[name] for r in self.real.values() if name in r.models), ())
+        size = sum(n for _, n in held)
+        return ((HOST, size // 2 if level == 1 else 2), *((d, min(self.residue, n)) for d, n in held if self.residue))
 
     def rescan(self, name: str) -> None:
         """The folder is found again as it was: nothing may come of it."""
         file, before = self.files[name], self.world.models.get(name)
-        out = self.happen(e.ModelAccepted(self.now, name, file.spec, Estimate(file.memory, 1.0)))
+        out = self.happen(e.ModelAccepted(self.now, name, file.spec, self.estimate(file.memory, file.spec.depends_on)))
         evicted = before is not None and before.state is State.COLD and before.spec == file.spec and not before.kept
         if evicted and any(isinstance(o, i.Load | i.Tell) for o in out):
             raise self._foul(f"a rescan did something with {name}")
@@ -546,6 +639,12 @@ class Sim:
                     runtime=runtime,
                 )
             )  # fmt: skip
+        if self.levels:
+            accounted[HOST] = sum(b for r in self.real.values() for m in r.models.values() for d, b in m if d == HOST)
+            host = Device(
+                id=HOST, kind="host", name="memory", total_bytes=DEVICE_BYTES, used_bytes=accounted[HOST] + self.taken
+            )
+            devices.append(host)
         self.happen(e.DevicesObserved(self.now, tuple(devices), accounted))
 
     def lose_device(self, id: str) -> None:
@@ -561,7 +660,8 @@ class Sim:
             models=tuple(
                 ObservedModel(
                     name=n,
-                    ready=n not in real.broken,
+                    ready=n not in real.broken and n not in real.asleep,
+                    parked=real.asleep[n][0] if n in real.asleep and n not in real.broken else 0,
                     broken=n in real.broken,
                     memory={} if self.blind else dict(memory),
                     reason="it broke" if n in real.broken else "",
@@ -595,7 +695,7 @@ class Sim:
         """It dies with all that it holds."""
         real = self.real[runtime]
         real.alive = False
-        real.models.clear()
+        real.clear()
         if told:
             self.tell_down(runtime)
 
@@ -611,7 +711,7 @@ class Sim:
         real = self.real[runtime]
         if real.alive:
             real.instance += 1
-            real.models.clear()
+            real.clear()
 
     # ------------------------------------------------------------------ time
 
@@ -682,6 +782,7 @@ class Sim:
         Returns when everything is at rest; raises `Foul` when it does not come to rest, or rests wrongly.
         """
         self.foreign = [0] * len(self.foreign)
+        self.taken = 0
         self.snapshots.clear()
         for file in self.files.values():
             file.bad = False
@@ -721,11 +822,11 @@ class Sim:
             runtime = self.world.runtimes.get(model.home)
             hopeless = runtime is None or runtime.given_up
             match model.state:
-                case State.LOADING | State.DRAINING | State.UNLOADING:
+                case State.LOADING | State.DRAINING | State.PARKING | State.UNLOADING:
                     found.append(f"{model.name}: {model.state}")
                 case State.RECOVERING if not hopeless:
                     found.append(f"{model.name}: {model.state}")
-                case State.QUEUED if not self._crowded_out(model):
+                case State.QUEUED | State.STANDBY if queued(model) and not self._crowded_out(model):
                     found.append(f"{model.name}: {model.state}, {model.reason}")
                 case State.READY if model.op or (model.stale and self._can_be_replaced(model)):
                     found.append(f"{model.name}: {model.state}, {model.reason}")
@@ -799,7 +900,7 @@ class Sim:
         managed = {
             n
             for name, r in self.real.items()
-            for n in r.models.keys() - r.broken
+            for n in r.models.keys() - r.broken - r.asleep.keys()
             if n in self.world.models
             and self.world.models[n].state is not State.INVALID
             and self.world.models[n].home == name
@@ -807,12 +908,24 @@ class Sim:
         }
         if loaded != managed:
             raise self._foul(f"loaded are {sorted(managed)}, and the core believes {sorted(loaded)}")
+        parked = {n for n, m in self.world.models.items() if m.state is State.STANDBY}
+        asleep = {
+            n
+            for name, r in self.real.items()
+            for n in r.asleep.keys() - r.broken
+            if n in self.world.models
+            and self.world.models[n].state is not State.INVALID
+            and self.world.models[n].home == name
+            and self.world.runtimes[name].state is RuntimeState.UP
+        }
+        if parked != asleep:
+            raise self._foul(f"asleep are {sorted(asleep)}, and the core believes {sorted(parked)}")
         for account in self.world.devices.values():
             held = sum(
                 b
                 for name, r in self.real.items()
                 for n, m in r.models.items()
-                if n in loaded and self.world.models[n].home == name
+                if n in loaded | parked and self.world.models[n].home == name
                 for d, b in m
                 if d == account.id
             )

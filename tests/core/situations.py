@@ -95,6 +95,40 @@ def _unloading() -> Sim:
     return sim
 
 
+def _draining_to_sleep() -> Sim:
+    """Nobody has used it for long, and it can be parked."""
+    sim = started(Sim(Policy(budgets={"cpu:0": 100}), levels=(1,), residue=2))
+    sim.accept(M)
+    sim.load(M)
+    sim.wait(620)
+    return sim
+
+
+def _parking() -> Sim:
+    sim = _draining_to_sleep()
+    sim.complete(sim.pending[-1])
+    return sim
+
+
+def _standby() -> Sim:
+    return started(_parking())
+
+
+def _standby_waiting() -> Sim:
+    """Somebody waits for it, and a pinned model holds all the room."""
+    sim = _standby()
+    sim.accept("full", memory=95, pinned=True)
+    started(sim)
+    sim.ask(M)
+    return sim
+
+
+def _waking() -> Sim:
+    sim = _standby()
+    sim.ask(M)
+    return sim
+
+
 def _failed() -> Sim:
     """It did not load."""
     sim = _loading()
@@ -135,6 +169,11 @@ SITUATIONS: Mapping[str, tuple[State, Callable[[], Sim]]] = {
     "READY replacing": (State.READY, _replacing),
     "DRAINING": (State.DRAINING, _draining),
     "DRAINING idle": (State.DRAINING, _draining_idle),
+    "DRAINING to sleep": (State.DRAINING, _draining_to_sleep),
+    "PARKING": (State.PARKING, _parking),
+    "STANDBY": (State.STANDBY, _standby),
+    "STANDBY waiting": (State.STANDBY, _standby_waiting),
+    "LOADING waking": (State.LOADING, _waking),
     "UNLOADING": (State.UNLOADING, _unloading),
     "FAILED": (State.FAILED, _failed),
     "FAILED lost": (State.FAILED, _lost),
@@ -168,9 +207,14 @@ def _accepted(sim: Sim, revision: str = "", *, dropped: bool = False) -> e.Model
     return e.ModelAccepted(sim.now, M, Spec("r", "cpu", revision or known), Estimate(10, 1.0), dropped=dropped)
 
 
-def _seen(sim: Sim, *names: str, at: float = 0.0, epoch: int | None = None) -> e.RuntimeObserved:
+def _shown(name: str, parked: int) -> ObservedModel:
+    memory = {"cpu:0": 2, "host:0": 5} if parked else {"cpu:0": 12}
+    return ObservedModel(name=name, ready=not parked, parked=parked, memory=memory)
+
+
+def _seen(sim: Sim, *names: str, at: float = 0.0, epoch: int | None = None, parked: int = 0) -> e.RuntimeObserved:
     others = tuple(m for m in sim.observation("r").models if m.name != M)
-    models = (*others, *(ObservedModel(name=n, ready=True, memory={"cpu:0": 12}) for n in names))
+    models = (*others, *(_shown(n, parked) for n in names))
     return e.RuntimeObserved(
         sim.now + 1,
         "r",
@@ -180,8 +224,8 @@ def _seen(sim: Sim, *names: str, at: float = 0.0, epoch: int | None = None) -> e
     )
 
 
-def _up(sim: Sim, *names: str, epoch: int | None = None) -> e.RuntimeUp:
-    models = tuple(ObservedModel(name=n, ready=True, memory={"cpu:0": 12}) for n in names)
+def _up(sim: Sim, *names: str, epoch: int | None = None, parked: int = 0) -> e.RuntimeUp:
+    models = tuple(_shown(n, parked) for n in names)
     told = Observation(instance="9", models=models)
     return e.RuntimeUp(sim.now, "r", _epoch(sim) if epoch is None else epoch, "9", False, told)
 
@@ -227,6 +271,10 @@ EVENTS: Mapping[str, Callable[[Sim], e.Event]] = {
     "LoadFailed, runtime lost": lambda s: e.LoadFailed(s.now, M, _op(s), FAILURE, runtime_lost=True),
     "LoadFailed, runtime stuck": lambda s: e.LoadFailed(s.now, M, _op(s), FAILURE, runtime_lost=True, recycle=True),
     "LoadFailed, stale": lambda s: e.LoadFailed(s.now, M, STALE, FAILURE),
+    "Parked": lambda s: e.Parked(s.now, M, _op(s), (("cpu:0", 2), ("host:0", 5)), 1.0),
+    "Parked, stale": lambda s: e.Parked(s.now, M, STALE, (("host:0", 5),), 1.0),
+    "ParkFailed": lambda s: e.ParkFailed(s.now, M, _op(s), FAILURE),
+    "ParkFailed, stale": lambda s: e.ParkFailed(s.now, M, STALE, FAILURE),
     "Drained": _drained,
     "Drained, stale": lambda s: e.Drained(s.now, M, STALE),
     "Unloaded": lambda s: e.Unloaded(s.now, M, _op(s)),
@@ -239,12 +287,15 @@ EVENTS: Mapping[str, Callable[[Sim], e.Event]] = {
     "RuntimeAdded": lambda s: e.RuntimeAdded(s.now, "r"),
     "RuntimeUp, without it": _up,
     "RuntimeUp, with it": lambda s: _up(s, M),
+    "RuntimeUp, with it asleep": lambda s: _up(s, M, parked=1),
     "RuntimeUp, stale": lambda s: _up(s, M, epoch=STALE),
     "RuntimeDown": lambda s: e.RuntimeDown(s.now, "r", _epoch(s), FAILURE),
     "RuntimeDown, for good": lambda s: e.RuntimeDown(s.now, "r", _epoch(s), Failure("config", "no such program")),
     "RuntimeStopped": lambda s: e.RuntimeStopped(s.now, "r", _epoch(s)),
     "RuntimeDown, stale": lambda s: e.RuntimeDown(s.now, "r", STALE, FAILURE),
     "RuntimeObserved, with it": lambda s: _seen(s, M, at=0.5),
+    "RuntimeObserved, with it asleep": lambda s: _seen(s, M, at=0.5, parked=1),
+    "RuntimeObserved, asleep before": lambda s: _seen(s, M, at=-1, parked=1),
     "RuntimeObserved, without it": lambda s: _seen(s, at=0.5),
     "RuntimeObserved, with it before": lambda s: _seen(s, M, at=-1),
     "RuntimeObserved, without it before": lambda s: _seen(s, at=-1),

@@ -111,7 +111,7 @@ def test_a_runtime_that_keeps_too_much_is_started_anew_when_it_is_idle(kept: int
     sim = make(max_residue_bytes=40)
     sim.accept("a", memory=20)
     sim.accept("b", memory=20)
-    sim.residue["a"] = (("cpu:0", kept),)
+    sim.kept["a"] = (("cpu:0", kept),)
     sim.load("a")
     sim.load("b")
     sim.wait(31)
@@ -142,7 +142,7 @@ def test_residue_adds_up_and_a_much_too_large_one_does_not_wait_for_quiet() -> N
     sim = make(max_residue_bytes=40)
     sim.accept("a", memory=20)
     sim.accept("b", memory=20)
-    sim.residue["a"] = (("cpu:0", 30),)
+    sim.kept["a"] = (("cpu:0", 30),)
     for _ in range(3):
         sim.load("a")
         sim.load("b")

@@ -37,7 +37,8 @@ class Lab:
         return driver
 
     def model(self, name: str, drop: Path, **settings: Any) -> LoadRequest:
-        """Lay a copy of the drop out; `settings` are put over those of the offer."""
+        """Lay a copy of the drop out; `settings` are put over those of the offer. One thread: threads that wait for one
+        another are slow where others want the processor."""
         analysis = modelium_analyze(drop)
         assert analysis is not None
         backend = LlamaCppBackend()
@@ -47,7 +48,7 @@ class Lab:
             runtime=offer.runtime,
             serving=offer.serving,
             device_kind="cpu",
-            settings={**offer.settings, **settings},
+            settings={**offer.settings, "threads": 1, **settings},
             memory_bytes=offer.memory_bytes,
             load_s=offer.load_s,
             reason="a test wants it",

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import signal
+import struct
+import zlib
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +16,7 @@ import aiohttp
 import pytest
 from llamacpp_lab import Lab
 from modelium_plugin_llamacpp.kind import LlamaCppKind
-from tiny_gguf import bert, llama
+from tiny_gguf import bert, eye, llama
 
 from modelium.api import LoadOutcome, LoadRequest, Progress
 from modelium.api.servers import ModelServers
@@ -149,6 +152,30 @@ async def test_embeddings(driver: ModelServers, lab: Lab, tmp_path: Path) -> Non
     assert [len(vector) for vector in vectors] == [64, 64]
     assert vectors[0] != vectors[1]
     assert found["model"] == "words"
+
+
+async def test_images(driver: ModelServers, lab: Lab, tmp_path: Path) -> None:
+    llama(tmp_path / "drop" / "net.gguf")
+    eye(tmp_path / "drop" / "mmproj.gguf")
+    outcome = await driver.load(lab.model("sees", tmp_path / "drop"), silent)
+    url = "data:image/png;base64," + base64.b64encode(png(28)).decode()
+    content = [{"type": "text", "text": "see"}, {"type": "image_url", "image_url": {"url": url}}]
+    ask_for = {"model": "sees", "max_tokens": 2}
+    with_image = await ask(outcome, "/v1/chat/completions", messages=[{"role": "user", "content": content}], **ask_for)
+    without = await ask(outcome, "/v1/chat/completions", messages=[{"role": "user", "content": content[:1]}], **ask_for)
+    assert with_image["usage"]["prompt_tokens"] - without["usage"]["prompt_tokens"] >= (28 // 14) ** 2
+    assert with_image["usage"]["completion_tokens"] == 2
+
+
+def png(size: int) -> bytes:
+    """A red square (https://www.w3.org/TR/png-3/)."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", size, size, 8, 2, 0, 0, 0)
+    rows = zlib.compress((b"\0" + b"\xff\0\0" * size) * size)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
 async def test_a_model_that_llama_cpp_refuses_says_why(

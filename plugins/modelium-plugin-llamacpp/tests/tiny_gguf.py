@@ -197,3 +197,42 @@ def keys_only(path: Path, arch: str, **texts: str) -> Path:
         model.writer.add_string(name.replace("__", "."), value)
     model.tensor("weight", 4, 32)
     return model.write()
+
+
+def eye(path: Path, *, width: int = 32, to: int = 64) -> Path:
+    """A projector of LLaVA's kind that llama.cpp loads: a small CLIP for images of 28 by 28, two layers behind it."""
+    model = Model(path, "clip")
+    writer = model.writer
+    writer.add_type("mmproj")
+    writer.add_bool("clip.has_vision_encoder", True)
+    writer.add_string("clip.projector_type", "mlp")
+    writer.add_bool("clip.use_gelu", True)
+    for key, value in {
+        "image_size": 28, "patch_size": 14, "embedding_length": width, "feed_forward_length": 2 * width,
+        "projection_dim": to, "block_count": 2, "attention.head_count": 2,
+    }.items():  # fmt: skip
+        writer.add_uint32(f"clip.vision.{key}", value)
+    writer.add_float32("clip.vision.attention.layer_norm_epsilon", 1e-5)
+    writer.add_array("clip.vision.image_mean", [0.5, 0.5, 0.5])
+    writer.add_array("clip.vision.image_std", [0.5, 0.5, 0.5])
+    model.tensor("v.class_embd", width)
+    model.tensor("v.patch_embd.weight", width, 3, 14, 14)
+    model.tensor("v.position_embd.weight", 1 + (28 // 14) ** 2, width)
+    norms = ["v.pre_ln", "v.post_ln"]
+    for layer in range(2):
+        at = f"v.blk.{layer}."
+        norms += [f"{at}ln1", f"{at}ln2"]
+        for name, rows, columns in (
+            *((f"attn_{what}", width, width) for what in ("q", "k", "v", "out")),
+            ("ffn_up", 2 * width, width),
+            ("ffn_down", width, 2 * width),
+        ):
+            model.tensor(f"{at}{name}.weight", rows, columns)
+            model.ones(f"{at}{name}.bias", rows)
+    for name in norms:
+        model.ones(f"{name}.weight", width)
+        model.ones(f"{name}.bias", width)
+    for name, columns in (("mm.0", width), ("mm.2", to)):
+        model.tensor(f"{name}.weight", to, columns)
+        model.ones(f"{name}.bias", to)
+    return model.write()

@@ -37,6 +37,7 @@ class ModelSettings(BaseModel):
     cache_type_v: CacheType = "f16"
     """How values are kept; anything smaller than f16 takes flash attention."""
     flash_attention: Literal["auto", "on", "off"] = "auto"
+    """`auto`: where llama.cpp can; without it long contexts take more memory."""
     mmap: bool | None = None
     """Whether weights are mapped from the file rather than read. By default they are, but for quantised ones on a CPU:
     llama.cpp rewrites most of those for the processor, and would hold them twice."""

@@ -12,8 +12,9 @@ from modelium_plugin_llamacpp.backend import LlamaCppBackend
 from modelium_plugin_llamacpp.settings import ModelSettings, model_settings
 from tiny_gguf import bert, llama, projector
 
-from modelium.api import Analysis, Device, Installable, Offer, Plan, RuntimeBackend, RuntimeInfo
+from modelium.api import Analysis, Device, Installable, Offer, Plan, RuntimeBackend, RuntimeInfo, Situation
 from modelium.errors import ModelError
+from modelium.host import PluginHost
 
 GIB = 2**30
 
@@ -67,9 +68,16 @@ def test_offers(analysis: Analysis) -> None:
 
 def test_what_one_gpu_cannot_hold_is_offered_to_several(analysis: Analysis) -> None:
     large = analysis.model_copy(update={"weights_bytes": 50 * GIB})
-    one, three = LlamaCppBackend().offers(large, info(gpu=True), [gpu(n) for n in range(4)])
-    assert (one.devices, three.devices, three.device_kinds) == (1, 3, ("cuda",))
-    assert len(LlamaCppBackend().offers(large, info(gpu=True), [gpu(0), gpu(1)])) == 1
+    found = LlamaCppBackend().offers(large, info(gpu=True), [gpu(n) for n in range(4)])
+    assert [(offer.devices, offer.device_kinds) for offer in found] == [
+        (1, ("cuda", "cpu")),
+        (2, ("cuda",)),
+        (3, ("cuda",)),
+        (4, ("cuda",)),
+    ]
+    situation = Situation(devices=tuple(gpu(n) for n in range(4)), budgets={f"cuda:{n}": 22 * GIB for n in range(4)})
+    brain = PluginHost.load(entry_points=False).brain("rules", {})
+    assert brain.plan("m", large, found, situation).devices == 3
 
 
 def test_embeddings_and_projectors_are_in_the_settings(tmp_path: Path) -> None:

@@ -95,10 +95,6 @@ def chosen(analysis: Analysis, defaults: Mapping[str, Any]) -> ModelSettings:
 
 
 def _spread(offer: Offer, gpus: Sequence[Device]) -> Iterator[Offer]:
-    """Over as many GPUs as it takes, where one has too little in all."""
-    if not gpus or offer.memory_bytes <= max(gpu.total_bytes for gpu in gpus):
-        return
+    """Over several GPUs, after the one: taken where fewer have too little room."""
     for count in range(2, len(gpus) + 1):
-        if offer.memory_bytes / count <= min(gpu.total_bytes for gpu in gpus):
-            yield offer.model_copy(update={"devices": count, "device_kinds": ("cuda",)})
-            return
+        yield offer.model_copy(update={"devices": count, "device_kinds": ("cuda",)})

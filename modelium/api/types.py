@@ -169,6 +169,13 @@ class Situation(Frozen):
     devices: tuple[Device, ...]
     budgets: Mapping[str, int]
     """Bytes that models may occupy, by device id."""
+    elsewhere: frozenset[str] = frozenset()
+    """Runtimes that reach none but devices of their own."""
+
+    def reachable(self, runtime: str) -> tuple[Device, ...]:
+        """The devices that a runtime may place models on."""
+        shared = runtime not in self.elsewhere
+        return tuple(d for d in self.devices if d.runtime == runtime or (shared and not d.runtime))
 
 
 # --------------------------------------------------------------------------- writing it into the repository
@@ -241,6 +248,8 @@ class RuntimeInfo(Frozen):
     """It was already running when Modelium came."""
     external: bool = False
     """Somebody else's process: never stopped or restarted."""
+    elsewhere: bool = False
+    """It runs on another machine: only devices of its own are within its reach."""
     pid: int | None = None
     backends: tuple[str, ...] = ()
     endpoints: tuple[Endpoint, ...] = ()

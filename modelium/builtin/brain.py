@@ -224,8 +224,8 @@ def _room(offer: Offer, kind: str, situation: Situation) -> int | None:
     budgets = sorted(
         (
             situation.budgets.get(device.id, device.total_bytes)
-            for device in situation.devices
-            if device.kind == kind and device.runtime in ("", offer.runtime)
+            for device in situation.reachable(offer.runtime)
+            if device.kind == kind
         ),
         reverse=True,
     )

@@ -198,6 +198,8 @@ class RuntimeUp(Event):
     external: bool
     observation: Observation
     adopted: bool = False
+    elsewhere: bool = False
+    """Only devices of its own are within its reach."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,7 +86,7 @@ class Line:
                 continue
             if any(
                 account.kind == part.spec.device_kind
-                and account.open_to(part.spec.runtime)
+                and self._turn.reaches(part.spec.runtime, account)
                 and account.budget_bytes >= part.estimate.memory_bytes
                 and account.id not in (d for d, _ in part.booking)
                 for account in self._turn.devices.values()
@@ -119,7 +119,9 @@ class Line:
     def largest(self, spec: Spec) -> int:
         """The largest budget of a device that a model may be placed on; -1 where there is none."""
         own = self._largest.get((spec.device_kind, spec.runtime), -1) if spec.runtime in self._apart else -1
-        return max(own, self._largest.get((spec.device_kind, ""), -1))
+        runtime = self._turn.runtimes.get(spec.runtime)
+        shared = -1 if runtime is not None and runtime.elsewhere else self._largest.get((spec.device_kind, ""), -1)
+        return max(own, shared)
 
     def _choice(self, model: Model) -> tuple[str, str]:
         """Models of one choice may be placed on the same devices: its kind, and its runtime where that has its own."""

@@ -116,7 +116,9 @@ def spots(turn: Turn, model: Model, ahead: Mapping[str, int] | None = None) -> l
             account.promised_bytes - bytes_on(model.promise, account.id) if ahead is None else ahead.get(account.id, 0),
         )
         for account in turn.devices.values()
-        if account.kind == spec.device_kind and account.open_to(spec.runtime) and (not where or account.id in where)
+        if account.kind == spec.device_kind
+        and turn.reaches(spec.runtime, account)
+        and (not where or account.id in where)
     ]
     if len(found) > 1:
         found.sort(key=lambda p: (-p.free_now, p.account.id))
@@ -145,7 +147,7 @@ def never_fits(turn: Turn, model: Model, found: Iterable[Spot]) -> str | None:
     spec = model.spec
     kind, several = (spec.device_kind, spec.devices) if spec else ("?", 1)
     there = sorted(
-        (a for a in turn.devices.values() if a.kind == kind and spec is not None and a.open_to(spec.runtime)),
+        (a for a in turn.devices.values() if a.kind == kind and spec is not None and turn.reaches(spec.runtime, a)),
         key=lambda a: a.id,
     )
     if not there:

@@ -43,6 +43,7 @@ def runtime_up(turn: Turn, event: e.RuntimeUp) -> None:
         reason,
         instance=event.instance,
         external=event.external,
+        elsewhere=event.elsewhere,
         residue=runtime.residue if known else (),
         slowest_unload_s=runtime.slowest_unload_s if known else 0.0,
     )
@@ -122,7 +123,8 @@ def _booking(turn: Turn, model: Model, shown: ObservedModel) -> Booking:
     if model.booking:
         return model.booking
     kind = model.spec.device_kind if model.spec else ""
-    device = next((a.id for a in sorted(turn.devices.values(), key=lambda a: a.id) if a.kind == kind), None)
+    usable = [a for a in turn.devices.values() if a.kind == kind and turn.reaches(model.home, a)]
+    device = min(((not a.runtime, a.id) for a in usable), default=(True, None))[1]  # its own before a shared one
     return ((device, model.estimate.memory_bytes),) if device is not None else ()
 
 

@@ -236,9 +236,6 @@ class Account:
     runtime: str = ""
     """The only runtime that reaches it; empty: any."""
 
-    def open_to(self, runtime: str) -> bool:
-        return not self.runtime or self.runtime == runtime
-
     @property
     def limit_bytes(self) -> int:
         """What models may occupy now: the budget, less when others use too much of the device."""
@@ -255,6 +252,7 @@ class Runtime:
     """Counts starts; a result from an older one is dropped."""
     instance: str = ""
     external: bool = False
+    elsewhere: bool = False
     crashes: tuple[float, ...] = ()
     retry_at: float = 0.0
     """When CRASHED: the next start; infinite when a person has to see to it."""

@@ -430,7 +430,8 @@ class Orchestrator:
     def situation(self) -> Situation:
         section = self.config.policies
         limits = budgets(self.devices, section.device_budget_bytes, section.max_gpu_memory_utilization)
-        return Situation(devices=self.devices, budgets=limits)
+        elsewhere = frozenset(n for n, running in self.running.items() if running.info and running.info.elsewhere)
+        return Situation(devices=self.devices, budgets=limits, elsewhere=elsewhere)
 
     async def _read_usage(self, source: Any) -> None:
         counts = await source.read()

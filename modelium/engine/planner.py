@@ -27,8 +27,7 @@ class Planner:
         reasons: list[str] = []
         for name, running in self.runtimes.items():
             try:
-                devices = [device for device in situation.devices if device.runtime in ("", name)]
-                found = running.backend.offers(analysis, running.info, devices)
+                found = running.backend.offers(analysis, running.info, situation.reachable(name))
                 offers += [o if o.runtime == name else o.model_copy(update={"runtime": name}) for o in found]
             except ModelError as exc:
                 reasons.append(exc.message)

@@ -197,7 +197,14 @@ class Runtimes:
             info = running.info
             loop.post(
                 e.RuntimeUp(
-                    loop.clock(), order.name, order.epoch, info.instance, info.external, observation, info.adopted
+                    loop.clock(),
+                    order.name,
+                    order.epoch,
+                    info.instance,
+                    info.external,
+                    observation,
+                    info.adopted,
+                    info.elsewhere,
                 )
             )
         except asyncio.CancelledError:

@@ -128,6 +128,8 @@ class Sim:
         self.asked: set[int] = set()
         self.people: set[int] = set()
         self.foreign = [0] * devices
+        self.elsewhere: set[str] = set()
+        """Runtimes on other machines."""
         self.apart: dict[str, str] = {}
         """Devices that only one runtime reaches, and which."""
         self.kept: dict[str, Booking] = {}
@@ -443,7 +445,14 @@ class Sim:
                     real.clear()
                 self.happen(
                     e.RuntimeUp(
-                        self.now, name, epoch, str(real.instance), False, self.observation(name), adopted=adopted
+                        self.now,
+                        name,
+                        epoch,
+                        str(real.instance),
+                        False,
+                        self.observation(name),
+                        adopted=adopted,
+                        elsewhere=name in self.elsewhere,
                     )
                 )
 
@@ -875,8 +884,9 @@ class Sim:
         for model in sorted(kept, key=lambda m: max(m.need, *(b for _, b in m.booking), 0), reverse=True):
             size = max(model.need, *(b for _, b in model.booking), 0)
             several = model.spec.devices if model.spec else 1
-            open_to = [d for d in sorted(free) if self.world.devices[d].open_to(model.runtime)]
-            where = [d for d in open_to if free[d] >= size][:several]
+            turn = Turn(self.world, self.policy, self.now)
+            reached = [d for d in sorted(free) if turn.reaches(model.runtime, self.world.devices[d])]
+            where = [d for d in reached if free[d] >= size][:several]
             if len(where) < several:
                 return False
             for device in where:

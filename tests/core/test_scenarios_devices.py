@@ -191,3 +191,19 @@ def test_a_promise_on_a_machine_that_goes_is_void() -> None:
     assert not sim.world.models["b"].promise
     sim.wait(1)
     assert sim.answer(ticket) in ("waits", "never_fits")
+
+
+def test_a_runtime_on_another_machine_reaches_only_what_is_there() -> None:
+    sim = Sim(Policy(budgets={"cpu:0": 100, "s/cpu:0": 60}), runtimes=("r", "s"))
+    sim.elsewhere = {"s"}
+    sim.apart["s/cpu:0"] = "s"
+    sim.see_devices()
+    sim.run()
+    for name in ("a", "b"):
+        sim.accept(name, memory=40, runtime="s")
+    sim.load("a")
+    assert sim.world.models["a"].placed == ("s/cpu:0",)
+    sim.ask("b")
+    assert sim.state("b") is State.QUEUED
+    sim.accept("large", memory=80, runtime="s")
+    assert sim.answer(sim.ask("large")) == "never_fits"

@@ -24,7 +24,7 @@ from modelium.api.environments import Environment
 from modelium.api.measuring import Gpus, key_of
 from modelium.api.ports import HOST
 from modelium.errors import RuntimeUnavailable
-from modelium_plugin_triton import attach, install, locate, reasons, server, vllm, vllm_environment
+from modelium_plugin_triton import attach, elsewhere, install, locate, reasons, server, vllm, vllm_environment
 from modelium_plugin_triton.client import TritonClient
 from modelium_plugin_triton.measure import Measurer
 from modelium_plugin_triton.session import Attempt, Session
@@ -240,6 +240,7 @@ class TritonDriver:
             instance=instance,
             adopted=True,
             external=True,
+            elsewhere=self._settings.metrics_endpoint is not None,
             pid=process.pid if process else None,
             backends=session.backends,
             endpoints=(
@@ -270,6 +271,9 @@ class TritonDriver:
         observation = await session.observe()
         if self._settings.endpoint is not None and self._present(session, observation) != session.instance:
             raise RuntimeUnavailable("the attached Triton was started anew")
+        if self._settings.endpoint is not None and self._settings.metrics_endpoint is not None:
+            there = await elsewhere.devices(self._context.name, self._settings.metrics_endpoint)
+            observation = observation.model_copy(update={"devices": there})
         return observation
 
     def _present(self, session: Session, observation: Observation) -> str:

@@ -45,9 +45,7 @@ class Reader:
 
     def read(self, request: Any) -> Asked:
         given = {tensor.name(): tensor.as_numpy().reshape(-1) for tensor in request.inputs()}
-        texts = {
-            name: text(array[0], name) for name, array in given.items() if array.dtype == object and array.size
-        }
+        texts = {name: text(array[0], name) for name, array in given.items() if array.dtype == object and array.size}
         switches = {name: bool(array[0]) for name, array in given.items() if array.dtype == bool and array.size}
         stream = switches.get("stream", False)
         # Triton's backend repeats the prompt unless it is told otherwise or streams; of a text alone, here.

@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
-from modelium_plugin_triton import vllm_environment
+from modelium_plugin_triton import vllm, vllm_environment
 from modelium_plugin_triton.backend import TritonBackend
 from modelium_plugin_triton.modelconfig import from_json, parse_config
 from modelium_plugin_triton.vllm import OUTSIDE_BYTES, load_parameters
@@ -161,11 +161,32 @@ class TestEstimates:
         assert two.memory_bytes > one.memory_bytes, "each GPU has its own context and activations"
         assert two.settings["engine_bytes"] < one.settings["engine_bytes"]
 
-    def test_wide_weights_are_narrowed(self, in_the_wheel: RuntimeInfo) -> None:
+    @pytest.mark.parametrize(("half", "dtype", "width"), [(True, "auto", 2), (False, "float32", 4)])
+    def test_on_a_cpu_by_what_it_has_arithmetic_for(
+        self, in_the_wheel: RuntimeInfo, monkeypatch: pytest.MonkeyPatch, half: bool, dtype: str, width: int
+    ) -> None:
+        monkeypatch.setattr(vllm, "computes_half", lambda: half)
         make_vllm(Path(in_the_wheel.facts["vllm_environment"]))
-        wide = LLAMA.model_copy(update={"dtype": "float32"})
-        sizes = [offers(a, in_the_wheel, (CPU,))[0].memory_bytes for a in (LLAMA, wide)]
-        assert sizes[0] - sizes[1] == LLAMA.weights_bytes // 2
+        offer = offers(LLAMA, in_the_wheel, (CPU,))[0]
+        wide = LLAMA.model_copy(update={"dtype": "float32", "weights_bytes": 32 * GB})
+        assert offers(wide, in_the_wheel, (CPU,))[0].memory_bytes == offer.memory_bytes
+        token = 32 * 2 * 8 * 128 * width
+        assert offer.settings["dtype"] == dtype
+        assert offer.settings["kv_cache_memory_bytes"] == (4 * 4096 + 128) * token
+        assert 8 * GB * width < offer.memory_bytes - (4 * 4096 + 128) * token < 9.9 * GB * width
+
+    def test_what_a_cpu_computes(self, tmp_path: Path) -> None:
+        known = (("flags\t\t: fpu avx512_bf16", True), ("Features\t: fp bf16", True), ("flags\t\t: avx2", False))
+        for text, half in known:
+            file = tmp_path / f"{half}-{len(text)}"
+            file.write_text(f"processor : 0\n{text}\n")
+            assert vllm.computes_half(file) is half
+
+    def test_attention_by_one_latent_for_all_heads_takes_little(self) -> None:
+        info = triton("vllm")
+        latent = changed(kv_lora_rank=512, qk_rope_head_dim=64)
+        sizes = [offers(a, info, GPUS[:1])[0].memory_bytes for a in (LLAMA, latent)]
+        assert sizes[0] - sizes[1] == 4 * 8192 * 32 * (2 * 8 * 128 - 576) * 2
 
 
 class TestFolders:
@@ -198,6 +219,8 @@ class TestFolders:
         assert config.parameters["threads"].string_value == "3"
         assert engine["kv_cache_memory_bytes"] == offer.settings["kv_cache_memory_bytes"]
         assert "model" not in engine and "gpu_memory_utilization" not in engine
+        longer = TritonBackend().layout("m", analysis, plan(offer, max_model_len=131072)).texts["1/model.json"]
+        assert json.loads(longer)["kv_cache_memory_bytes"] > 4 * engine["kv_cache_memory_bytes"]
         for name, text in made.items():
             if name.endswith(".py"):
                 compile(text, name, "exec")

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from modelium.api import Analysis, Device, Layout, Offer, Plan, RuntimeContext, RuntimeDriver, RuntimeInfo
 from modelium.api.environments import Environment
 from modelium.errors import ModelError
-from modelium_plugin_triton import servings, vllm
+from modelium_plugin_triton import engines, servings, vllm
 from modelium_plugin_triton.install import has_pack
 from modelium_plugin_triton.servings import AS_IS, RUNTIME, SERVINGS
 from modelium_plugin_triton.settings import TritonSettings
@@ -77,17 +77,22 @@ def as_is(analysis: Analysis, runtime: RuntimeInfo | None, devices: Sequence[Dev
             "`triton.executable` or `triton.endpoint` to a Triton that has it"
             + (f", or drop {_alone(backend)} alone, which Modelium serves on any" if _alone(backend) else "")
         )
-    kinds = _wanted_kinds(facts["instances"], _device_kinds(runtime, devices))
+    takes = engines.Gpus(**facts["takes"]) if facts.get("takes") else None
+    kinds = _device_kinds(runtime, devices)
+    kinds = _wanted_kinds(facts["instances"], kinds) if takes is None else _gpus_alone(backend, kinds)
     packs = sorted({PACK_OF[module] for module in facts["imports"] if module in PACK_OF})
     like = _like(backend, packs)
     count = sum(group["count"] for group in facts["instances"]) or 1
     # A part of an ensemble is loaded, and counted, for itself.
     memory = 0 if facts["ensemble"] else (like.overhead_bytes + analysis.weights_bytes) * count
+    if takes is not None:
+        memory = takes.bytes([device for device in devices if device.kind == "cuda"], engines.OVERHEAD_BYTES)
     return Offer(
         runtime=RUNTIME,
         serving=AS_IS,
         native=True,
         device_kinds=kinds,
+        devices=takes.devices if takes is not None else 1,
         memory_bytes=memory,
         load_s=like.load_s + analysis.weights_bytes / servings.READ_BYTES_PER_S,
         requires=_missing(packs, runtime),
@@ -140,6 +145,12 @@ def _wanted_kinds(instances: Sequence[Mapping[str, object]], kinds: tuple[str, .
             )
         return ("cuda",)
     return kinds
+
+
+def _gpus_alone(backend: str, kinds: tuple[str, ...]) -> tuple[str, ...]:
+    if "cuda" not in kinds:
+        raise ModelError(f"Triton's {backend} backend computes on GPUs alone, and there is none that Triton can use")
+    return ("cuda",)
 
 
 def _listed(backends: Sequence[str]) -> str:

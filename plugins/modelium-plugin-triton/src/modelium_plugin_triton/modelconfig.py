@@ -44,6 +44,10 @@ DEFAULT_FILES = {
 }
 """The file, or folder, by which Triton knows a backend when the configuration names none (model_config_utils.cc)."""
 
+_PLACEHOLDER = re.compile(r"\$\{\w+\}")
+"""What templates of directories leave to be filled in."""
+_QUOTED = re.compile(r'"[^"\n]*"|#[^\n]*')
+
 _NO_FIELD = re.compile(r'Message type "([\w.]+)" has no field named "(\w+)"')
 
 
@@ -87,6 +91,14 @@ def _explain(exc: Any, text: str, name: str) -> ModelError:
     lines = text.rstrip().splitlines()
     shown = lines[line - 1].strip() if 0 < line <= len(lines) else ""
     fields: dict[str, Any] = {"line": line, "column": column}
+    if _PLACEHOLDER.search(shown):
+        left = sorted(set(_PLACEHOLDER.findall(_QUOTED.sub("", text))))
+        return ModelError(
+            f"{name} line {line} ({shown[:80]!r}) is still to be filled in, as are all of: {', '.join(left)}. For "
+            "TensorRT-LLM's models the tensorrtllm backend's tools/fill_template.py does it",
+            code="unfilled",
+            **fields,
+        )
     at_the_end = line > len(lines) or (line == len(lines) and not shown.endswith(("}", "]")))
     if at_the_end and not unknown:
         return Unfinished(f"{name} ends in the middle, at line {line}: {message}", **fields)

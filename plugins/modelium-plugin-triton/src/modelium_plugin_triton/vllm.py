@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -31,15 +32,19 @@ SEQUENCES = 4
 """As many generations of full length have room in the cache; shorter ones are more."""
 LONGEST_ON_GPU, LONGEST_ON_CPU = 8192, 4096
 """Tokens of one generation, prompt and all, unless `max_model_len` says otherwise; longer ones take a larger cache."""
-BATCHED_TOKENS = 8192
-"""Prompt tokens that vLLM computes at once on a large GPU (its SchedulerConfig)."""
+BATCHED_ON_GPU, BATCHED_ON_CPU = 8192, 2048
+"""Tokens that vLLM computes at once at most; on GPUs of less than 70 GiB fewer (its engine/arg_utils.py)."""
+SEQUENCES_ON_GPU = 256
+"""Generations that it works on at once at least (there too)."""
 
 OUTSIDE_BYTES = 1024 * MIB
 """On each GPU outside of vLLM's share: CUDA's context and what is captured in graphs."""
-ON_CPU_BYTES = 930 * MIB
+ON_CPU_BYTES = 850 * MIB
 """USS of both processes for a model of a few kilobytes: vLLM 0.32 for CPUs, with one process for engine and worker."""
-LOAD_ON_CPU_S, LOAD_ON_GPU_S = 35.0, 60.0
+LOAD_ON_CPU_S, LOAD_ON_GPU_S = 30.0, 60.0
 """Of a load without weights, on two cores; on a GPU with its graphs."""
+BLOCK_TOKENS = 128
+"""Of a block of the cache on a CPU (vLLM's platforms/cpu.py), where one more than requests need is kept."""
 
 CPU_HEADS = frozenset({32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512})
 """Head sizes of vLLM's attention for CPUs (v1/attention/backends/cpu_attn.py); others fail at the first request."""
@@ -53,8 +58,8 @@ ENGINE_SETTINGS = (
     "kv_cache_memory_bytes", "gpu_memory_utilization", "enforce_eager", "load_format",
 )  # fmt: skip
 """Settings that are engine arguments of vLLM's as they are; `engine_args` may hold any other."""
-WIDE_BYTES = {"float32": 4, "float64": 8}
-"""vLLM computes these in two bytes."""
+BYTES = {"float32": 4, "float64": 8}
+"""Of one number of a checkpoint; two in others. vLLM computes wide ones in two."""
 
 DEVICES_PARAMETER = "GPU_DEVICE_IDS"
 
@@ -122,7 +127,8 @@ def takes_devices(backends: Path) -> bool:
 
 def _on_gpus(serving: str, analysis: Analysis, gpus: Sequence[Device], count: int, runtime: RuntimeInfo) -> Offer:
     length = _length(analysis, LONGEST_ON_GPU)
-    inside = _weights(analysis) + SEQUENCES * length * _token_bytes(analysis) + count * _activations(analysis)
+    cache = SEQUENCES * length * _token_bytes(analysis, 2, count)
+    inside = _weights(analysis, 2) + cache + count * _peak_on_gpu(analysis)
     return Offer(
         runtime=RUNTIME,
         serving=serving,
@@ -143,14 +149,21 @@ def _on_gpus(serving: str, analysis: Analysis, gpus: Sequence[Device], count: in
 
 def _on_cpu(analysis: Analysis) -> Offer:
     length = _length(analysis, LONGEST_ON_CPU)
-    cache = SEQUENCES * length * _token_bytes(analysis)
+    # Without arithmetic for it prompts are computed several times slower in two bytes than in four.
+    width = 2 if computes_half() or analysis.facts.get("quantization") else 4
+    weights = _weights(analysis, width)
+    if width == 4 or computes_half():
+        # Words as they come in and as they go out are laid out beside the table that they are looked up in.
+        weights += 2 * (analysis.facts.get("vocab_size") or 0) * (analysis.facts.get("hidden_size") or 0) * width
+    cache = _cache_on_cpu(analysis, SEQUENCES, length, width)
     return Offer(
         runtime=RUNTIME,
         serving=TEMPLATE,
-        memory_bytes=ON_CPU_BYTES + _weights(analysis) + cache,
+        memory_bytes=ON_CPU_BYTES + weights + cache + _computed(analysis, BATCHED_ON_CPU, width),
         load_s=LOAD_ON_CPU_S + analysis.weights_bytes / READ_BYTES_PER_S,
         settings={
             **_settings(TEMPLATE, length),
+            "dtype": "auto" if width == 2 else "float32",
             "threads": 0,
             "kv_cache_memory_bytes": cache,
             # Compiling takes a compiler and minutes.
@@ -172,8 +185,11 @@ def _note(serving: str) -> str:
 # --------------------------------------------------------------------------- what it takes
 
 
-def _weights(analysis: Analysis) -> int:
-    return analysis.weights_bytes * 2 // WIDE_BYTES.get(analysis.dtype or "", 2)
+def _weights(analysis: Analysis, width: int) -> int:
+    """Computed in so many bytes each, save quantised ones."""
+    if analysis.facts.get("quantization"):
+        return analysis.weights_bytes
+    return analysis.weights_bytes * width // BYTES.get(analysis.dtype or "", 2)
 
 
 def _head(analysis: Analysis) -> int:
@@ -182,24 +198,46 @@ def _head(analysis: Analysis) -> int:
     return int(facts.get("head_dim") or (hidden // heads if heads else 0))
 
 
-def _token_bytes(analysis: Analysis) -> int:
-    """Keys and values of one token in all layers, two bytes each."""
+def _token_bytes(analysis: Analysis, width: int, devices: int = 1) -> int:
+    """Keys and values of one token in all layers, on all devices: a head that can't be divided is on each."""
     facts = analysis.facts
+    layers = facts.get("layers") or 0
+    if latent := facts.get("kv_lora_rank"):  # keys and values compressed into one, which all heads read
+        return int(layers * (latent + (facts.get("qk_rope_head_dim") or 0)) * width * devices)
     heads = facts.get("kv_heads") or facts.get("heads") or 0
-    return int((facts.get("layers") or 0) * 2 * heads * _head(analysis) * 2)
+    return int(layers * 2 * max(heads, devices) * _head(analysis) * width)
+
+
+def _cache_on_cpu(analysis: Analysis, sequences: int, length: int, width: int) -> int:
+    blocks = sequences * -(-length // BLOCK_TOKENS) + 1
+    return blocks * BLOCK_TOKENS * _token_bytes(analysis, width)
 
 
 def _length(analysis: Analysis, longest: int) -> int:
     return int(min(analysis.facts.get("max_length") or longest, longest))
 
 
-def _activations(analysis: Analysis) -> int:
-    """At the peak, which vLLM measures by computing `BATCHED_TOKENS` of a prompt: an MLP's two inner results, about
-    three and a half times as wide as the model, beside its input and output, and the logits of 256 sequences."""
-    facts = analysis.facts
-    wide = 9 * (facts.get("hidden_size") or 0) * 2
-    logits = 2 * (facts.get("vocab_size") or 0) * 4
-    return int(BATCHED_TOKENS * wide + 256 * logits)
+@lru_cache(maxsize=1)
+def computes_half(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether this CPU has arithmetic for bfloat16, by the kernel's names of features on x86 and ARM."""
+    try:
+        lines = cpuinfo.read_text().splitlines()
+    except OSError:
+        return True
+    features = next((line.partition(":")[2] for line in lines if line.startswith(("flags", "Features"))), "")
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(features.split())
+
+
+def _computed(analysis: Analysis, tokens: int, width: int) -> int:
+    """What the computation of so many tokens holds at its peak: an MLP's two inner results, about three and a half
+    times as wide as the model, beside its input and output."""
+    return int(tokens * 9 * (analysis.facts.get("hidden_size") or 0) * width)
+
+
+def _peak_on_gpu(analysis: Analysis) -> int:
+    """What vLLM finds by trying a whole batch out, with the logits of as many sequences as there may be, twice."""
+    logits = 2 * SEQUENCES_ON_GPU * (analysis.facts.get("vocab_size") or 0) * 4
+    return _computed(analysis, BATCHED_ON_GPU, 2) + int(logits)
 
 
 # --------------------------------------------------------------------------- the files, and what goes with the load
@@ -209,6 +247,11 @@ def layout(name: str, analysis: Analysis, plan: Plan) -> Layout:
     """The folder, which Triton alone could serve as well, with the share that the plan's device would get."""
     settings = plan.settings
     arguments = engine_args(plan)
+    if plan.device_kind == "cpu":
+        # A longer one of somebody's own must fit at least once.
+        width = 4 if arguments.get("dtype") == "float32" else 2
+        least = _cache_on_cpu(analysis, 1, int(arguments["max_model_len"]), width)
+        arguments["kv_cache_memory_bytes"] = max(int(arguments["kv_cache_memory_bytes"]), least)
     if plan.device_kind == "cuda":
         arguments.setdefault("gpu_memory_utilization", _share(plan, int(settings["device_bytes"])))
     if plan.serving == NATIVE:

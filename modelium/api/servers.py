@@ -125,6 +125,7 @@ class ModelServers:
         self._starting: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._measuring = asyncio.Lock()
         self._retiring: dict[str, asyncio.Task[None]] = {}
+        self._started = False
         self._trees: Trees | None = None
         self._http: aiohttp.ClientSession | None = None
 
@@ -138,12 +139,13 @@ class ModelServers:
         if self._http is None:
             self._http = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=ANSWERS_WITHIN_S))
         await self._adopt()
+        adopted, self._started = self._started or bool(self._servers), True
         return RuntimeInfo(
             name=self._context.name,
             version=version,
             # Its servers come and go one by one: it is never started anew as a whole.
             instance=self._context.name,
-            adopted=True,
+            adopted=adopted,
             facts=dict(facts),
         )
 

@@ -9,11 +9,12 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 from modelium_plugin_rayserve.backend import RayServeBackend
 from modelium_plugin_rayserve.driver import RayServeDriver
 from modelium_plugin_rayserve.settings import RayServeSettings
 
-from modelium.api import Analysis, Device, LoadRequest, Plan, Progress, RuntimeContext
+from modelium.api import Analysis, Device, LoadOutcome, LoadRequest, Plan, Progress, RuntimeContext
 from modelium.builtin import huggingface, onnx, python_model
 from modelium.engine.processes import ProcessSupervisor
 from modelium.paths import cache_dir
@@ -139,3 +140,13 @@ def analyse(path: Path) -> Analysis:
     claims = (m.modelium_analyze(path) for m in (huggingface, onnx, python_model))
     found: list[Analysis] = [a for a in claims if a]
     return max(found, key=lambda a: a.confidence)
+
+
+async def answer_of(outcome: LoadOutcome, name: str, x: float) -> float:
+    """What a `python_model` makes of a number, over HTTP."""
+    (endpoint,) = outcome.endpoints
+    body = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1], "data": [x]}]}
+    url = f"{endpoint.address}/v2/models/{name}/infer"
+    async with aiohttp.ClientSession() as http, http.post(url, json=body) as answer:
+        outputs = (await answer.json())["outputs"]
+    return float(next(output["data"][0] for output in outputs if output["name"] == "y"))

@@ -10,14 +10,20 @@ from modelium.errors import LoadRejected
 CONFIG = "config.pbtxt"
 
 
-def read_config(folder: Path, name: str) -> dict[str, Any]:
-    """The configuration of the model in `folder`. Raises `LoadRejected`. Takes a moment: reads files."""
+def read_config(folder: Path, name: str, instead: str | None = None) -> dict[str, Any]:
+    """The configuration of the model in `folder`, or `instead` of it another one, in JSON, as Triton's load request has
+    it. Raises `LoadRejected`. Reads files."""
     from google.protobuf import json_format, text_format
     from tritonclient.grpc.model_config_pb2 import ModelConfig
 
     config = ModelConfig()
     try:
-        text_format.Parse((folder / CONFIG).read_text(encoding="utf-8"), config)
+        if instead is not None:
+            json_format.Parse(instead, config)
+        else:
+            text_format.Parse((folder / CONFIG).read_text(encoding="utf-8"), config)
+    except json_format.ParseError as error:
+        raise LoadRejected(f"{name}: the load's `config` is no configuration of Triton's: {error}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise LoadRejected(f"{name}: {CONFIG} can't be read: {error}") from error
     except text_format.ParseError as error:

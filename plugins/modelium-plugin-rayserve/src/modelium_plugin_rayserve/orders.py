@@ -43,7 +43,7 @@ def order(
         "name": request.name,
         "folder": str(request.path),
         "version": newest_version(request.path, request.name),
-        "config": read_config(request.path, request.name),
+        "config": read_config(request.path, request.name, request.parameters.get("config")),
         "gpu": gpu,
         "sees_gpus": sees,
         "threads": math.ceil(wanted.num_cpus),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib.util
 import json
 import queue
 import sys
 import threading
-from collections.abc import AsyncIterator, Mapping, Sequence
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,10 @@ class HostedModel:
         self.config = config
         self.decoupled = pb_utils.using_decoupled_model_transaction_policy(config)
         self.signature = Signature.of(name, version, config)
-        self._most_rows = self.signature.max_batch_size if "dynamic_batching" in config else 0
+        batching = config.get("dynamic_batching")
+        self._most_rows = self.signature.max_batch_size if batching is not None else 0
+        self._delay_s = int((batching or {}).get("max_queue_delay_microseconds") or 0) / 1e6
+        self._preferred = set(map(int, (batching or {}).get("preferred_batch_size") or ()))
         self._model = kind()
         if hasattr(self._model, "initialize"):
             self._model.initialize(
@@ -60,18 +65,23 @@ class HostedModel:
         self._thread = threading.Thread(target=self._work, name="model", daemon=True)
         self._thread.start()
 
-    async def responses(self, asked: Asked) -> AsyncIterator[InferenceResponse]:
+    async def responses(self, asked: Asked) -> AsyncGenerator[InferenceResponse, None]:
         """The answers as they come; of a model that is not decoupled there is one. To be closed (`aclosing`): that
         cancels what is not finished. Raises `Problem` with the model's own words."""
         loop = asyncio.get_running_loop()
         answers: asyncio.Queue[tuple[InferenceResponse | None, bool]] = asyncio.Queue()
+
+        def deliver(response: InferenceResponse | None, final: bool) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody waits any more
+                loop.call_soon_threadsafe(answers.put_nowait, (response, final))
+
         request = InferenceRequest(
             asked.inputs,
             asked.id,
             asked.parameters.get("sequence_id", 0),
             list(asked.wanted or self.signature.outputs),
             json.dumps(asked.parameters) if asked.parameters else "",
-            lambda response, final: loop.call_soon_threadsafe(answers.put_nowait, (response, final)) and None,
+            deliver,
             asked.rows,
         )
         self._waiting.put(request)
@@ -110,10 +120,11 @@ class HostedModel:
 
     def _batch(self, first: InferenceRequest) -> tuple[list[InferenceRequest], InferenceRequest | None, bool]:
         """What waits and fits behind it, one that did not fit any more, and whether the end was asked for."""
-        batch, rows = [first], first.rows
+        batch, rows, until = [first], first.rows, time.monotonic() + self._delay_s
         while rows < self._most_rows:
+            left = 0.0 if rows in self._preferred else until - time.monotonic()
             try:
-                following = self._waiting.get_nowait()
+                following = self._waiting.get(left > 0, max(left, 0))
             except queue.Empty:
                 break
             if following is None:

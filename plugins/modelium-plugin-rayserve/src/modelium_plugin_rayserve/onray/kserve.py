@@ -155,7 +155,7 @@ def read_generate(body: bytes, signature: Signature) -> Asked:
 
 
 def check(asked: Asked, signature: Signature) -> Asked:
-    """See that the model takes this, and how large its batch is. Raises `Problem`."""
+    """See that the model takes this, and how large its batch is. Raises `Problem`, in Triton's words."""
     seen: set[str] = set()
     model = signature.model
     for tensor in asked.inputs:
@@ -174,11 +174,15 @@ def check(asked: Asked, signature: Signature) -> Asked:
         shape = tensor.shape()
         if len(shape) != len(known.dims) or any(d not in (-1, s) for s, d in zip(shape, known.dims, strict=True)):
             raise Problem(
-                f"unexpected shape for input {name!r} for model {model!r}: expected {list(known.dims)}, got {shape}"
+                f"unexpected shape for input {name!r} for model {model!r}. Expected {_shape(known.dims)}, got "
+                f"{_shape(shape)}"
             )
     missing = [name for name, known in signature.inputs.items() if not known.optional and name not in seen]
     if missing:
-        raise Problem(f"the input {missing[0]!r} of model {model!r} is missing")
+        raise Problem(
+            f"expected {len(signature.inputs)} inputs but got {len(seen)} inputs for model {model!r}. Got input(s) "
+            f"{sorted(seen)}, but missing required input(s) {missing}. Please provide all required input(s)."
+        )
     if signature.max_batch_size > 0 and asked.inputs:
         sizes = {tensor.shape()[0] for tensor in asked.inputs}
         if len(sizes) > 1:
@@ -390,6 +394,10 @@ def _object(head: Mapping[str, Any], key: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise Problem(f"expected {key!r} to be an object, found {type(value).__name__}")
     return value
+
+
+def _shape(sizes: Sequence[int]) -> str:
+    return f"[{','.join(map(str, sizes))}]"
 
 
 def _text(value: Mapping[str, Any], key: str) -> str:

@@ -88,7 +88,8 @@ def _gpus() -> tuple[list[dict[str, Any]], dict[int, dict[str, int]]]:
         handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
     except Exception:  # no library, no driver, or one that does not fit: no GPU either way
         return [], {}
-    gpus, by_process = [], {}
+    gpus: list[dict[str, Any]] = []
+    by_process: dict[int, dict[str, int]] = {}
     for index, handle in enumerate(handles):
         memory, name = nvml.nvmlDeviceGetMemoryInfo(handle), nvml.nvmlDeviceGetName(handle)
         gpus.append(

@@ -10,7 +10,7 @@ import sys
 import time
 import traceback
 import zlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,12 +139,16 @@ class ModeliumModel:
         return StreamingResponse(self._events(first, answers, asked, began), media_type="text/event-stream")
 
     async def _all(self, asked: Asked) -> list[InferenceResponse]:
-        async with aclosing(self._model.responses(asked)) as answers:  # type: ignore[type-var]
+        async with aclosing(self._model.responses(asked)) as answers:
             found = [answer async for answer in answers]
         return found or [InferenceResponse()]
 
     async def _events(
-        self, first: InferenceResponse | None, answers: AsyncIterator[InferenceResponse], asked: Asked, began: int
+        self,
+        first: InferenceResponse | None,
+        answers: AsyncGenerator[InferenceResponse, None],
+        asked: Asked,
+        began: int,
     ) -> AsyncIterator[bytes]:
         signature, ok = self._model.signature, False
         try:
@@ -157,7 +161,7 @@ class ModeliumModel:
             yield b"data: " + json.dumps({"error": str(problem)}).encode() + b"\n\n"
         finally:
             self._counts.add(began, asked.rows, ok=ok)
-            await answers.aclose()  # type: ignore[attr-defined]
+            await answers.aclose()
 
     def _statistics(self) -> dict[str, Any]:
         """As Triton tells them, of this replica."""

@@ -132,9 +132,8 @@ class OpenAI:
             if adapter:
                 raw = for_adapter(request, lease, body, adapter)
             if (base := lease.endpoints.get(OPENAI)) is not None:
-                # llama.cpp closes a connection after a stream without saying so, and takes the next request along
-                once = body.get("stream") is True
-                response = await self._upstream.forward(request, base, name, body=raw, once=once)
+                stream = body.get("stream") is True
+                response = await self._upstream.forward(request, base, name, body=raw, stream=stream)
             else:
                 response = await answer(request, lease, read(body))
             lease.release(ok=response.status < 500)

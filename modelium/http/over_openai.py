@@ -344,17 +344,15 @@ class OverOpenAI:
     @asynccontextmanager
     async def _answered(self, lease: Lease, call: Call, request: InferRequest) -> AsyncIterator[AsyncIterator[bytes]]:
         """What the runtime answers, as it comes. Leaving early ends the runtime's work."""
-        url = endpoint(lease, OPENAI) + call.path
+        base, model = endpoint(lease, OPENAI), lease.model
         headers = {**request.headers, hdrs.CONTENT_TYPE: "application/json"}
-        if call.body.get("stream"):
-            headers[hdrs.CONNECTION] = "close"  # as llama.cpp does after a stream, without saying so
         refused: ModeliumError | None = None
         for body in call.bodies():
-            async with self._upstream.asking("POST", url, lease.model, body=body, headers=headers) as (status, pieces):
+            async with self._upstream.posting(base, call.path, model, body=body, headers=headers) as (status, pieces):
                 if status == 200:
                     yield pieces
                     return
-                refused = failure(lease.model, status, b"".join([piece async for piece in pieces]))
+                refused = failure(model, status, b"".join([piece async for piece in pieces]))
             if status != 400:
                 break
         assert refused is not None

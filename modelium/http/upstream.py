@@ -42,6 +42,10 @@ FORM = "application/x-www-form-urlencoded"
 """What curl calls any body, which is none here. Triton's HTTP server takes it at its word, looks for fields in it, and
 crashes on one of 4 MiB or more (seen on 2.51)."""
 
+ABRUPT = "llama.cpp"
+"""The `Server` that closes a connection after a stream without saying so, so that the next request is lost with it
+(xllamacpp 2026.10)."""
+
 _NOT_FOR_UPSTREAM = (*HOP_BY_HOP, istr("Host"), istr("Expect"))
 _AUTO_HEADERS = (hdrs.ACCEPT, hdrs.ACCEPT_ENCODING, hdrs.CONTENT_TYPE, hdrs.USER_AGENT)
 
@@ -101,6 +105,7 @@ class Upstream:
         self._settings = settings
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=settings.connect_timeout_s)
         self._session: aiohttp.ClientSession | None = None
+        self._abrupt: set[str] = set()  # addresses
 
     async def open(self) -> None:
         """To be called on the loop that the requests will run on."""
@@ -120,13 +125,14 @@ class Upstream:
             await self._session.close()
 
     async def forward(
-        self, request: web.Request, base: str, model: str, *, body: bytes | None = None, once: bool = False
+        self, request: web.Request, base: str, model: str, *, body: bytes | None = None, stream: bool = False
     ) -> web.StreamResponse:
         """Pass `request` to the runtime at `base`, and its answer to the client.
 
-        `model` is for messages; `body` is the request's where it was read already; `once` has the connection closed
-        after it. Raises `RuntimeUnavailable` when nothing was sent, `UpstreamFailed` when the runtime did not answer,
-        `StreamBroken` when it was lost in the middle of an answer; the client then sees a connection that broke.
+        `model` is for messages; `body` is the request's where it was read already; `stream` says that an answer in
+        server-sent events is wanted. Raises `RuntimeUnavailable` when nothing was sent, `UpstreamFailed` when the
+        runtime did not answer, `StreamBroken` when it was lost in the middle of an answer; the client then sees a
+        connection that broke.
         """
         payload = await self._body(request) if body is None else _Whole(body)
         headers = CIMultiDict(request.headers)
@@ -136,11 +142,13 @@ class Upstream:
         headers[REQUEST_ID] = request[ID]
         if body is not None:
             headers[hdrs.CONTENT_LENGTH] = str(len(body))
-        if once:
+        if stream and base in self._abrupt:
             headers[hdrs.CONNECTION] = "close"
         target = request.raw_path
         url = URL(base + (target if target.startswith("/") else str(request.rel_url)), encoded=True)
         async with await self._send(request.method, url, headers, payload, model) as answer:
+            if stream:
+                self._look_at(base, answer)
             return await self._relay(request, answer, model)
 
     async def ask(
@@ -163,8 +171,8 @@ class Upstream:
             return answer.status, CIMultiDict(answer.headers), await _taken(answer.read(), model)
 
     @asynccontextmanager
-    async def asking(
-        self, method: str, url: str, model: str, *, body: bytes, headers: Mapping[str, str]
+    async def posting(
+        self, base: str, path: str, model: str, *, body: bytes, headers: Mapping[str, str]
     ) -> AsyncIterator[tuple[int, AsyncIterator[bytes]]]:
         """As `ask`, with the answer's body as it comes. Leaving early closes the connection."""
 
@@ -172,9 +180,19 @@ class Upstream:
             while piece := await _taken(answer.content.readany(), model):
                 yield piece
 
-        target = URL(url, encoded=True)
-        async with await self._send(method, target, CIMultiDict(headers), _Whole(body), model) as answer:
+        sent = CIMultiDict(headers)
+        if base in self._abrupt:
+            sent[hdrs.CONNECTION] = "close"
+        async with await self._send("POST", URL(base + path, encoded=True), sent, _Whole(body), model) as answer:
+            self._look_at(base, answer)
             yield answer.status, pieces()
+
+    def _look_at(self, base: str, answer: aiohttp.ClientResponse) -> None:
+        """See to it that an abrupt server's connection is not used again after a stream, from its first answer on."""
+        if answer.headers.get(hdrs.SERVER) == ABRUPT:
+            self._abrupt.add(base)
+            if answer.connection is not None and answer.connection.protocol is not None:
+                answer.connection.protocol.force_close()
 
     async def _body(self, request: web.Request) -> Payload | None:
         headers, content = request.headers, request.content

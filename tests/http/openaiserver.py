@@ -37,6 +37,8 @@ class Asked:
     path: str
     headers: CIMultiDict[str]
     body: dict[str, Any]
+    port: int
+    """Of the connection's other end, which tells connections apart."""
 
 
 @dataclass
@@ -45,6 +47,8 @@ class OpenAIServer:
     url: str = ""
     asked: list[Asked] = field(default_factory=list)
     go_on: asyncio.Event = field(default_factory=asyncio.Event)
+    product: str = "uvicorn"
+    """What it calls itself."""
     left: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when a client left while it was answered."""
 
@@ -53,7 +57,9 @@ class OpenAIServer:
             if request.content_type != "application/json":
                 raise Refused("Unsupported Media Type: Only 'application/json' is allowed", 415)
             body = await request.json()
-            self.asked.append(Asked(request.path, request.headers.copy(), body))
+            assert request.transport is not None
+            port = request.transport.get_extra_info("peername")[1]
+            self.asked.append(Asked(request.path, request.headers.copy(), body, port))
             if body.get("model") not in self.models:
                 aliases = ", ".join(self.models)
                 said = f"The model `{body.get('model')}` does not exist. Valid aliases: {aliases}."
@@ -216,6 +222,11 @@ async def openai_server(*models: str) -> AsyncIterator[OpenAIServer]:
     server = OpenAIServer(models)
     app = web.Application(client_max_size=2**30)
     app.router.add_route("*", "/{rest:.*}", server.handle)
+
+    async def sign(request: web.Request, response: web.StreamResponse) -> None:
+        response.headers["Server"] = server.product
+
+    app.on_response_prepare.append(sign)
     runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.1)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()

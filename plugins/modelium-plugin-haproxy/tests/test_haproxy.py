@@ -47,6 +47,8 @@ class Server:
     """What each request said of its connection."""
     address: str = ""
     answer: web.Response | None = None
+    product: str = "uvicorn"
+    """What it calls itself."""
     delay_s: float = 0.0
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
@@ -62,7 +64,7 @@ class Server:
             except asyncio.CancelledError:
                 self.left.set()
                 raise
-        return self.answer or web.json_response({"by": self.name})
+        return self.answer or web.json_response({"by": self.name}, headers={"Server": self.product})
 
     async def start(self, stack: AsyncExitStack, socket: Path | None = None) -> None:
         app = web.Application(client_max_size=2**30)
@@ -266,18 +268,21 @@ async def test_of_a_runtime_that_speaks_openai_alone_the_service_translates_all_
         assert await lab.by(f"/v1/{path}", asked) == "runtime"
 
 
-async def test_a_stream_has_a_connection_of_its_own_to_the_runtime(lab: Lab) -> None:
-    """Since llama.cpp closes it after the stream without saying so; the client's stays."""
+@pytest.mark.parametrize("product", ["uvicorn", "llama.cpp"])
+async def test_a_connection_that_is_closed_without_a_word_is_not_used_again(lab: Lab, product: str) -> None:
+    """As llama.cpp closes it after a stream; the client's own connection stays."""
+    lab.runtime.product = product
     await lab.driver.admit(lab.route())
     reader, writer = await asyncio.open_connection("127.0.0.1", int(lab.url.rpartition(":")[2]))
-    for stream in ("true", "false", "0", "null"):
+    for stream in ("false", "true", "0", "true"):
         body = b'{"model": "m", "stream": %s}' % stream.encode()
         head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         answer = await reader.readuntil(b'{"by": "runtime"}')
         assert answer.startswith(b"HTTP/1.1 200") and b"connection: close" not in answer.lower()
     writer.close()
-    assert lab.runtime.connections == ["close", "", "", ""]
+    assert lab.runtime.connections == (["", "close", "", "close"] if product == "llama.cpp" else [""] * 4)
+    assert await lab.counted() == {"m": (4, 0)}
 
 
 async def test_grpc_goes_by_the_model_in_the_message(lab: Lab) -> None:

@@ -1,5 +1,6 @@
 """What models are like whose runtime does not tell, as it speaks OpenAI alone: inputs and outputs as the templates
-`transformers-text-generation` and `transformers-feature-extraction` give them, in KServe's words and Triton's.
+`transformers-text-generation` and `transformers-feature-extraction` give them, in KServe's words and Triton's. What
+clients of Triton's vLLM backend send besides is taken too.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 from modelium.api import Tensor
 from modelium.http.answers import BadRequest
 from modelium.http.messages import InferRequest
-from modelium.http.openai_common import MAX_INPUTS
+from modelium.http.openai_common import MAX_INPUTS, SWITCHES
 from modelium.http.streams import InferenceFailed
 
 VERSION = "1"
@@ -98,6 +99,7 @@ _TEXT_INPUTS = _tensors(
     text_input=("BYTES", (1,)), messages=("BYTES", (1,)), input_ids=("INT64", (-1,)), stream=("BOOL", (1,)),
     sampling_parameters=("BYTES", (1,)), max_tokens=("INT32", (1,)), temperature=("FP32", (1,)), top_p=("FP32", (1,)),
     top_k=("INT32", (1,)), repetition_penalty=("FP32", (1,)), seed=("INT64", (1,)), stop=("BYTES", (-1,)),
+    **dict.fromkeys(SWITCHES, ("BOOL", (1,))),
 )  # fmt: skip
 TEXT = Interface(
     _TEXT_INPUTS,

@@ -30,7 +30,7 @@ from modelium.http.answers import BadRequest, UpstreamFailed
 from modelium.http.bodies import LONG_BYTES
 from modelium.http.interfaces import EMBEDDING, VERSION, Interface, interface_of
 from modelium.http.messages import InferRequest, InferResponse
-from modelium.http.openai_common import EMBEDDINGS_ROUTE
+from modelium.http.openai_common import EMBEDDINGS_ROUTE, SWITCHES
 from modelium.http.streams import InferenceFailed
 from modelium.http.tensors import TensorValue, check_raw, join_bytes, split_bytes, to_array
 from modelium.http.upstream import Upstream
@@ -71,6 +71,8 @@ class Call:
     body: dict[str, Any]
     second: dict[str, Any] | None = None
     """To be asked when the first is refused: without what the client did not ask for."""
+    before: str = ""
+    """What is put before the text of the answer."""
 
     def bodies(self) -> list[bytes]:
         """To be sent in turn while they are refused."""
@@ -88,6 +90,10 @@ def text_call(model: str, request: InferRequest, *, pieces: bool) -> Call:
     stream = given.pop("stream", [asked.pop("stream", False)])[0]
     if not isinstance(stream, bool):
         raise BadRequest(f"expected 'stream' to be true or false, found {stream!r:.80}")
+    switches = {name: given.pop(name, [asked.pop(name, None)])[0] for name in SWITCHES}  # counts are always told
+    repeat = switches["exclude_input_in_output"] is False
+    if repeat and (stream or "text_input" not in given):
+        raise BadRequest("only a whole answer to text_input can repeat it: send exclude_input_in_output as true")
     stream = stream and pieces
     prompts = sorted(given.keys() & {"text_input", "messages", "input_ids"})
     if len(prompts) != 1:
@@ -117,8 +123,11 @@ def text_call(model: str, request: InferRequest, *, pieces: bool) -> Call:
         body |= {"prompt": prompt, "return_token_ids": True}  # vLLM's; others answer without them
     else:
         body["prompt"] = prompt[0]
+    before = prompt[0] if repeat else ""
+    if "max_tokens" in body:
+        return Call(path, body, before=before)
     # A context shorter than that is no reason to refuse who asked for nothing.
-    return Call(path, body) if "max_tokens" in body else Call(path, {"max_tokens": MAX_TOKENS, **body}, body)
+    return Call(path, {"max_tokens": MAX_TOKENS, **body}, body, before)
 
 
 def embedding_call(model: str, request: InferRequest) -> Call:
@@ -178,9 +187,10 @@ class Writing:
         text, ids = self._take(answer)
         return self._made(text, ids) if text or ids else None
 
-    def whole(self, answer: Mapping[str, Any]) -> InferResponse:
-        """The one response to an answer that is no stream."""
-        return self._made(*self._take(answer), self._conclusion())
+    def whole(self, answer: Mapping[str, Any], before: str = "") -> InferResponse:
+        """The one response to an answer that is no stream; `before` goes before its text."""
+        text, ids = self._take(answer)
+        return self._made(before + text, ids, self._conclusion())
 
     def end(self) -> InferResponse:
         """The last response of a stream, without text. `UpstreamFailed` when there must be more to come."""
@@ -309,7 +319,7 @@ class OverOpenAI:
         async with self._answered(lease, call, request) as pieces:
             answer = b"".join([piece async for piece in pieces])
         if call.path != EMBEDDINGS_ROUTE:
-            return Writing(lease.model, request).whole(_object(lease.model, answer))
+            return Writing(lease.model, request).whole(_object(lease.model, answer), call.before)
         if len(answer) > LONG_BYTES:
             return await asyncio.to_thread(embedding_response, lease.model, request, answer)
         return embedding_response(lease.model, request, answer)

@@ -17,6 +17,7 @@ import tritonclient.grpc.aio as aio_client
 import tritonclient.http as http_client
 from tritonclient.grpc import service_pb2 as pb
 
+from modelium.http.openai_common import SWITCHES
 from modelium.http.settings import HttpSettings
 from tests.http.conftest import Rpc, Surface
 from tests.http.fakes import FakeService
@@ -63,8 +64,6 @@ def given(name: str, value: Any, datatype: str = "BYTES") -> dict[str, Any]:
 
 
 SAME = [
-    ("GET", "", None),
-    ("GET", "/versions/1", None),
     ("GET", "/ready", None),
     ("GET", "/versions/1/ready", None),
     ("POST", "/generate", {"text_input": "a b", "max_tokens": 4}),
@@ -125,13 +124,22 @@ def unlike(answer: dict[str, Any]) -> dict[str, Any]:
 
 
 async def test_its_configuration_is_the_templates(surface: Surface, real: Triton, vllm: OpenAIServer) -> None:
+    """And its metadata; what Triton's vLLM backend is sent besides comes last."""
+    for version in ("", "/versions/1"):
+        _, theirs, _ = await ask(surface, "GET", f"/v2/models/writer{version}")
+        _, ours, _ = await ask(surface, "GET", f"/v2/models/{NAME}{version}")
+        inputs, more = ours["inputs"][: len(theirs["inputs"])], ours["inputs"][len(theirs["inputs"]) :]
+        assert {**ours, "inputs": inputs} == {**theirs, "name": NAME, "platform": "vllm"}
+        assert [(tensor["name"], tensor["datatype"]) for tensor in more] == [(name, "BOOL") for name in SWITCHES]
     _, theirs, _ = await ask(surface, "GET", "/v2/models/writer/config")
     _, ours, _ = await ask(surface, "GET", f"/v2/models/{NAME}/config")
     assert (ours["name"], ours["backend"]) == (NAME, "vllm")
     for key in ("max_batch_size", "model_transaction_policy", "version_policy", "platform"):
         assert ours[key] == theirs[key]
     for key in ("input", "output"):
-        assert ours[key] == [{k: v for k, v in tensor.items() if k in ours[key][0]} for tensor in theirs[key]]
+        tensors = [{k: v for k, v in tensor.items() if k in ours[key][0]} for tensor in theirs[key]]
+        assert ours[key][: len(tensors)] == tensors
+    assert [tensor["name"] for tensor in ours["input"] if not tensor["optional"]] == []
 
 
 @pytest.mark.parametrize(
@@ -141,8 +149,6 @@ async def test_its_configuration_is_the_templates(surface: Surface, real: Triton
         {"inputs": {"text_input": "a b", "max_tokens": 2, "stop": ["b"]}},
         {"inputs": {"messages": CHAT}, "parameters": {"max_tokens": 1}},
         {"text": "a", "parameters": {"sampling_parameters": '{"max_tokens": 1}'}},
-        {"inputs": "a"},
-        {"inputs": {"nope": 1}},
         {"text": ["a", "b"]},
     ],
 )
@@ -303,6 +309,20 @@ async def test_an_error_in_a_stream_is_its_last_event(surface: Surface, vllm: Op
     assert last == {"error": "EngineCore encountered an issue. See stack trace (above)."}
     usage = surface.service.usage.model(NAME)
     assert (usage.in_flight, usage.failures) == (0, 1)
+
+
+async def test_inputs_that_are_not_there_are_told(surface: Surface, vllm: OpenAIServer) -> None:
+    status, answer = await predict(surface, {"inputs": {"nope": 1}})
+    assert (status, "there is no input 'nope'; expected inputs: text_input" in answer["error"]["message"]) == (
+        400,
+        True,
+    )
+
+
+async def test_clients_of_tritons_vllm_backend(surface: Surface, vllm: OpenAIServer) -> None:
+    body = {"text_input": "a", "max_tokens": 1, "exclude_input_in_output": False, "return_finish_reason": True}
+    status, _, answer = await post(surface, f"/v2/models/{NAME}/generate", body)
+    assert (status, json.loads(answer)["text_output"]) == (200, "a a")
 
 
 async def test_a_default_is_not_insisted_on(surface: Surface, vllm: OpenAIServer) -> None:
@@ -574,9 +594,9 @@ async def test_calls(rpc: Rpc, real: Triton, vllm: OpenAIServer) -> None:
         assert not await client.is_model_ready(NAME, "2")
         ours, theirs = await client.get_model_metadata(NAME), await client.get_model_metadata("writer")
         assert (ours.name, ours.platform, ours.versions) == (NAME, "vllm", ["1"])
-        assert (ours.inputs, ours.outputs) == (theirs.inputs, theirs.outputs)
+        assert (ours.inputs[: len(theirs.inputs)], ours.outputs) == (theirs.inputs, theirs.outputs)
         config, other = (await client.get_model_config(NAME)).config, (await client.get_model_config("writer")).config
-        assert (config.input, config.output) == (other.input, other.output)
+        assert (config.input[: len(other.input)], config.output) == (other.input, other.output)
         assert config.model_transaction_policy.decoupled and config.backend == "vllm"
         text = aio_client.InferInput("text_input", [1], "BYTES")
         text.set_data_from_numpy(np.array(["a b"], dtype=object))

@@ -71,6 +71,10 @@ CHAT = [{"role": "user", "content": "hi"}]
          "completions", {**DEFAULT, "prompt": "a", "temperature": 1}),
         (asked(text_input="a", sampling_parameters='{"lora_name": "poet", "n": 1, "seed": null}'),
          "completions", {**DEFAULT, "model": "poet", "prompt": "a"}),
+        (asked(text_input="a", stream=True, exclude_input_in_output=True, return_num_input_tokens=False),
+         "completions", {**DEFAULT, **STREAM, "prompt": "a"}),
+        (asked({"exclude_input_in_output": True, "return_finish_reason": True}, messages=json.dumps(CHAT)),
+         "chat/completions", {**DEFAULT, "messages": CHAT}),
         (asked(text_input="a", repetition_penalty=2),
          "completions", {**DEFAULT, "prompt": "a", "repetition_penalty": 2, "repeat_penalty": 2}),
     ],
@@ -101,6 +105,8 @@ def test_what_nobody_asked_for_is_not_insisted_on() -> None:
         (asked(text_input="a", sampling_parameters='{"model": "other"}'), "'model' is no sampling parameter"),
         (asked({"stream_options": "x"}, text_input="a"), "'stream_options' is no sampling parameter"),
         (asked({"stream": "yes"}, text_input="a"), "expected 'stream' to be true or false"),
+        (asked(text_input="a", exclude_input_in_output=False, stream=True), "only a whole answer to text_input"),
+        (asked({"exclude_input_in_output": False}, input_ids=[1]), "only a whole answer to text_input"),
         (asked(messages="hello"), "expected messages to be JSON"),
         (asked(messages="[]"), "a list of at least one message, found '[]'"),
         (asked(messages='{"role": "user"}'), "a list of at least one message"),
@@ -118,6 +124,13 @@ def test_what_can_not_be_asked_is_told(request_: InferRequest, words: str) -> No
     with pytest.raises(BadRequest) as caught:
         text_call("m", request_, pieces=True)
     assert words in caught.value.message
+
+
+def test_an_answer_may_repeat_its_prompt() -> None:
+    call = text_call("m", asked(text_input="a ", exclude_input_in_output=False), pieces=False)
+    assert call.before == "a " and call.body == {**DEFAULT, "prompt": "a "}
+    answer = {"choices": [{"text": "b", "finish_reason": "stop"}]}
+    assert outputs(Writing("m", asked()).whole(answer, call.before))["text_output"] == ["a b"]
 
 
 def test_numbers_that_json_has_not() -> None:

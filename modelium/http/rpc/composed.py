@@ -66,8 +66,8 @@ class Composed:
 def _streamed(error: str, response: InferResponse) -> bytes:
     from tritonclient.grpc import service_pb2 as pb
 
-    made = pb.ModelStreamInferResponse(error_message=error, infer_response=response_to_proto(response))
-    return bytes(made.SerializeToString())
+    message = pb.ModelStreamInferResponse(error_message=error, infer_response=response_to_proto(response))
+    return bytes(message.SerializeToString())
 
 
 def parsed(kind: str, message: bytes) -> Any:

@@ -203,16 +203,17 @@ async def test_a_model_that_llama_cpp_refuses_says_why(
     assert not lab.processes.names()
 
 
-async def test_where_memory_is_short_a_smaller_context_is_tried(driver: ModelServers, lab: Lab, tiny: Path) -> None:
+async def test_where_memory_is_short_a_smaller_context_is_tried(driver: ModelServers, lab: Lab, tmp_path: Path) -> None:
     """With 256 bytes of cache for each token, and a limit on what the process may have."""
     kind = driver._kind
     assert isinstance(kind, LlamaCppKind) and kind._program is not None
     kind._program = replace(kind._program, argv=["prlimit", f"--as={1800 * 2**20}", *kind._program.argv])
-    outcome = await driver.load(lab.model("large", tiny, parallel=1, ubatch=32, ctx=6_000_000), silent)
+    patient = llama(tmp_path / "patient.gguf", context=60_000_000)
+    outcome = await driver.load(lab.model("large", patient, parallel=1, ubatch=32, ctx=6_000_000), silent)
     assert outcome.note == "with a context of 3000000 instead of 6000000 tokens, since memory was short"
     await driver.unload("large")
     with pytest.raises(DriverError, match=r"too little memory.*smaller `ctx`") as caught:
-        await driver.load(lab.model("huge", tiny, parallel=1, ctx=60_000_000), silent)
+        await driver.load(lab.model("huge", patient, parallel=1, ctx=60_000_000), silent)
     assert caught.value.code == "out_of_memory"
 
 

@@ -87,6 +87,13 @@ async def test_what_can_be_mended_is_tried_once(kind: LlamaCppKind, request_: Lo
     assert await kind.command(request_, 1, DriverError("")) is None
 
 
+@pytest.mark.parametrize("ctx", [0, 99999])
+async def test_a_context_is_what_the_model_has(kind: LlamaCppKind, request_: LoadRequest, ctx: int) -> None:
+    plan = request_.plan.model_copy(update={"settings": {"ctx": ctx, "parallel": 1}})
+    command = await kind.command(request_.model_copy(update={"plan": plan}), 1, None)
+    assert command is not None and option(list(command.argv), "--ctx-size") == "4096"
+
+
 async def test_wrong_settings_are_told(kind: LlamaCppKind, request_: LoadRequest) -> None:
     plan = request_.plan.model_copy(update={"settings": {"ctx": -1}})
     with pytest.raises(ModelError, match="ctx"):

@@ -13,7 +13,14 @@ from modelium.errors import ModelError
 from modelium_plugin_llamacpp import memory
 from modelium_plugin_llamacpp.analyzer import FORMAT
 from modelium_plugin_llamacpp.layout import layout
-from modelium_plugin_llamacpp.settings import EMBEDDING, PROJECTOR, LlamaCppSettings, ModelSettings, model_settings
+from modelium_plugin_llamacpp.settings import (
+    EMBEDDING,
+    PROJECTOR,
+    LlamaCppSettings,
+    ModelSettings,
+    capped,
+    model_settings,
+)
 
 RUNTIME = "llamacpp"
 SERVING = "gguf"
@@ -22,8 +29,6 @@ READ_BYTES_PER_S = 500 * memory.MIB
 """How fast weights come from disk, a cautious figure; for the first load only."""
 START_S = 1.0
 """Of a server whose model is small."""
-UNKNOWN_CTX = 4096
-"""Tokens of a request where a model does not say how many it was trained for."""
 EMBEDDING_CTX = 2048
 """Tokens of a text whose embedding is wanted: it is computed at once, which takes room for all of it."""
 
@@ -85,13 +90,11 @@ class LlamaCppBackend:
 
 
 def chosen(analysis: Analysis, defaults: Mapping[str, Any]) -> ModelSettings:
-    """The settings for a model where nobody has said more: never more tokens than it was trained for."""
+    """The settings for a model where nobody has said more."""
     settings = ModelSettings.model_validate(defaults)
-    most = analysis.facts.get("max_length")
-    ctx = settings.ctx or most or UNKNOWN_CTX
     if analysis.facts.get("pooling") and "ctx" not in defaults:
-        ctx = min(ctx, EMBEDDING_CTX)
-    return settings.model_copy(update={"ctx": min(ctx, most) if most else ctx})
+        settings = settings.model_copy(update={"ctx": EMBEDDING_CTX})
+    return capped(settings, analysis)
 
 
 def _spread(offer: Offer, gpus: Sequence[Device]) -> Iterator[Offer]:

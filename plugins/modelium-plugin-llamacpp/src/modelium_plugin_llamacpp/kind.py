@@ -17,7 +17,14 @@ from modelium.errors import DriverError, LoadRejected
 from modelium_plugin_llamacpp import memory
 from modelium_plugin_llamacpp.install import PACKAGE, Program, install, installed
 from modelium_plugin_llamacpp.layout import model_file
-from modelium_plugin_llamacpp.settings import EMBEDDING, PROJECTOR, LlamaCppSettings, ModelSettings, model_settings
+from modelium_plugin_llamacpp.settings import (
+    EMBEDDING,
+    PROJECTOR,
+    LlamaCppSettings,
+    ModelSettings,
+    capped,
+    model_settings,
+)
 
 ENVIRONMENT = {
     "LLAMA_ARG_FIT": "off",
@@ -89,7 +96,7 @@ class LlamaCppKind:
         return (program.version if program else PACKAGE.replace("==", " ")), facts
 
     async def command(self, request: LoadRequest, port: int, former: DriverError | None) -> ServerCommand | None:
-        settings = model_settings(request.plan.settings)
+        settings = capped(model_settings(request.plan.settings), request.analysis)
         note = ""
         again = self._again.setdefault(request.name, set())
         if former is None:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from modelium.api import Analysis
 from modelium.errors import ModelError
 
 CacheType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"]
@@ -64,6 +65,17 @@ class LlamaCppSettings(BaseModel):
     """A load that takes longer is given up."""
     default_settings: ModelSettings = ModelSettings()
     """For every model whose plan says nothing else."""
+
+
+UNKNOWN_CTX = 4096
+"""Tokens of a request where a model does not say how many it was trained for."""
+
+
+def capped(settings: ModelSettings, analysis: Analysis) -> ModelSettings:
+    """With a context that the model has."""
+    most = analysis.facts.get("max_length")
+    ctx = settings.ctx or most or UNKNOWN_CTX
+    return settings.model_copy(update={"ctx": min(ctx, most) if most else ctx})
 
 
 def model_settings(settings: Mapping[str, Any]) -> ModelSettings:

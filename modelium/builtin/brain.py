@@ -167,6 +167,7 @@ class RulesBrain:
             settings={**best.offer.settings, **rule.settings},
             memory_bytes=best.offer.memory_bytes,
             load_s=best.offer.load_s,
+            standby=best.offer.standby,
             reason=_reason(best, rule),
             confidence=certainty,
             alternatives=tuple(f"{other.words}: {_why_not(other, best, rule.prefer)}" for other in ranked[1:]),

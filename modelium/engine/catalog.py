@@ -57,6 +57,7 @@ class Known:
     """When it was first found out what it is."""
     decoupled: bool
     depends_on: tuple[str, ...]
+    weights_bytes: int
 
     @property
     def spec(self) -> Spec:
@@ -358,13 +359,11 @@ class Catalog:
             created_at=manifest.created_at,
             decoupled=bool(decoupled),
             depends_on=analysis.depends_on,
+            weights_bytes=analysis.weights_bytes,
         )
 
     def estimate(self, known: Known) -> Estimate:
-        found = self._store.measurement(known.measured_as)
-        if found is None:
-            return Estimate(known.plan.memory_bytes, known.plan.load_s)
-        return Estimate(found.memory_bytes, found.load_s or known.plan.load_s, measured=True)
+        return self._planner.estimate(known.measured_as, known.plan, known.weights_bytes)
 
     def _removed(self, name: str) -> None:
         self._changing.pop(name, None)

@@ -72,6 +72,7 @@ def policy_of(config: Config, host: PluginHost) -> Policy:
         retry_max_s=section.retry_max_s,
         crash_budget=section.crash_budget,
         crash_window_s=section.crash_window_s,
+        standby_budget_bytes=section.standby_budget_bytes,
         rank=host.eviction_policy(config.eviction.name, config.eviction.settings).rank,
     )
 
@@ -140,6 +141,8 @@ class Orchestrator:
             self._see,
         )
         self.runtimes.moved = self.effects.reroute
+        self.runtimes.parked = self.effects.parked
+        self.runtimes.woken = self.effects.woken
         self.planner = Planner(
             host.brain(config.brain.name, config.brain.settings), self.running, self.situation, self.store
         )

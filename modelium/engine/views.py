@@ -65,6 +65,8 @@ class Measurement(Frozen):
     """The largest seen."""
     load_s: float
     """The median of the last loads."""
+    wake_s: Mapping[int, float] = {}
+    """The median of the last wakes, by the level at which it slept."""
 
 
 class Explanation(Frozen):

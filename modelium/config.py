@@ -153,6 +153,12 @@ class Policies(Section):
     """The share of a device's memory that models may occupy, where no budget is set for it."""
     device_budget_bytes: dict[str, Size] = {}
     """Memory that models may occupy, by device: `{"cpu:0": 2GB, "cuda:0": 20GiB}`."""
+    standby_budget_bytes: Size | None = None
+    """Host memory in which models of other devices may sleep rather than be unloaded; 0: none does. Without it half of
+    what is free: nobody else uses that, and the half that is left keeps files in the page cache."""
+    readahead_budget_bytes: Size | None = None
+    """How much of the files of unloaded models is kept in the page cache, for their next load; 0: no more than what is
+    there by itself. Without it a quarter of the free host memory."""
     high_priority_teams: tuple[str, ...] = ()
     """Organisations whose requests go first when models wait for room."""
     model_priorities: dict[str, Priority] = {}

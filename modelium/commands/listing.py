@@ -17,7 +17,7 @@ from modelium.commands.client import Client, model_path
 from modelium.commands.text import clock, console, duration, pairs, plain, say, state, table
 from modelium.core.states import State
 
-HOLDING = frozenset({"LOADING", "READY", "DRAINING", "UNLOADING"})
+HOLDING = frozenset({"LOADING", "READY", "DRAINING", "PARKING", "STANDBY", "UNLOADING"})
 
 WATCH_S = 1.0
 FOREIGN_SHOWN = 3

@@ -23,6 +23,8 @@ COLOURS = {
     "DISCOVERED": "cyan",
     "RECOVERING": "cyan",
     "DRAINING": "yellow",
+    "PARKING": "yellow",
+    "STANDBY": "blue",
     "UNLOADING": "yellow",
     "STOPPING": "yellow",
     "FAILED": "red",

@@ -15,7 +15,7 @@ from modelium.api.units import human
 from modelium.core.eviction import Tier
 from modelium.core.instructions import Load, Wake
 from modelium.core.line import Line
-from modelium.core.moves import evict, fail, give_up_load, reopen, want
+from modelium.core.moves import begin_unload, evict, fail, give_up_load, reopen, want
 from modelium.core.parking import let_be
 from modelium.core.placement import Spot, never_beside, never_fits, spots
 from modelium.core.recycling import go_on
@@ -295,6 +295,9 @@ def _make_room(turn: Turn, line: Line, model: Model, found: list[Spot]) -> None:
         names = ", ".join(m.name for m in chosen)
         _promise(turn, line, model, spot, f"waits for {names} to make room; {spot.arithmetic}")
         return
+    if model.state is State.STANDBY and (not found or _fits_elsewhere(turn, line, model)):
+        begin_unload(turn, model, "there is no room where it sleeps: it is loaded anew elsewhere")
+        return
     if not urgent:
         _give_up(turn, line, model, f"no room to spare: {_first(found)}")
         return
@@ -318,6 +321,12 @@ def _make_room(turn: Turn, line: Line, model: Model, found: list[Spot]) -> None:
                 _promise(turn, line, model, spot, reason)
                 return
     _wait(turn, model, reason)
+
+
+def _fits_elsewhere(turn: Turn, line: Line, model: Model) -> bool:
+    """Whether there is room now for what sleeps, if it is loaded anew."""
+    anywhere = spots(turn, replace(model, parked=None), line.ahead)
+    return any(s.fits_now for s in anywhere)
 
 
 def _first(found: list[Spot]) -> str:

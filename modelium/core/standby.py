@@ -73,8 +73,9 @@ def asleep(model: Model) -> str:
 def berth(turn: Turn, model: Model) -> Berth | None:
     """How to park a model that is drained; None when it should be unloaded.
 
-    The first level, the quickest to wake, for which there is room within the budget; what is parked and worth less
-    goes for it. The device itself must have the room at once: only the budget may be overdrawn until they are gone.
+    The first level, the quickest to wake, for which there is room within the budget; where there is none, what is
+    parked and worth less goes for it. The host itself must have the room at once: only the budget may be overdrawn,
+    until they are gone.
     """
     host = turn.devices.get(turn.policy.standby_device)
     if host is None or not _may_sleep(turn, model, host):
@@ -85,21 +86,28 @@ def berth(turn: Turn, model: Model) -> Berth | None:
     budget = turn.policy.standby_budget_bytes
     if budget is None:
         budget = int(SHARE * max(0, host.limit_bytes - host.booked_bytes + asleep + own))
-    for how in model.estimate.standby:
-        mine = worth(turn, model, how)
-        holds = _holds(model, how, host)
-        if not mine or how.wake_s > QUICK * model.estimate.load_s or not _leaves_room(turn, model, holds, host):
-            continue
-        if how.host_bytes - own > host.limit_bytes - host.booked_bytes - host.promised_bytes:
-            continue
+    free = host.limit_bytes - host.booked_bytes - host.promised_bytes + own
+    levels = [
+        Berth(how, holds)
+        for how in model.estimate.standby
+        if how.host_bytes <= free
+        and how.wake_s <= QUICK * model.estimate.load_s
+        and worth(turn, model, how)
+        and _leaves_room(turn, model, holds := _holds(model, how, host), host)
+    ]
+    for found in levels:
+        if asleep + found.how.host_bytes <= budget:
+            return found
+    for found in levels:
+        mine = worth(turn, model, found.how)
         less = [
             (w, m, size)
             for m, size in sleepers
             if size and m.state is State.STANDBY and not queued(m) and (w := worth(turn, m, parked_as(m))) < mine
         ]
-        instead_of = _enough(less, asleep + how.host_bytes - budget)
-        if instead_of is not None:
-            return Berth(how, holds, instead_of)
+        instead_of = _enough(less, asleep + found.how.host_bytes - budget)
+        if instead_of:
+            return replace(found, instead_of=instead_of)
     return None
 
 
@@ -125,10 +133,10 @@ def _may_sleep(turn: Turn, model: Model, host: Account) -> bool:
 
 
 def _sleepers(turn: Turn, host: Account) -> Iterator[tuple[Model, int]]:
-    """Those that are parked or about to be, and what they hold of the host's memory."""
+    """Those that are parked or about to be, and not about to wake, and what they hold of the host's memory."""
     for name in sorted(turn.live):
         model = turn.models[name]
-        if model.state in (State.PARKING, State.STANDBY):
+        if model.state in (State.PARKING, State.STANDBY) and not model.promise:
             yield model, bytes_on(model.booking, host.id)
 
 

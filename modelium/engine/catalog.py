@@ -59,6 +59,7 @@ class Known:
     depends_on: tuple[str, ...]
     optimized: bool
     """It is served in a faster form than it was dropped in."""
+    weights_bytes: int
 
     @property
     def spec(self) -> Spec:
@@ -361,13 +362,11 @@ class Catalog:
             decoupled=bool(decoupled),
             depends_on=analysis.depends_on,
             optimized=manifest.optimization is not None,
+            weights_bytes=analysis.weights_bytes,
         )
 
     def estimate(self, known: Known) -> Estimate:
-        found = self._store.measurement(known.measured_as)
-        if found is None:
-            return Estimate(known.plan.memory_bytes, known.plan.load_s)
-        return Estimate(found.memory_bytes, found.load_s or known.plan.load_s, measured=True)
+        return self._planner.estimate(known.measured_as, known.plan, known.weights_bytes)
 
     def _removed(self, name: str) -> None:
         self._changing.pop(name, None)

@@ -10,7 +10,7 @@ from modelium.api.datapath import DataRoute
 from modelium.api.types import LoadRequest, Transition
 from modelium.core import events as e
 from modelium.core import instructions as i
-from modelium.core.states import State
+from modelium.core.states import LIVE, State
 from modelium.engine.admission import Route
 from modelium.errors import (
     CapacityError,
@@ -77,6 +77,10 @@ class Effects:
                 if not order.replace:
                     self._engine.usage.model(order.name).loads()
                 self._engine.runtimes.load(order)
+            case i.Park():
+                self._engine.runtimes.park(order)
+            case i.Wake():
+                self._engine.runtimes.wake(order)
             case i.Unload():
                 self._engine.runtimes.unload(order)
             case i.StartRuntime():
@@ -119,10 +123,7 @@ class Effects:
         name = transition.subject
         if transition.after != State.LOADING:
             self._engine.progress.pop(name, None)
-        if transition.before in (State.READY, State.DRAINING, State.UNLOADING) and transition.after in (
-            State.COLD,
-            State.FAILED,
-        ):
+        if transition.before in LIVE - {State.RECOVERING} and transition.after in (State.COLD, State.FAILED):
             self._engine.store.set_loaded(name, None)
 
     def reroute(self, name: str) -> None:
@@ -157,7 +158,7 @@ class Effects:
         devices = self._engine.loop.world.devices
         of_kind = [n for d, n in memory.items() if (account := devices.get(d)) is not None and account.kind == kind]
         memory_bytes = sum(of_kind) or sum(memory.values())
-        key = self._measured_as.get(name) or (known.measured_as if known is not None else None)
+        key = self._key(name)
         if key is not None and memory_bytes:
             self._engine.store.measure(key, memory_bytes, load_s)
 
@@ -165,6 +166,21 @@ class Effects:
         """An unload did not give all back: note it against the way of serving."""
         known = self._engine.catalog.known.get(name)
         self._engine.store.note_residue(runtime, known.plan.serving if known is not None else "", size)
+
+    def parked(self, name: str, level: int, memory: Mapping[str, int]) -> None:
+        key = self._key(name)
+        if key is not None and memory:
+            host = memory.get(self._engine.loop.policy.standby_device, 0)
+            self._engine.store.measure_parked(key, level, host, sum(memory.values()) - host)
+
+    def woken(self, name: str, level: int, wake_s: float) -> None:
+        key = self._key(name)
+        if key is not None:
+            self._engine.store.measure_wake(key, level, wake_s)
+
+    def _key(self, name: str) -> str | None:
+        known = self._engine.catalog.known.get(name)
+        return self._measured_as.get(name) or (known.measured_as if known is not None else None)
 
     def request_for(self, order: i.Load) -> LoadRequest:
         known = self._engine.catalog.known.get(order.name)

@@ -20,7 +20,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from modelium.api.environments import locked
 from modelium.api.optimizing import Optimization, Optimizer, OptimizerContext
-from modelium.api.types import OptimizationRecord, Progress, Transition
+from modelium.api.types import Manifest, OptimizationRecord, Progress, Transition
 from modelium.core.placement import spots
 from modelium.core.states import State
 from modelium.core.turn import Turn
@@ -29,7 +29,7 @@ from modelium.engine import swapping
 from modelium.engine.job import NAME, Job
 from modelium.engine.judging import Judge, Judged, difference
 from modelium.engine.repository import Changed
-from modelium.engine.store import replace_file
+from modelium.engine.store import measurement_key, replace_file
 from modelium.engine.swapping import Form
 from modelium.errors import ModelError, ModeliumError
 
@@ -255,7 +255,7 @@ class Optimizing:
             manifest = swapping.converted(judged.manifest, form, record)
             if not self._as_judged(judged):
                 return
-            if not self._room_beside(name, engine.planner.estimate(manifest.inspection, manifest.plan)):
+            if not self._room_beside(name, _estimate(engine, manifest)):
                 self._say(name, f"{what} is made, and waits for room to load beside what serves")
                 return
             files = self._folder / optimization.key / "files"
@@ -373,3 +373,9 @@ class Optimizing:
 def _finish(fresh: Path, facts: Mapping[str, Any], folder: Path) -> None:
     (fresh / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
     fresh.rename(folder)
+
+
+def _estimate(engine: Orchestrator, manifest: Manifest) -> Estimate:
+    inspection, plan = manifest.inspection, manifest.plan
+    weights_bytes = inspection.analysis.weights_bytes if inspection.analysis is not None else 0
+    return engine.planner.estimate(measurement_key(inspection.content_key, plan), plan, weights_bytes)

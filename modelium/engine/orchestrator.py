@@ -77,6 +77,7 @@ def policy_of(config: Config, host: PluginHost) -> Policy:
         retry_max_s=section.retry_max_s,
         crash_budget=section.crash_budget,
         crash_window_s=section.crash_window_s,
+        standby_budget_bytes=section.standby_budget_bytes,
         rank=host.eviction_policy(config.eviction.name, config.eviction.settings).rank,
     )
 
@@ -159,6 +160,8 @@ class Orchestrator:
         self.runtimes.moved = self.effects.reroute
         self.runtimes.shown = Guests(lambda: self.loop, lambda name: name in self.catalog.known).see
         self.runtimes.devices_changed = lambda: self._background(self._look_at_devices())
+        self.runtimes.parked = self.effects.parked
+        self.runtimes.woken = self.effects.woken
         self.planner = Planner(
             host.brain(config.brain.name, config.brain.settings), self.running, self.situation, self.store
         )

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from statistics import median
 
-from modelium.api.driver import Brain
+from modelium.api.driver import Brain, Parks
 from modelium.api.types import Analysis, Device, Inspection, Layout, Offer, Plan, Situation
-from modelium.core.world import Estimate
+from modelium.core.world import Estimate, Standby
 from modelium.engine.runtimes import Running
-from modelium.engine.store import Store, key_of, measurement_key
+from modelium.engine.store import Measured, MeasuredStandby, Store, key_of
 from modelium.errors import ModelError, PluginError
+
+PROCESS_BYTES = 1_500_000_000
+"""What a sleeping server keeps, of the host as of each device, but for weights: of the order of what NVIDIA's driver
+and CUDA graphs take. Of a small model a tenth of its size is expected."""
+WAKE_BYTES_PER_S = 5e9
+"""Weights come back from the host's memory at least this fast: half of what PCIe 3.0 carries over sixteen lanes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +77,31 @@ class Planner:
     def layout(self, name: str, analysis: Analysis, plan: Plan) -> Layout:
         return self.runtimes[plan.runtime].backend.layout(name, analysis, plan)
 
-    def estimate(self, inspection: Inspection, plan: Plan) -> Estimate:
+    def estimate(self, measured_as: str, plan: Plan, weights_bytes: int) -> Estimate:
         """What was measured before, else what the plan expects."""
-        found = self.store.measurement(measurement_key(inspection.content_key, plan))
-        if found is None:
-            return Estimate(plan.memory_bytes, plan.load_s)
-        return Estimate(found.memory_bytes, found.load_s or plan.load_s, measured=True, slowest_s=found.slowest_s)
+        found = self.store.measurement(measured_as)
+        estimate = Estimate(plan.memory_bytes, plan.load_s)
+        if found is not None:
+            load_s = found.load_s or plan.load_s
+            estimate = Estimate(found.memory_bytes, load_s, measured=True, slowest_s=found.slowest_s)
+        running = self.runtimes.get(plan.runtime)
+        if not plan.standby or running is None or not isinstance(running.driver, Parks):
+            return estimate
+        known = self.store.measured.get(measured_as, Measured()).standby
+        levels = [_standby(n, known.get(n, MeasuredStandby()), estimate, plan, weights_bytes) for n in plan.standby]
+        return replace(estimate, standby=tuple(sorted(levels, key=lambda s: s.level)))
+
+
+def _standby(level: int, known: MeasuredStandby, estimate: Estimate, plan: Plan, weights_bytes: int) -> Standby:
+    """What sleeping at a level takes: as it was measured, else a guess that holds until it was tried once."""
+    process = min(PROCESS_BYTES, estimate.memory_bytes // 10)
+    again_s = weights_bytes / WAKE_BYTES_PER_S + 0.1 * estimate.load_s if level == 1 else 0.4 * estimate.load_s
+    return Standby(
+        level=level,
+        host_bytes=known.host_bytes or process + (weights_bytes if level == 1 else 0),
+        device_bytes=known.device_bytes if known.host_bytes else process * plan.devices,
+        wake_s=median(known.wake_s) if known.wake_s else again_s,
+    )
 
 
 def budgets(devices: Sequence[Device], configured: Mapping[str, int], share: float) -> dict[str, int]:

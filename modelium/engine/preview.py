@@ -14,6 +14,7 @@ from modelium.core.step import steps
 from modelium.core.turn import Turn
 from modelium.core.world import Spec
 from modelium.engine.orchestrator import Orchestrator
+from modelium.engine.store import measurement_key
 from modelium.engine.views import PlanPreview
 from modelium.errors import ModelConflict, ModelError, ModeliumError
 
@@ -46,14 +47,15 @@ async def preview(engine: Orchestrator, path: Path) -> PlanPreview:
     except ModeliumError as exc:
         return PlanPreview(name=name, analysis=analysis, findings=findings, plan=None, layout=None, refused=exc.message)
     now = engine.clock()
-    estimate = engine.planner.estimate(inspection, plan)
+    measured_as = measurement_key(inspection.content_key, plan)
+    estimate = engine.planner.estimate(measured_as, plan, analysis.weights_bytes)
     spec = Spec(plan.runtime, plan.device_kind, "preview", analysis.depends_on, plan.devices)
     loop = engine.loop
     world, dropped = steps(loop.exact(), [e.ModelAccepted(now, name, spec, estimate, dropped=True)], loop.policy)
     would_load = any(isinstance(x, i.Load) and x.name == name for x in dropped)
     model = world.models[name]
     asked, orders = steps(world, [e.ReadyAsked(now, -1, name, now + 300.0)], loop.policy)
-    evicted = {x.name for x in (*dropped, *orders) if isinstance(x, i.CloseRoute)}
+    evicted = {x.name for x in (*dropped, *orders) if isinstance(x, i.CloseRoute | i.Unload)}
     refused = next((x.message for x in orders if isinstance(x, i.Refuse) and x.ticket == -1), None)
     loads = [x for x in (*dropped, *orders) if isinstance(x, i.Load) and x.name == name]
     turn = Turn(loop.world, loop.policy, now)

@@ -9,14 +9,14 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from modelium.api.driver import RuntimeBackend, RuntimeDriver
+from modelium.api.driver import Parks, RuntimeBackend, RuntimeDriver
 from modelium.api.types import Device, Endpoint, LoadRequest, Observation, Progress, Report, RuntimeInfo
 from modelium.core import events as e
 from modelium.core import instructions as i
 from modelium.core.states import RuntimeState
 from modelium.core.world import Failure
 from modelium.engine.loop import Loop
-from modelium.errors import ModeliumError, RuntimeStuck, RuntimeUnavailable
+from modelium.errors import DriverError, ModeliumError, RuntimeStuck, RuntimeUnavailable
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +57,12 @@ Residue = Callable[[str, str, int], None]
 """Told a model, its runtime, and the bytes that its unload did not give back."""
 
 
+def _parks(driver: RuntimeDriver, runtime: str) -> Parks:
+    if not isinstance(driver, Parks):
+        raise DriverError(f"{runtime} can't put models to sleep")
+    return driver
+
+
 class Runtimes:
     """Carries out loads, unloads and starts, and watches what the runtimes hold."""
 
@@ -92,10 +98,20 @@ class Runtimes:
         """Told what an external runtime shows, before the core is."""
         self.devices_changed: Callable[[], None] = lambda: None
         """Told when a runtime reaches other devices than before."""
+        self.parked: Callable[[str, int, Mapping[str, int]], None] = lambda name, level, memory: None
+        """Told what a model holds that was parked at a level."""
+        self.woken: Callable[[str, int, float], None] = lambda name, level, wake_s: None
+        """Told how long a model took to wake from a level."""
 
     # ------------------------------------------------------------------ instructions
 
     def load(self, order: i.Load) -> None:
+        self._operate(order.name, self._load(order))
+
+    def park(self, order: i.Park) -> None:
+        self._operate(order.name, self._park(order))
+
+    def wake(self, order: i.Wake) -> None:
         self._operate(order.name, self._load(order))
 
     def unload(self, order: i.Unload) -> None:
@@ -135,17 +151,23 @@ class Runtimes:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _load(self, order: i.Load) -> None:
+    async def _load(self, order: i.Load | i.Wake) -> None:
         loop = self._loop()
         failure: Failure
         lost = stuck = False
         try:
             driver = self.running[order.runtime].driver
-            request = await asyncio.to_thread(self._request_for, order)
-            outcome = await driver.load(request, self._report_for(order.name))
+            if isinstance(order, i.Wake):
+                outcome = await _parks(driver, order.runtime).wake(order.name, self._report_for(order.name))
+            else:
+                request = await asyncio.to_thread(self._request_for, order)
+                outcome = await driver.load(request, self._report_for(order.name))
             memory = tuple(sorted(outcome.memory.items()))
             self._note_endpoints(order.name, outcome.endpoints)
-            self._tell_measured(order.name, outcome.memory, outcome.load_s)
+            if isinstance(order, i.Wake):
+                self.woken(order.name, order.level, outcome.load_s)
+            loads = outcome.load_s if isinstance(order, i.Load) else None
+            self._tell_measured(order.name, outcome.memory, loads)
             loop.post(e.Loaded(loop.clock(), order.name, order.op, memory, outcome.load_s))
             return
         except asyncio.CancelledError:
@@ -156,9 +178,29 @@ class Runtimes:
         except ModeliumError as exc:
             failure = Failure(exc.code, exc.message)
         except Exception as exc:
-            log.exception("the driver of %s failed while it loaded %s", order.runtime, order.name)
-            failure = Failure("driver", f"the driver of {order.runtime} failed: {type(exc).__name__}: {exc}")
+            failure = self._blame(exc, order.runtime, f"loaded {order.name}")
         loop.post(e.LoadFailed(loop.clock(), order.name, order.op, failure, lost, stuck))
+
+    async def _park(self, order: i.Park) -> None:
+        loop = self._loop()
+        try:
+            outcome = await _parks(self.running[order.runtime].driver, order.runtime).park(order.name, order.level)
+            self.measured.setdefault(order.runtime, {})[order.name] = dict(outcome.memory)
+            self.parked(order.name, order.level, outcome.memory)
+            memory = tuple(sorted(outcome.memory.items()))
+            loop.post(e.Parked(loop.clock(), order.name, order.op, memory, outcome.park_s))
+        except asyncio.CancelledError:
+            raise
+        except Exception as exc:
+            failure = self._blame(exc, order.runtime, f"parked {order.name}")
+            self.poke(order.runtime)
+            loop.post(e.ParkFailed(loop.clock(), order.name, order.op, failure))
+
+    def _blame(self, exc: Exception, runtime: str, what: str) -> Failure:
+        if isinstance(exc, ModeliumError):
+            return Failure(exc.code, exc.message)
+        log.error("the driver of %s failed while it %s", runtime, what, exc_info=exc)
+        return Failure("driver", f"the driver of {runtime} failed: {type(exc).__name__}: {exc}")
 
     async def _unload(self, order: i.Unload) -> None:
         loop = self._loop()
@@ -174,11 +216,7 @@ class Runtimes:
         except asyncio.CancelledError:
             raise
         except Exception as exc:
-            if isinstance(exc, ModeliumError):
-                failure = Failure(exc.code, exc.message)
-            else:
-                log.exception("the driver of %s failed while it unloaded %s", order.runtime, order.name)
-                failure = Failure("driver", f"the driver of {order.runtime} failed: {type(exc).__name__}: {exc}")
+            failure = self._blame(exc, order.runtime, f"unloaded {order.name}")
             self.poke(order.runtime)
             stuck = isinstance(exc, RuntimeStuck)
             loop.post(e.UnloadFailed(loop.clock(), order.name, order.op, failure, stuck))

@@ -14,7 +14,7 @@ from modelium import __version__
 from modelium.api.types import Transition
 from modelium.core import events as e
 from modelium.core.states import State
-from modelium.core.world import Model
+from modelium.core.world import Model, queued
 from modelium.engine import checks, preview, showing
 from modelium.engine.admission import Lease, Route
 from modelium.engine.fastpath import FRESH_S
@@ -230,7 +230,7 @@ class Service:
             incoming=str(engine.paths.incoming) if engine.paths.incoming else None,
             started_at=engine.started_at,
             models=dict(Counter(str(m.state) for m in world.models.values())),
-            queue=tuple(sorted(n for n in world.queue if world.models[n].state is State.QUEUED)),
+            queue=tuple(sorted(n for n in world.queue if queued(world.models[n]))),
             waiting=len(world.tickets),
             devices=showing.devices(engine),
             runtimes=self.runtimes,

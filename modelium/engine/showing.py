@@ -9,9 +9,10 @@ from typing import Any
 
 from modelium.api.units import human
 from modelium.core.placement import spots
+from modelium.core.standby import parked_as
 from modelium.core.states import RuntimeState, State
 from modelium.core.turn import Turn
-from modelium.core.world import Account, Model
+from modelium.core.world import Account, Model, queued
 from modelium.engine.ledger import Holding
 from modelium.engine.orchestrator import Orchestrator
 from modelium.engine.views import DataPathView, DeviceView, Explanation, ModelDetail, ModelView, RuntimeView
@@ -60,7 +61,10 @@ def outlook(engine: Orchestrator, model: Model) -> dict[str, Any]:
     """How far a model that is wanted is: `expected_s` is None where nobody can tell."""
     expected_s: float | None = model.estimate.load_s
     if model.state is State.LOADING:
-        expected_s = max(0.0, model.op_since + model.estimate.load_s - engine.clock())
+        expected_s = _left_s(engine, model)
+    elif model.state in (State.PARKING, State.STANDBY):
+        how = parked_as(model)
+        expected_s = how.wake_s if how is not None else None
     elif model.state not in (State.QUEUED, State.COLD, State.UNLOADING, State.DRAINING):
         expected_s = None
     progress = engine.progress.get(model.name)
@@ -70,6 +74,12 @@ def outlook(engine: Orchestrator, model: Model) -> dict[str, Any]:
         "progress": progress.model_dump() if progress is not None else None,
         "expected_s": round(expected_s, 1) if expected_s is not None else None,
     }
+
+
+def _left_s(engine: Orchestrator, model: Model) -> float:
+    """Seconds until a load, or a wake, should be done."""
+    how = parked_as(model)
+    return max(0.0, model.op_since + (model.estimate.load_s if how is None else how.wake_s) - engine.clock())
 
 
 async def detail(engine: Orchestrator, model: Model) -> ModelDetail:
@@ -134,7 +144,7 @@ def _next(engine: Orchestrator, model: Model) -> str:
         case State.QUEUED:
             return f"it loads when there is room: {model.reason}"
         case State.LOADING:
-            return f"it is READY in about {max(0.0, model.op_since + model.estimate.load_s - now):.0f} s"
+            return f"it is READY in about {_left_s(engine, model):.0f} s"
         case State.READY if model.always_loaded or model.pinned:
             return f"it stays: it is {'always loaded by configuration' if model.always_loaded else 'pinned'}"
         case State.READY if model.use.in_flight:
@@ -146,7 +156,17 @@ def _next(engine: Orchestrator, model: Model) -> str:
                 f"to go in {idle_at:.0f} s, and is unloaded in {idle_at + policy.idle_s:.0f} s"
             )
         case State.DRAINING:
-            return "it is unloaded when nothing of it is in flight"
+            return "it is unloaded, or put to sleep, when nothing of it is in flight"
+        case State.PARKING:
+            return "it is STANDBY once its device's memory is back"
+        case State.STANDBY if queued(model):
+            return f"it wakes when there is room: {model.reason}"
+        case State.STANDBY:
+            how = parked_as(model)
+            return (
+                f"a request wakes it{f' in about {how.wake_s:.2g} s' if how is not None else ''}; it is unloaded when "
+                f"its memory is needed for what is loaded, or for a model that saves more time by sleeping"
+            )
         case State.UNLOADING:
             return "it is COLD once its runtime confirms that it is gone"
         case State.FAILED:

@@ -29,6 +29,12 @@ NOTED_GROWTH = 0.01
 """Growth of a loaded model below this share is not written down each time."""
 
 
+class MeasuredStandby(Frozen):
+    host_bytes: int = 0
+    device_bytes: int = 0
+    wake_s: tuple[float, ...] = ()
+
+
 class Measured(Frozen):
     loads: int = 0
     memory_bytes: int = 0
@@ -36,6 +42,8 @@ class Measured(Frozen):
     memory: tuple[int, ...] = ()
     """The peaks of the last loads."""
     load_s: tuple[float, ...] = ()
+    standby: Mapping[int, MeasuredStandby] = {}
+    """By the level at which it slept."""
 
 
 class Quarantined(Frozen):
@@ -106,6 +114,21 @@ class Store:
             self.measured[key] = new
             self._touch("measurements")
 
+    def measure_parked(self, key: str, level: int, host_bytes: int, device_bytes: int) -> None:
+        """Take in what a model holds while it is parked."""
+        self._measure_standby(key, level, host_bytes=host_bytes, device_bytes=device_bytes)
+
+    def measure_wake(self, key: str, level: int, wake_s: float) -> None:
+        before = self.measured.get(key, Measured()).standby.get(level, MeasuredStandby()).wake_s
+        self._measure_standby(key, level, wake_s=(*before, round(wake_s, 3))[-KEPT_LOADS:])
+
+    def _measure_standby(self, key: str, level: int, **seen: Any) -> None:
+        old = self.measured.get(key, Measured())
+        new = old.standby.get(level, MeasuredStandby()).model_copy(update=seen)
+        if new != old.standby.get(level):
+            self.measured[key] = old.model_copy(update={"standby": {**old.standby, level: new}})
+            self._touch("measurements")
+
     def measurement(self, key: str) -> Measurement | None:
         found = self.measured.get(key)
         if found is None or not found.memory_bytes:
@@ -116,6 +139,7 @@ class Store:
             memory_spread_bytes=max(found.memory, default=0) - min(found.memory, default=0),
             load_s=median(found.load_s) if found.load_s else 0.0,
             slowest_s=max(found.load_s, default=0.0),
+            wake_s={level: median(s.wake_s) for level, s in found.standby.items() if s.wake_s},
         )
 
     def note_residue(self, runtime: str, serving: str, size: int) -> None:

@@ -242,12 +242,14 @@ UNLOAD_REASONS = (
     ("asked", re.compile("unload asked for")),
     ("evicted", re.compile("evicted for ")),
     ("idle", re.compile("idle for ")),
+    ("displaced", re.compile(".* is parked instead")),
     ("recycled", re.compile("its runtime is to be started anew")),
     ("removed", re.compile("removed from ")),
     ("changed", re.compile("its (files|plan) changed")),
     ("pressure", re.compile(".* over its limit")),
 )
-"""Label and beginning of a DRAINING transition's reason; `lost` when the runtime was, `other` for all else."""
+"""Label and beginning of the reason for which a model becomes DRAINING, or is unloaded from STANDBY; `lost` when the
+runtime was, `other` for all else."""
 
 
 class TransitionCounter:
@@ -264,6 +266,11 @@ class TransitionCounter:
         """Model -> reason -> completed unloads, losses of the runtime included."""
         self.failed_loads: dict[str, int] = {}
         self.last_load_s: dict[str, float] = {}
+        self.parks: dict[str, dict[str, int]] = {}
+        """Model -> reason -> how often it was put to sleep instead of being unloaded."""
+        self.wakes: dict[str, int] = {}
+        self.last_wake_s: dict[str, float] = {}
+        self._waking: dict[str, float] = {}  # model -> since when
         self._loading: dict[str, tuple[str, float]] = {}  # model -> why and since when
         self._leaving: dict[str, str] = {}  # model -> why
 
@@ -274,8 +281,13 @@ class TransitionCounter:
             return
         if before == after and before != State.READY:  # only its reason is another
             return
-        load = self._loading.pop(name, None)
-        if after == State.LOADING:
+        load, woken_at = self._loading.pop(name, None), self._waking.pop(name, None)
+        if after == State.LOADING and before == State.STANDBY:
+            self._waking[name] = transition.at
+        elif woken_at is not None and after == State.READY:
+            self.wakes[name] = self.wakes.get(name, 0) + 1
+            self.last_wake_s[name] = max(0.0, transition.at - woken_at)
+        elif after == State.LOADING:
             first = re.split(r"\W", reason, maxsplit=1)[0]
             self._loading[name] = (first if first in LOAD_REASONS else OTHER, transition.at)
         elif before == State.LOADING and load is not None:
@@ -290,18 +302,25 @@ class TransitionCounter:
                 _count(self.loads, name, "changed")
             else:
                 self.failed_loads[name] = self.failed_loads.get(name, 0) + 1
-        elif after == State.DRAINING:
+        elif after == State.DRAINING or (before == State.STANDBY and after == State.UNLOADING):
             self._leaving[name] = next((label for label, begins in UNLOAD_REASONS if begins.match(reason)), OTHER)
+        elif after == State.STANDBY and before == State.PARKING:
+            _count(self.parks, name, self._leaving.pop(name, OTHER))
         elif after == State.READY:
             self._leaving.pop(name, None)
         elif after == State.COLD and name in self._leaving:
             _count(self.unloads, name, self._leaving.pop(name))
+        elif before == State.STANDBY and after == State.COLD:
+            _count(self.unloads, name, "lost")
         elif after == State.FAILED and (name in self._leaving or before == State.READY):
             self._leaving.pop(name, None)
             _count(self.unloads, name, "lost")
 
     def forget(self, name: str) -> None:
-        for table in (self.loads, self.unloads, self.failed_loads, self.last_load_s, self._loading, self._leaving):
+        for table in (
+            self.loads, self.unloads, self.failed_loads, self.last_load_s, self.parks, self.wakes, self.last_wake_s,
+            self._loading, self._waking, self._leaving,
+        ):  # fmt: skip
             table.pop(name, None)
 
 

@@ -69,6 +69,8 @@ class Measurement(Frozen):
     """Between the least and the most of the last loads."""
     slowest_s: float = 0.0
     """Of the last loads."""
+    wake_s: Mapping[int, float] = {}
+    """The median of the last wakes, by the level at which it slept."""
 
 
 class Explanation(Frozen):

@@ -55,6 +55,9 @@ FAMILIES = {
     "modelium_model_failed_loads_total": ("counter", "Loads that failed."),
     "modelium_model_last_load_seconds": ("gauge", "What the last load took."),
     "modelium_model_unloads_total": ("counter", "Completed unloads by reason; lost: its runtime was."),
+    "modelium_model_parks_total": ("counter", "How often the model was put to sleep instead of unloaded, by reason."),
+    "modelium_model_wakes_total": ("counter", "How often it was woken."),
+    "modelium_model_last_wake_seconds": ("gauge", "What the last wake took."),
 }
 """Name, kind and help of all that is told, in the order of the text."""
 
@@ -172,6 +175,11 @@ def _loads(text: _Text, model: str, name: str, counter: TransitionCounter) -> No
         text.add("modelium_model_unloads_total", f'{model},reason="{reason}"', count)
     if name in counter.failed_loads:
         text.add("modelium_model_failed_loads_total", model, counter.failed_loads[name])
+    for reason, count in counter.parks.get(name, {}).items():
+        text.add("modelium_model_parks_total", f'{model},reason="{reason}"', count)
+    if name in counter.wakes:
+        text.add("modelium_model_wakes_total", model, counter.wakes[name])
+        text.add("modelium_model_last_wake_seconds", model, counter.last_wake_s[name])
     if name in counter.last_load_s:
         text.add("modelium_model_last_load_seconds", model, counter.last_load_s[name])
 

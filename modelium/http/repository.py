@@ -38,6 +38,7 @@ INDEX_STATES: Mapping[str, str] = {
     State.RECOVERING: "LOADING",
     State.READY: "READY",
     State.DRAINING: "UNLOADING",
+    State.PARKING: "UNLOADING",
     State.UNLOADING: "UNLOADING",
 }
 """In Triton's words; every other state is UNAVAILABLE."""

@@ -313,8 +313,9 @@ class Sim:
         model = before.models[name]
         if (model.home or runtime) != runtime:
             raise self._foul(f"{name} is to be unloaded from {runtime}, and it is in {model.home}")
-        if model.state in (State.LOADING, State.PARKING) or name in self.real[runtime].asleep:
-            return
+        asleep = model.state in (State.PARKING, State.STANDBY) or name in self.real[runtime].asleep
+        if model.state is State.LOADING or asleep:
+            return  # what was in flight when somebody else put it to sleep is lost
         overdue = isinstance(event, e.Ticked) and model.op_since + self.policy.drain_timeout_s <= event.at
         waited = model.state is State.DRAINING and not model.op
         if self.in_flight.get(name) and not overdue and not waited:

@@ -130,6 +130,7 @@ class First:
             device_kind=best.device_kinds[0],
             memory_bytes=best.memory_bytes,
             load_s=1.0,
+            standby=best.standby,
             reason="it is the first on offer",
             confidence=1.0,
         )

@@ -232,6 +232,29 @@ class TestLayouts:
                 if name.endswith(".py"):
                     compile(text, name, "exec")
 
+    @pytest.mark.parametrize(
+        ("setting", "parameters"),
+        [
+            ("tensorrt", {}),
+            (
+                {"name": "tensorrt", "parameters": {"precision_mode": "FP16", "max_workspace_size_bytes": 1 << 30}},
+                {"precision_mode": "FP16", "max_workspace_size_bytes": "1073741824"},
+            ),
+        ],
+    )
+    def test_onnxruntime_s_accelerator_is_a_setting(self, setting: Any, parameters: dict[str, str]) -> None:
+        have = triton("onnxruntime")
+        for devices, expected in (((CPU, GPU), [("tensorrt", parameters)]), ((CPU,), [])):
+            offer = next(o for o in offers(ONNX, have, devices) if o.serving == "onnx")
+            config = parse_config(texts(ONNX, offer, accelerator=setting)["config.pbtxt"])
+            used = config.optimization.execution_accelerators.gpu_execution_accelerator
+            assert [(one.name, dict(one.parameters)) for one in used] == expected
+
+    def test_an_accelerator_that_is_none_is_refused(self) -> None:
+        offer = next(o for o in offers(ONNX, triton("onnxruntime"), (CPU, GPU)) if o.serving == "onnx")
+        with pytest.raises(ModelError, match=r"accelerator is \['tensorrt'\]"):
+            texts(ONNX, offer, accelerator=["tensorrt"])
+
     def test_there_is_a_template_for_every_serving(self) -> None:
         assert set(SERVINGS) <= set(template_names())
 

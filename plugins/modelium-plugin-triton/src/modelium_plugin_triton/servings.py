@@ -73,7 +73,7 @@ _TORCH_AND_TRANSFORMERS = 385 * MIB
 SERVINGS: Mapping[str, Serving] = {
     serving.name: serving
     for serving in (
-        Serving("onnx", "onnxruntime", (), _ONNX_NATIVE, 0.5, _BATCHED),
+        Serving("onnx", "onnxruntime", (), _ONNX_NATIVE, 0.5, {**_BATCHED, "accelerator": ""}),
         Serving("onnx-python", "python", ("onnx",), _ONNX, 1.6, _BATCHED),
         # Not batched: what the backend then does with fewer requests than the most depends on its version.
         Serving("openvino", "openvino", (), _OPENVINO_NATIVE, 0.5, _COMMON, cpu_only=True),
@@ -246,8 +246,25 @@ def layout(name: str, analysis: Analysis, plan: Plan) -> Layout:
         "max_batch_size": settings.get("max_batch_size", 0),
         "inputs": [] if untold else [_tensor(tensor, batched) for tensor in analysis.inputs],
         "outputs": [] if untold else [_tensor(tensor, batched) for tensor in analysis.outputs],
+        "accelerator": _accelerator(settings.get("accelerator"), plan.device_kind),
     }
     return Layout(files=files, texts=render(serving.name, values))
+
+
+def _accelerator(setting: object, device_kind: str) -> dict[str, Any] | None:
+    """What onnxruntime uses on a GPU in place of its own kernels: `tensorrt`, or `{name: tensorrt, parameters: {...}}`
+    with parameters as https://github.com/triton-inference-server/onnxruntime_backend lists them. Raises `ModelError`.
+    """
+    if not setting or device_kind != "cuda":
+        return None
+    given = {"name": setting} if isinstance(setting, str) else setting
+    parameters = given.get("parameters", {}) if isinstance(given, Mapping) else None
+    if not isinstance(given, Mapping) or not isinstance(given.get("name"), str) or not isinstance(parameters, Mapping):
+        raise ModelError(
+            f"the plan's setting accelerator is {setting!r:.200}: expected a name, such as tensorrt, or a name with "
+            "parameters, such as {name: tensorrt, parameters: {precision_mode: FP16}}"
+        )
+    return {"name": given["name"], "parameters": {str(key): str(value) for key, value in parameters.items()}}
 
 
 def _tensor(tensor: Tensor, batched: bool) -> dict[str, Any]:

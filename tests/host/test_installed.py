@@ -123,12 +123,14 @@ def test_a_broken_plugin_is_left_out_with_its_reason(host: PluginHost, distribut
 
 
 def test_a_plugin_that_fails_when_called_stays_and_is_reported(
-    host: PluginHost, caplog: pytest.LogCaptureFixture
+    host: PluginHost, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
+    for name in ("x.none", "x.toy"):
+        (tmp_path / name).write_text("nothing")
     for _ in range(3):
         with pytest.raises(ModelError, match="not a model that any analyzer knows"):
-            host.analyze(Path("x.none"))
-        assert host.analyze(Path("x.toy")).analyzer == "acme"
+            host.analyze(tmp_path / "x.none")
+        assert host.analyze(tmp_path / "x.toy").analyzer == "acme"
     assert view(host, "raises").error is None
     assert view(host, "raises").failures == ("modelium_analyze: RuntimeError: boom (6 times)",)
     (garbage,) = view(host, "garbage").failures

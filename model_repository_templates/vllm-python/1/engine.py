@@ -29,6 +29,9 @@ class Engine:
     """Raises what vLLM raises where it can't start with these arguments."""
 
     def __init__(self, arguments: dict[str, Any]):
+        self.gate = threading.Lock()
+        """Held while requests are being taken in: then the process does not end."""
+        self._died = False
         self._running: dict[asyncio.Task[None], Answer] = {}
         # Sending waits for Triton, for which the loop has no time; one thread keeps the responses in their order.
         self._triton = ThreadPoolExecutor(1, thread_name_prefix="responses")
@@ -43,7 +46,9 @@ class Engine:
         self.model_config = self._llm.model_config
 
     def answer(self, sender: Any, asked: Asked) -> None:
-        """Answer a request in time; returns at once."""
+        """Answer a request in time; returns at once. Raises `RuntimeError` when the engine has died."""
+        if self._died:
+            raise RuntimeError("vLLM's engine has died: the model has to be loaded again")
         self._loop.call_soon_threadsafe(self._start, Answer(sender, asked))
 
     def close(self) -> None:
@@ -90,10 +95,14 @@ class Engine:
             for task, answer in list(self._running.items()):
                 if await self._in_turn(answer.is_cancelled):
                     task.cancel()
-        # Without its engine the process is of no use, and a process that has ended is seen from outside.
+        # Without its engine the process is of no use, and a process that has ended is seen from outside. But Triton
+        # waits without end for a response to what a process had taken in: it ends between requests.
+        with self.gate:
+            self._died = True
+        await asyncio.sleep(0)  # what was taken in last becomes a task
         if self._running:
             await asyncio.wait(list(self._running))
-        pb_utils.Logger.log_error("vLLM's engine has died, and this process ends with it")
+        self.gate.acquire()
         os._exit(1)
 
     # ------------------------------------------------------------------ between the threads

@@ -48,14 +48,13 @@ class TritonPythonModel:
         self.reader = Reader(tokenizer, defaults)
 
     def execute(self, requests: list[Any]) -> None:
-        for request in requests:
-            sender = request.get_response_sender()
-            try:
-                asked = self.reader.read(request)
-            except Exception as error:
-                sender.send(failure(error), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-            else:
-                self.engine.answer(sender, asked)
+        with self.engine.gate:
+            for request in requests:
+                sender = request.get_response_sender()
+                try:
+                    self.engine.answer(sender, self.reader.read(request))
+                except Exception as error:
+                    sender.send(failure(error), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     def finalize(self) -> None:
         self.engine.close()

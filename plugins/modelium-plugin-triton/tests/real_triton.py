@@ -131,6 +131,9 @@ class Triton:
         seen = self._run(self._driver.observe())
         return sum(sum(model.memory.values()) for model in seen.models if model.name == name)
 
+    def is_broken(self, name: str) -> bool:
+        return any(model.broken for model in self._run(self._driver.observe()).models if model.name == name)
+
     @contextmanager
     def serving(self, name: str, drop: Path, **settings: Any) -> Iterator[str]:
         self.install(name, drop, **settings)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from modelium_plugin_triton.measure import Measurer, stub_of
+from modelium_plugin_triton.measure import Measurer, kill, stub_of
 
 from modelium.api.measuring import HOST_MEMORY, Gpus
 
@@ -101,7 +101,11 @@ def test_a_family(family: tuple[subprocess.Popen[bytes], Path], monkeypatch: pyt
     assert [s.key for s in seen.by_model()["m"]] == [stub.key] and seen.of("n") == []
     monkeypatch.delattr(psutil.Process, "memory_full_info")
     assert measurer.look() == seen  # asked again, nothing is measured anew
-    os.kill(stub.key[0], 9)
+    started = [psutil.Process(key[0]) for key in (stub.key, *stub.others)]
+    assert len(started) == 2, "the stub's child is its own"
+    kill(stub)
+    psutil.wait_procs(started, timeout=30)
+    assert not [p for p in started if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
 
 def test_what_has_ended_has_nothing(family: tuple[subprocess.Popen[bytes], Path]) -> None:

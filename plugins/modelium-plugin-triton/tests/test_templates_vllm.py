@@ -49,17 +49,31 @@ def drop(vllm_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def llm(triton: Triton, drop: Path) -> Iterator[psutil.Process]:
-    """The model, loaded; its process in Triton. Of two generations at a time a third one waits for the end."""
+def llm(triton: Triton, drop: Path) -> Iterator[None]:
+    """The model, loaded. Of two generations at a time a third one waits for the end."""
     triton.install(
         NAME, drop, dtype="float32", max_model_len=ROOM, kv_cache_memory_bytes=2**28, engine_args={"max_num_seqs": 2}
     )
     config = (triton.repository / NAME / "config.pbtxt").read_text()
     assert 'backend: "python"' in config and "EXECUTION_ENV_PATH" not in config, "of this machine nothing is written"
     triton.load(NAME)
-    (stub,) = (p for p in psutil.Process(triton.info.pid).children() if f"/{NAME}/" in " ".join(p.cmdline()))
-    yield stub
+    yield
     triton.unload(NAME)
+
+
+def family(triton: Triton) -> list[psutil.Process]:
+    """The model's process in Triton, the engine's, and what else they started."""
+    assert triton.info.pid is not None
+    (stub,) = (p for p in psutil.Process(triton.info.pid).children() if f"/{NAME}/" in " ".join(p.cmdline()))
+    return [stub, *stub.children(recursive=True)]
+
+
+def engine_of(processes: list[psutil.Process]) -> psutil.Process:
+    return next(process for process in processes if "EngineCore" in process.name())
+
+
+def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
+    return [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
 
 class Stream:
@@ -103,13 +117,11 @@ def generate(triton: Triton, **body: Any) -> dict[str, Any]:
     return answer
 
 
-def test_it_is_offered_before_transformers(triton: Triton, llm: psutil.Process) -> None:
+def test_it_is_offered_before_transformers(triton: Triton, llm: None) -> None:
     assert triton.serving_of(NAME) == TEMPLATE
 
 
-def test_the_likeliest_tokens_are_transformers_own(
-    triton: Triton, llm: psutil.Process, drop: Path, vllm_python: Path
-) -> None:
+def test_the_likeliest_tokens_are_transformers_own(triton: Triton, llm: None, drop: Path, vllm_python: Path) -> None:
     prompts = [PROMPT, "ß"]
     expected = models.original(vllm_python, "text-generation", drop, texts=prompts, max_tokens=8)
     for prompt, original in zip(prompts, expected, strict=True):
@@ -120,7 +132,7 @@ def test_the_likeliest_tokens_are_transformers_own(
         assert answer["text_output"] == prompt + original["text"].rstrip("\ufffd")
 
 
-def test_what_can_be_asked_for_besides_the_text(triton: Triton, llm: psutil.Process) -> None:
+def test_what_can_be_asked_for_besides_the_text(triton: Triton, llm: None) -> None:
     answer = generate(
         triton,
         exclude_input_in_output=True,
@@ -139,7 +151,7 @@ def test_what_can_be_asked_for_besides_the_text(triton: Triton, llm: psutil.Proc
     assert answer["cumulative_logprob"] == pytest.approx(sum(logprobs), abs=1e-3)
 
 
-def test_a_chat_and_token_ids(triton: Triton, llm: psutil.Process) -> None:
+def test_a_chat_and_token_ids(triton: Triton, llm: None) -> None:
     greedy = {"sampling_parameters": '{"max_tokens": 5, "temperature": 0}'}
     chat = json.dumps([{"role": "user", "content": "hi"}])
     status, answer = triton.post(f"{NAME}/generate", {"messages": chat, **greedy})
@@ -165,14 +177,12 @@ def test_a_chat_and_token_ids(triton: Triton, llm: psutil.Process) -> None:
         ({"input_ids": [5, 5000]}, "out of vocabulary"),
     ],
 )
-def test_bad_requests_are_refused_and_say_why(
-    triton: Triton, llm: psutil.Process, body: dict[str, Any], reason: str
-) -> None:
+def test_bad_requests_are_refused_and_say_why(triton: Triton, llm: None, body: dict[str, Any], reason: str) -> None:
     status, answer = triton.post(f"{NAME}/generate", body)
     assert status == 400 and reason in answer["error"]
 
 
-def test_a_stream_comes_piece_by_piece_while_another_is_answered(triton: Triton, llm: psutil.Process) -> None:
+def test_a_stream_comes_piece_by_piece_while_another_is_answered(triton: Triton, llm: None) -> None:
     whole = generate(triton, exclude_input_in_output=True, parameters={"max_tokens": 12, "temperature": 0})
     long = Stream(triton, temperature=0, max_tokens=ROOM - 100, ignore_eos=True)
     begun = "".join(long.next() for _ in range(3))
@@ -186,7 +196,7 @@ def test_a_stream_comes_piece_by_piece_while_another_is_answered(triton: Triton,
         stream.leave()
 
 
-def test_clients_that_left_stop_their_generations(triton: Triton, llm: psutil.Process) -> None:
+def test_clients_that_left_stop_their_generations(triton: Triton, llm: None) -> None:
     # Both places are taken by generations that would take many minutes; only when they end does another get its turn.
     leaving = [Stream(triton, max_tokens=ROOM - 100, ignore_eos=True) for _ in range(2)]
     for stream in leaving:
@@ -195,19 +205,35 @@ def test_clients_that_left_stop_their_generations(triton: Triton, llm: psutil.Pr
     assert generate(triton, return_num_output_tokens=True, parameters={"max_tokens": 2})["num_output_tokens"] == 2
 
 
-def test_a_stream_says_what_is_wrong_with_its_request(triton: Triton, llm: psutil.Process) -> None:
+def test_a_stream_says_what_is_wrong_with_its_request(triton: Triton, llm: None) -> None:
     stream = Stream(triton, min_p=-1)
     with pytest.raises(InferenceServerException, match="min_p must be in"):
         stream.next()
     stream.leave()
 
 
-def test_it_is_measured_and_leaves_no_process(triton: Triton, llm: psutil.Process) -> None:
-    family = [llm, *llm.children(recursive=True)]
-    assert any("EngineCore" in process.name() for process in family)
-    held = triton.memory(NAME)
-    assert held > sum(process.memory_info().rss for process in family) * 0.4, "the engine's process counts"
+def test_an_engine_that_dies_is_seen_and_nobody_waits_for_it(triton: Triton, llm: None) -> None:
+    waiting = Stream(triton, max_tokens=ROOM - 100, ignore_eos=True)
+    waiting.next()
+    before = family(triton)
+    engine_of(before).kill()
+    with pytest.raises(InferenceServerException, match="EngineDeadError"):
+        waiting.all()
+    waiting.leave()
+    status, _ = triton.post(f"{NAME}/generate", {"text_input": PROMPT})
+    assert status == 400, "and what comes later is answered too"
+    psutil.wait_procs(before, timeout=60)
+    assert not alive(before)
+    assert triton.is_broken(NAME)
+    triton.load(NAME)
+    assert generate(triton, parameters={"max_tokens": 2})["text_output"]
+
+
+def test_it_is_measured_and_leaves_no_process(triton: Triton, llm: None) -> None:
+    processes = family(triton)
+    assert triton.memory(NAME) > 0.9 * sum(process.memory_full_info().uss for process in processes)
+    assert engine_of(processes).memory_full_info().uss > 0.4 * triton.memory(NAME), "the engine's counts too"
     triton.unload(NAME)
-    assert not [process for process in family if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+    assert not alive(processes)
     with urllib.request.urlopen(f"http://{triton.address}/v2/health/live") as answer:
         assert answer.status == 200

@@ -6,6 +6,7 @@ above it and what editors show.
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from pydantic import (
     ConfigDict,
     Field,
     PrivateAttr,
+    StringConstraints,
     ValidationError,
     WithJsonSchema,
     model_validator,
@@ -181,6 +183,8 @@ class Policies(Section):
     """A failed load is tried again after this, then after twice as long each time, when someone wants the model."""
     retry_max_s: Seconds = 300
     """The longest such pause."""
+    max_residue_bytes: Size = 2**30
+    """A runtime that keeps more than this of what it has unloaded is started anew while nothing of it is in use."""
     crash_budget: Count = 5
     """A runtime that crashes this often within `crash_window_s` is left down for as long, or until someone loads one of
     its models."""
@@ -229,6 +233,24 @@ class EvictionSection(Named):
     """`lru`, or one that a plugin brings."""
 
 
+class NamedRuntime(Section):
+    """One more runtime of a backend; its other keys are those of the backend's own section."""
+
+    model_config = ConfigDict(extra="allow")
+
+    backend: str
+    """Whose kind it is: `triton`, `vllm`, or one that a plugin brings."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The section without `backend`."""
+        return dict(self.model_extra or {})
+
+
+RuntimeName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,30}$")]
+"""Part of the names of processes, folders and devices."""
+
+
 class Metrics(Section):
     """Prometheus metrics at `/metrics`."""
 
@@ -266,6 +288,9 @@ class Config(Section):
     orchestration: Orchestration = Orchestration()
     brain: BrainSection = BrainSection()
     eviction: EvictionSection = EvictionSection()
+    runtimes: dict[RuntimeName, NamedRuntime] = {}
+    """Further runtimes by names of your own: `{gpu-box: {backend: triton, endpoint: "http://10.0.0.5:8000"}}`. Rules
+    prefer them by these names."""
     metrics: Metrics = Metrics()
     logging: Logging = Logging()
     plugins: Plugins = Plugins()
@@ -321,7 +346,8 @@ def load_config(
 
 
 def validate_sections(config: Config, models: Mapping[str, type[BaseModel]]) -> dict[str, BaseModel]:
-    """The plugins' sections, each validated by its own model; defaults where a section is not written.
+    """The plugins' sections, each validated by its own model; defaults where a section is not written. Those of
+    further runtimes are there by their names.
 
     Raises `ConfigError` for sections that nobody owns and for what a model refuses, one line each.
     """
@@ -341,6 +367,19 @@ def validate_sections(config: Config, models: Mapping[str, type[BaseModel]]) -> 
             sections[name] = model.model_validate({} if value is None else value)
         except ValidationError as exc:
             lines.append(config_error(exc, model, config._values, (name,)).message)
+    for name, named in config.runtimes.items():
+        key, named_model = f"runtimes.{name}", models.get(named.backend)
+        if name in models:
+            lines.append(f"{key}: {name} is a section of its own already: choose another name")
+        elif named_model is None:
+            near = difflib.get_close_matches(named.backend, models, 1)
+            meant = f"did you mean {near[0]!r}?" if near else f"there is {', '.join(sorted(models))}"
+            lines.append(f"{key}.backend: there is no runtime backend {named.backend!r}: {meant}")
+        else:
+            try:
+                sections[name] = named_model.model_validate(named.settings)
+            except ValidationError as exc:
+                lines.append(config_error(exc, named_model, config._values, ("runtimes", name)).message)
     if lines:
         raise ConfigError("\n".join(lines))
     return sections

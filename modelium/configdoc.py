@@ -29,6 +29,10 @@ HEAD = f"""\
 def commented_yaml(sections: Mapping[str, type[BaseModel]]) -> str:
     """A configuration file in which each key is explained and commented out. `sections` are the plugins' own."""
     lines = [HEAD]
+    for name, field in Config.model_fields.items():
+        if not _is_section(field.annotation):
+            lines += [f"# {line}" for line in _wrap(field.description or "")]
+            lines += [f"#{name}: {_flow(to_jsonable_python(field.get_default()))}", ""]
     for name, model in _all_sections(sections).items():
         lines += [f"# {line}" for line in _wrap(_summary(model))]
         lines += [f"#{name}:", *(f"#{line}" if line else "" for line in _keys(model, "  ")), ""]
@@ -36,8 +40,10 @@ def commented_yaml(sections: Mapping[str, type[BaseModel]]) -> str:
 
 
 def _all_sections(sections: Mapping[str, type[BaseModel]]) -> dict[str, type[BaseModel]]:
-    own = {name: info.annotation for name, info in Config.model_fields.items() if isinstance(info.annotation, type)}
-    return own | dict(sections)
+    own = {name: info.annotation for name, info in Config.model_fields.items()}
+    return {name: model for name, model in own.items() if isinstance(model, type) and _is_section(model)} | dict(
+        sections
+    )
 
 
 def _keys(model: type[BaseModel], indent: str) -> Iterator[str]:

@@ -23,7 +23,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from modelium.api import datapath, driver, types
+from modelium.api import datapath, driver, optimizing, types
 from modelium.api.hookspecs import HOOKSPEC_VERSION, ModeliumSpec
 
 FILE = Path(__file__).parents[1] / "hookspecs.md"
@@ -69,11 +69,12 @@ def render() -> str:
     parts = [HEAD.format(major=major, minor=minor), "\n## Hooks\n"]
     parts += [_hook(name, parts) for name, parts in described().items()]
     parts.append("\n## Objects that plugins provide, or are given\n")
-    parts += [_object(cls) for cls in (*_classes(driver), *_classes(datapath)) if not issubclass(cls, types.Frozen)]
+    beside = (*_classes(datapath), *_classes(optimizing))
+    parts += [_object(cls) for cls in (*_classes(driver), *beside) if not issubclass(cls, types.Frozen)]
     parts.append(
         "\n## Values\n\nFrozen pydantic models; sizes are bytes, durations seconds, times seconds since 1970.\n"
     )
-    values = (*_classes(types), *(cls for cls in _classes(datapath) if issubclass(cls, types.Frozen)))
+    values = (*_classes(types), *(cls for cls in beside if issubclass(cls, types.Frozen)))
     parts += [_value(cls) for cls in values if cls is not types.Frozen]
     return re.sub(r"\n{3,}", "\n\n", "\n".join(parts)).rstrip() + "\n"
 

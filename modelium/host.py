@@ -21,6 +21,7 @@ from pydantic import BaseModel
 from modelium.api.datapath import DataPath
 from modelium.api.driver import Brain, Converter, EvictionPolicy, RuntimeBackend, UsageSource
 from modelium.api.hookspecs import PROJECT, ModeliumSpec
+from modelium.api.optimizing import Optimizer
 from modelium.api.types import Analysis, Completeness, Device, Finding, Severity, Transition
 from modelium.discovery import HOOKS, PluginView, Source, builtin_sources, entry_point_sources, register, suggestion
 from modelium.errors import ConfigError, ModelError, ModeliumError, PluginError
@@ -34,9 +35,9 @@ __all__ = ["Failure", "PluginHost", "PluginView"]
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-S = TypeVar("S", RuntimeBackend, DataPath)
+S = TypeVar("S", RuntimeBackend, DataPath, Optimizer)
 
-NAMED = (Brain, Converter, DataPath, EvictionPolicy, RuntimeBackend, UsageSource)
+NAMED = (Brain, Converter, DataPath, EvictionPolicy, Optimizer, RuntimeBackend, UsageSource)
 """What is chosen, or told apart, by name."""
 
 
@@ -87,6 +88,7 @@ class PluginHost:
         self._failures: dict[tuple[str, str, str], Failure] = {}
         self._backends: tuple[RuntimeBackend, ...] | None = None
         self._data_paths: tuple[DataPath, ...] | None = None
+        self._optimizers: tuple[Optimizer, ...] | None = None
         by_name = {view.name: view for view in self._plugins if view.error is None}
         self._hooks = {
             hook: tuple(
@@ -161,11 +163,14 @@ class PluginHost:
     def analyze(self, path: Path) -> Analysis:
         """The claim with the highest confidence.
 
-        Raises `PluginError` when the best claims tie; `ModelError` with the claimant's reason when it is broken, or
-        when nobody knows it.
+        Raises `PluginError` when the best claims tie; `ModelError` with the claimant's reason when it is broken (also
+        where others only claim that nobody serves it), or when nobody knows it.
         """
         answers = self._ask("modelium_analyze", Analysis, path=path, expected=ModelError)
         claims = [(value, answer.by) for answer in answers for value in answer.values]
+        refusals = [answer.error for answer in answers if isinstance(answer.error, ModelError)]
+        if refusals and all(value.facts.get("unsupported") for value, _ in claims):
+            claims = []  # whoever could serve it knows best why it can't
         if claims:
             best = max(value.confidence for value, _ in claims)
             winners = [(value, by) for value, by in claims if value.confidence == best]
@@ -175,7 +180,6 @@ class PluginHost:
                     f"{path.name} is claimed with equal confidence ({best:g}) by {both}: disable one of these plugins"
                 )
             return winners[0][0]
-        refusals = [answer.error for answer in answers if isinstance(answer.error, ModelError)]
         if len(refusals) == 1:
             raise refusals[0]
         if refusals:
@@ -224,6 +228,12 @@ class PluginHost:
             self._data_paths = self._with_settings("data path", "modelium_data_paths", DataPath)
         return self._data_paths
 
+    def optimizers(self) -> tuple[Optimizer, ...]:
+        """All optimizers, the same objects each time; where two have one name, neither."""
+        if self._optimizers is None:
+            self._optimizers = self._with_settings("optimizer", "modelium_optimizers", Optimizer)
+        return self._optimizers
+
     def _with_settings(self, what: str, hook: str, kind: type[S]) -> tuple[S, ...]:
         """What a hook offers that has a name, and a section of the configuration by that name."""
         good: list[Answer[S]] = []
@@ -239,7 +249,8 @@ class PluginHost:
     def sections(self) -> dict[str, type[BaseModel]]:
         """The sections of the configuration that plugins own, and the models that validate them."""
         sections = {backend.name: backend.settings_model for backend in self.runtime_backends()}
-        return sections | {path.name: path.settings_model for path in self.data_paths()}
+        sections |= {path.name: path.settings_model for path in self.data_paths()}
+        return sections | {optimizer.name: optimizer.settings_model for optimizer in self.optimizers()}
 
     def devices(self) -> tuple[Device, ...]:
         """All devices as they are now, by id; of two reports of one device, the first plugin's by name is kept."""

@@ -299,7 +299,36 @@ class TestDescriptions:
         assert described["additionalProperties"] is False
         assert set(described["properties"]) == {*Config.model_fields, "toy"}
         assert described["$defs"]["ToySection"]["properties"]["token"]["description"] == "What it logs in with."
-        for section in described["properties"].values():
+        for key, section in described["properties"].items():
+            if key == "runtimes":
+                continue  # no section of its own, but one for each name
             name = section["$ref"].removeprefix("#/$defs/")
             assert name in described["$defs"]
         assert json.loads(schema_text({})) == schema({})
+
+
+class TestNamedRuntimes:
+    def test_each_is_validated_by_its_backend(self) -> None:
+        config = Config.model_validate({"runtimes": {"second": {"backend": "toy", "token": "x"}}})
+        sections = validate_sections(config, {"toy": ToySection})
+        assert sections["second"] == ToySection(token="x")
+        assert sections["toy"] == ToySection()
+
+    @pytest.mark.parametrize(
+        "runtimes, told",
+        [
+            ({"a": {"backend": "toi"}}, "runtimes.a.backend: there is no runtime backend 'toi': did you mean 'toy'?"),
+            ({"toy": {"backend": "toy"}}, "runtimes.toy: toy is a section of its own already"),
+            ({"a": {"backend": "toy", "tokn": 1}}, "runtimes.a.tokn"),
+        ],
+    )
+    def test_what_is_wrong_is_told_by_its_key(self, runtimes: dict[str, Any], told: str) -> None:
+        config = Config.model_validate({"runtimes": runtimes})
+        with pytest.raises(ConfigError) as caught:
+            validate_sections(config, {"toy": ToySection})
+        assert told in caught.value.message
+
+    @pytest.mark.parametrize("name", ["", "a b", "-a", "a/b", "x" * 40])
+    def test_names_are_parts_of_paths(self, name: str) -> None:
+        with pytest.raises(ValueError):
+            Config.model_validate({"runtimes": {name: {"backend": "toy"}}})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import triton_python_backend_utils as pb_utils
 from serving import strings
 
@@ -16,17 +17,21 @@ class Labels:
         self.count = min(count, len(self.names))
         self.problem = config.problem_type
 
-    def tensors(self, logits: Any) -> list[Any]:
-        """`logits` as they are, and the best labels with their scores, best first."""
-        scores = self.scores(logits).topk(self.count, dim=-1)
-        names = [[self.names[index] for index in row] for row in scores.indices.tolist()]
+    def tensors(self, logits: np.ndarray) -> list[Any]:
+        """`logits` as they are, FP32, and the best labels with their scores, best first."""
+        scores = self.scores(logits)
+        best = np.argsort(-scores, axis=-1, kind="stable")[..., : self.count]
+        names = [[self.names[index] for index in row] for row in best.tolist()]
         return [
-            pb_utils.Tensor("logits", logits.numpy()),
+            pb_utils.Tensor("logits", logits),
             pb_utils.Tensor("label", strings(names)),
-            pb_utils.Tensor("score", scores.values.contiguous().numpy()),
+            pb_utils.Tensor("score", np.take_along_axis(scores, best, axis=-1)),
         ]
 
-    def scores(self, logits: Any) -> Any:
+    def scores(self, logits: np.ndarray) -> np.ndarray:
         if self.problem == "regression" or (self.problem is None and len(self.names) == 1):
             return logits
-        return logits.sigmoid() if self.problem == "multi_label_classification" else logits.softmax(dim=-1)
+        if self.problem == "multi_label_classification":
+            return np.exp(-np.logaddexp(0, -logits))
+        shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
+        return shifted / shifted.sum(axis=-1, keepdims=True)

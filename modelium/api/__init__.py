@@ -15,6 +15,7 @@ from modelium.api.driver import (
     UsageSource,
 )
 from modelium.api.hookspecs import HOOKSPEC_VERSION, ModeliumSpec, hookimpl
+from modelium.api.optimizing import Job, Optimization, Optimized, Optimizer, OptimizerContext, Served
 from modelium.api.types import (
     Analysis,
     Candidate,
@@ -31,6 +32,7 @@ from modelium.api.types import (
     Observation,
     ObservedModel,
     Offer,
+    OptimizationRecord,
     ParkOutcome,
     Plan,
     Progress,
@@ -64,6 +66,7 @@ __all__ = [
     "Frozen",
     "Inspection",
     "Installable",
+    "Job",
     "Layout",
     "LoadOutcome",
     "LoadRequest",
@@ -72,6 +75,11 @@ __all__ = [
     "Observation",
     "ObservedModel",
     "Offer",
+    "Optimization",
+    "OptimizationRecord",
+    "Optimized",
+    "Optimizer",
+    "OptimizerContext",
     "ParkOutcome",
     "Parks",
     "Plan",
@@ -83,6 +91,7 @@ __all__ = [
     "RuntimeContext",
     "RuntimeDriver",
     "RuntimeInfo",
+    "Served",
     "Severity",
     "Situation",
     "Tensor",

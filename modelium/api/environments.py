@@ -48,7 +48,7 @@ class Interpreter:
     full_version: str
     prefix: Path
     library: Path | None
-    """Its shared library, `libpython3.11.so.1.0`, which Triton's stub is linked to; None when it has none."""
+    """Its shared library, `libpython3.11.so.1.0`, which programs that embed it are linked to; None when it has none."""
 
     @property
     def library_name(self) -> str:

@@ -114,6 +114,11 @@ class FakeRuntime:
         self.residue: dict[str, Mapping[str, int]] = {}
         """What unloading a model does not give back, by its name."""
         self.overhead: Mapping[str, int] = {}
+        self.external = False
+        self.devices: tuple[Device, ...] = ()
+        """Those that only it reaches."""
+        self.endpoints: dict[str, str] = {}
+        """Where a model answers, by its name, if it is not where the runtime does."""
         self.calls: list[tuple[str, str | None]] = []
         """Every call so far: the method and the model."""
         self.busy: dict[str, str] = {}
@@ -204,6 +209,7 @@ class FakeDriver:
             version="1.0",
             instance=rt.instance,
             adopted=adopted,
+            external=rt.external,
             backends=("fake",),
             endpoints=(Endpoint(protocol="kserve-http", address=f"http://{rt.name}.invalid"),),
         )
@@ -216,7 +222,8 @@ class FakeDriver:
             for name, doing in rt.busy.items()
             if name not in rt.models
         ]
-        return Observation(instance=rt.instance, models=(*rt.models.values(), *loading), overhead=rt.overhead)
+        models = (*rt.models.values(), *loading)
+        return Observation(instance=rt.instance, models=models, overhead=rt.overhead, devices=rt.devices)
 
     async def load(self, request: LoadRequest, report: Report) -> LoadOutcome:
         rt, name = self.runtime, request.name
@@ -224,9 +231,13 @@ class FakeDriver:
             await rt.call("load", name, report)
             booked = {request.devices[0]: request.memory_bytes} if request.devices else {}
             memory = rt.memory.get(name, booked)
-            rt.models[name] = ObservedModel(name=name, ready=True, versions=("1",), memory=memory, requests=0)
+            address = rt.endpoints.get(name)
+            endpoints = (Endpoint(protocol="openai", address=address),) if address else ()
+            rt.models[name] = ObservedModel(
+                name=name, ready=True, versions=("1",), memory=memory, requests=0, endpoints=endpoints
+            )
             rt.asleep.pop(name, None)
-            return LoadOutcome(memory=memory, load_s=request.plan.load_s)
+            return LoadOutcome(memory=memory, load_s=request.plan.load_s, endpoints=endpoints)
 
     async def park(self, name: str, level: int) -> ParkOutcome:
         rt = self.runtime

@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 
     from modelium.api.datapath import DataPath
     from modelium.api.driver import Brain, Converter, EvictionPolicy, RuntimeBackend, UsageSource
+    from modelium.api.optimizing import Optimizer
     from modelium.api.types import Analysis, Completeness, Device, Finding, Transition
 
 PROJECT = "modelium"
-HOOKSPEC_VERSION = (1, 1)
+HOOKSPEC_VERSION = (1, 2)
 """(major, minor). A plugin names the one it was written for as `MODELIUM_HOOKSPEC_VERSION`: the major must be equal,
 the minor not newer."""
 
@@ -178,6 +179,17 @@ class ModeliumSpec:
             @hookimpl
             def modelium_data_paths():
                 return [EnvoyDataPath()]
+        """
+
+    @hookspec
+    def modelium_optimizers(self) -> Iterable[Optimizer] | None:
+        """Offer optimizers, which make faster forms of models that are served already. New in version 1.2.
+
+        Example:
+
+            @hookimpl
+            def modelium_optimizers():
+                return [ToyCompiler()]
         """
 
     @hookspec

@@ -13,7 +13,7 @@ MAX_LENGTH = 200
 RESERVED = frozenset({"stats"})
 """Names that mean something else in KServe v2's and Triton's paths: `/v2/models/stats` is the statistics of all."""
 
-SUFFIXES = (".onnx", ".pt", ".pth", ".bin", ".safetensors")
+SUFFIXES = (".onnx", ".pt", ".pth", ".bin", ".safetensors", ".gguf")
 """Endings that say what a dropped file is and are no part of the model's name."""
 
 _ALLOWED = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")

@@ -28,7 +28,7 @@ _FILE = re.compile(r"^\s*(?:Downloading|Processing|Using cached) (\S+)")
 
 
 class InstallError(DriverError):
-    """What Triton needs could not be downloaded or installed."""
+    """What a runtime needs could not be downloaded or installed."""
 
     code = "install_failed"
 
@@ -40,11 +40,13 @@ async def run_pip(
     report: Report,
     python: Path | None = None,
     lock: int | None = None,
+    builds_for: str = "",
 ) -> None:
     """`pip ARGS`, for the interpreter `python` (else ours). Cancelled, it ends pip.
 
     `lock` is a locked file's descriptor: pip inherits it, so that the lock lasts until pip itself has ended, come what
-    may to us. Raises `InstallError` saying that `what` failed and why.
+    may to us. `builds_for` are the machines that the packages have builds for, to be told when this is none of them.
+    Raises `InstallError` saying that `what` failed and why.
     """
     if importlib.util.find_spec("pip") is None:
         raise InstallError(
@@ -73,7 +75,7 @@ async def run_pip(
         await process.wait()
         raise
     if code != 0:
-        raise explain(what, output)
+        raise explain(what, output, builds_for)
 
 
 async def _follow(process: asyncio.subprocess.Process, what: str, report: Report) -> list[str]:
@@ -93,7 +95,7 @@ async def _follow(process: asyncio.subprocess.Process, what: str, report: Report
     return list(kept)
 
 
-def explain(what: str, output: Sequence[str]) -> InstallError:
+def explain(what: str, output: Sequence[str], builds_for: str = "") -> InstallError:
     """The error that pip's output amounts to, with what to do."""
     text = "\n".join(output)
     said = [line.removeprefix("ERROR: ") for line in output if line.startswith("ERROR: ")]
@@ -112,9 +114,10 @@ def explain(what: str, output: Sequence[str]) -> InstallError:
     if "Permission denied" in text:
         return InstallError(f"{what} failed: a folder can't be written. pip: {reason}")
     if "No matching distribution" in text:
+        expected = f" (expected: {builds_for})" if builds_for else ""
         return InstallError(
-            f"{what} failed: the package index lacks the package, has no build for this machine (expected: Linux on "
-            f"x86-64 with glibc 2.35 or newer), or was not reached. pip: {reason}"
+            f"{what} failed: the package index lacks the package, has no build for this machine{expected}, or was not "
+            f"reached. pip: {reason}"
         )
     return InstallError(f"{what} failed: {reason}")
 

@@ -169,6 +169,13 @@ class Situation(Frozen):
     devices: tuple[Device, ...]
     budgets: Mapping[str, int]
     """Bytes that models may occupy, by device id."""
+    elsewhere: frozenset[str] = frozenset()
+    """Runtimes that reach none but devices of their own."""
+
+    def reachable(self, runtime: str) -> tuple[Device, ...]:
+        """The devices that a runtime may place models on."""
+        shared = runtime not in self.elsewhere
+        return tuple(d for d in self.devices if d.runtime == runtime or (shared and not d.runtime))
 
 
 # --------------------------------------------------------------------------- writing it into the repository
@@ -186,6 +193,22 @@ class Layout(Frozen):
     """Destination to the text to be written."""
 
 
+class OptimizationRecord(Frozen):
+    """What an optimizer made of a model, as its manifest tells it."""
+
+    optimizer: str
+    key: str
+    """Stands for all that it depends on."""
+    what: str
+    note: str
+    """What was compared, and with what result."""
+    made_at: float
+    unconverted: str
+    """The folder inside the model's that holds it as it was, with its manifest."""
+    depends_on: Mapping[str, str] = Field(default_factory=dict)
+    """What is in the key, for a person to compare."""
+
+
 class Manifest(Frozen):
     """`modelium.json`, beside a rendered model's `config.pbtxt`: written once, before the model appears."""
 
@@ -198,6 +221,8 @@ class Manifest(Frozen):
     """Of the model's files when this was written, by their names, sizes and times."""
     inspection: Inspection
     plan: Plan
+    optimization: OptimizationRecord | None = None
+    """Set when the model is served in a faster form than it was dropped in."""
 
 
 # --------------------------------------------------------------------------- running it
@@ -223,6 +248,8 @@ class RuntimeInfo(Frozen):
     """It was already running when Modelium came."""
     external: bool = False
     """Somebody else's process: never stopped or restarted."""
+    elsewhere: bool = False
+    """It runs on another machine: only devices of its own are within its reach."""
     pid: int | None = None
     backends: tuple[str, ...] = ()
     endpoints: tuple[Endpoint, ...] = ()

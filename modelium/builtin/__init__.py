@@ -2,8 +2,10 @@
 
 BUILTIN_PLUGINS = (
     "modelium.builtin.onnx",
+    "modelium.builtin.openvino",
     "modelium.builtin.huggingface",
     "modelium.builtin.torchscript",
+    "modelium.builtin.python_model",
     "modelium.builtin.recognised",
     "modelium.builtin.scanners",
     "modelium.builtin.pickle_converter",

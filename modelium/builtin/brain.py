@@ -7,8 +7,13 @@
           when: {smaller_than_bytes: 50000000}
           prefer: {device_kind: [cpu]}
           because: "a small model gains little from a GPU"
+        - name: long-documents
+          when: {name: "llama-*"}
+          settings: {max_model_len: 32768}
 
-Rules in the configuration come before the built-in ones, so that a short list changes a little and a full one all.
+Rules in the configuration come before the built-in ones, so that a short list changes a little and a full one all. The
+first rule that applies is the only one: it says what comes first among all that is on offer, and which settings are
+put over those of the way of serving. `when: {name: ...}` does so for single models.
 """
 
 from __future__ import annotations
@@ -38,6 +43,8 @@ Words = Annotated[tuple[str, ...], BeforeValidator(_several)]
 class When(Frozen):
     """What must hold for a rule to apply; what is left out always holds. Words may be patterns as in a shell."""
 
+    name: Words = ()
+    """The model's."""
     format: Words = ()
     task: Words = ()
     architecture: Words = ()
@@ -57,6 +64,7 @@ class Prefer(Frozen):
     """Which way of serving to take: what is named comes first, in that order; nothing is ruled out."""
 
     runtime: Words = ()
+    """Names of runtimes, or of one with a way of serving: `triton/vllm`."""
     native: bool = True
     """The runtime's own backend before a template."""
     device_kind: Words = ()
@@ -73,6 +81,13 @@ class Rule(Frozen):
     confidence: float = Field(default=0.8, ge=0, le=1)
 
 
+LANGUAGE_MODELS = ("triton/vllm", "vllm", "*/vllm-python", "triton")
+"""vLLM before transformers, and of its forms first the one with the fewest processes of ours around it."""
+
+SMALL_BYTES = 500_000_000
+"""Of weights in two bytes each. On a CPU vLLM's own processes take some 0.55 GB more than transformers', which computes
+in FP32 and so takes two more bytes for each weight: below about 275 million weights vLLM is the larger one."""
+
 DEFAULT_RULES: tuple[Rule, ...] = (
     Rule(
         name="as-it-is",
@@ -84,9 +99,16 @@ DEFAULT_RULES: tuple[Rule, ...] = (
     Rule(
         name="quantized-on-a-gpu",
         when=When(quantization=("*",), fits=("cuda",)),
-        prefer=Prefer(runtime=("triton",), device_kind=("cuda",)),
+        prefer=Prefer(runtime=LANGUAGE_MODELS, device_kind=("cuda",)),
         because="its quantised weights are made for a GPU, and one has room for it",
         confidence=0.8,
+    ),
+    Rule(
+        name="language-model-on-a-gpu",
+        when=When(task=("text-generation",), fits=("cuda",)),
+        prefer=Prefer(runtime=LANGUAGE_MODELS, device_kind=("cuda", "cpu")),
+        because="a GPU has room for it, and where there is vLLM, it answers many at a time",
+        confidence=0.9,
     ),
     Rule(
         name="gpu-where-it-fits",
@@ -94,6 +116,20 @@ DEFAULT_RULES: tuple[Rule, ...] = (
         prefer=Prefer(runtime=("triton",), device_kind=("cuda", "cpu")),
         because="a GPU has room for it",
         confidence=0.9,
+    ),
+    Rule(
+        name="small-language-model-on-the-cpu",
+        when=When(task=("text-generation",), fits=("cpu",), smaller_than_bytes=SMALL_BYTES),
+        prefer=Prefer(runtime=("triton/transformers-*", *LANGUAGE_MODELS), device_kind=("cpu",)),
+        because="it is small: transformers, where it will do, takes less memory than vLLM and starts in seconds",
+        confidence=0.8,
+    ),
+    Rule(
+        name="language-model-on-the-cpu",
+        when=When(task=("text-generation",), fits=("cpu",)),
+        prefer=Prefer(runtime=LANGUAGE_MODELS, device_kind=("cpu",)),
+        because="the host's memory has room for it, and where there is vLLM, it answers many at a time",
+        confidence=0.8,
     ),
     Rule(
         name="too-large-for-the-gpu",
@@ -133,7 +169,7 @@ class _Option:
     place: int
     """Among what was offered."""
     room: int
-    """The largest budget of a device of that kind."""
+    """What models may have of as many devices of that kind as it spreads over."""
 
     @property
     def fits(self) -> bool:
@@ -141,7 +177,7 @@ class _Option:
 
     @property
     def words(self) -> str:
-        return f"{self.offer.runtime}/{self.offer.serving} on {self.device_kind}"
+        return f"{_way(self)} on {_where(self)}"
 
 
 class RulesBrain:
@@ -155,7 +191,7 @@ class RulesBrain:
         options = _options(offers, situation)
         if not options:
             raise ModelError(_nothing(name, analysis, offers, situation), code="no_runtime")
-        rule = next(rule for rule in self.rules if _applies(rule.when, analysis, options, situation))
+        rule = next(rule for rule in self.rules if _applies(rule.when, name, analysis, options, situation))
         ranked = sorted(options, key=lambda option: _rank(option, rule.prefer))
         best = ranked[0]
         certainty = rule.confidence if best.fits else min(rule.confidence, 0.3)
@@ -165,6 +201,7 @@ class RulesBrain:
             serving=best.offer.serving,
             device_kind=best.device_kind,
             settings={**best.offer.settings, **rule.settings},
+            devices=best.offer.devices,
             memory_bytes=best.offer.memory_bytes,
             load_s=best.offer.load_s,
             standby=best.offer.standby,
@@ -175,15 +212,25 @@ class RulesBrain:
 
 
 def _options(offers: Sequence[Offer], situation: Situation) -> list[_Option]:
-    room: dict[str, int] = {}
-    for device in situation.devices:
-        room[device.kind] = max(room.get(device.kind, 0), situation.budgets.get(device.id, device.total_bytes))
     return [
-        _Option(offer, kind, place, room[kind])
+        _Option(offer, kind, place, room)
         for place, offer in enumerate(offers)
         for kind in offer.device_kinds
-        if kind in room
+        if (room := _room(offer, kind, situation)) is not None
     ]
+
+
+def _room(offer: Offer, kind: str, situation: Situation) -> int | None:
+    """What the devices with the largest budgets have for the offer, in equal parts; None where there are too few."""
+    budgets = sorted(
+        (
+            situation.budgets.get(device.id, device.total_bytes)
+            for device in situation.reachable(offer.runtime)
+            if device.kind == kind
+        ),
+        reverse=True,
+    )
+    return budgets[offer.devices - 1] * offer.devices if len(budgets) >= offer.devices else None
 
 
 def _nothing(name: str, analysis: Analysis, offers: Sequence[Offer], situation: Situation) -> str:
@@ -194,7 +241,9 @@ def _nothing(name: str, analysis: Analysis, offers: Sequence[Offer], situation: 
             f"no runtime here serves {name} ({analysis.format}: {analysis.summary}): install a plugin that does, or "
             "drop it as ONNX, TorchScript, a Hugging Face folder or a Triton model directory"
         )
-    wanted = sorted({kind for offer in offers for kind in offer.device_kinds})
+    wanted = sorted(
+        {kind if o.devices == 1 else f"{o.devices} devices of kind {kind}" for o in offers for kind in o.device_kinds}
+    )
     there = sorted({device.kind for device in situation.devices})
     return (
         f"{name} could be served on {' or '.join(wanted) or 'no device'}, and this machine has "
@@ -202,9 +251,10 @@ def _nothing(name: str, analysis: Analysis, offers: Sequence[Offer], situation: 
     )
 
 
-def _applies(when: When, analysis: Analysis, options: Sequence[_Option], situation: Situation) -> bool:
+def _applies(when: When, name: str, analysis: Analysis, options: Sequence[_Option], situation: Situation) -> bool:
     quantization = analysis.facts.get("quantization")
     asked = (
+        (when.name, name),
         (when.format, analysis.format),
         (when.task, analysis.task),
         (when.architecture, analysis.architecture),
@@ -230,13 +280,17 @@ def _rank(option: _Option, prefer: Prefer) -> tuple[int | bool, ...]:
     """What fits, then by runtime, native or not, kind of device, way of serving, and the runtime's own order."""
     return (
         not option.fits,
-        _place(option.offer.runtime, prefer.runtime),
+        min(_place(word, prefer.runtime) for word in (option.offer.runtime, _way(option))),
         option.offer.native != prefer.native,
         _place(option.device_kind, prefer.device_kind),
         _place(option.offer.serving, prefer.serving),
         option.place,
         option.offer.device_kinds.index(option.device_kind),
     )
+
+
+def _way(option: _Option) -> str:
+    return f"{option.offer.runtime}/{option.offer.serving}"
 
 
 def _place(word: str, order: Sequence[str]) -> int:
@@ -249,16 +303,23 @@ def _reason(best: _Option, rule: Rule) -> str:
     how = "with its own backend" if best.offer.native else "from a template"
     because = f", because {rule.because}" if rule.because else ""
     return (
-        f"{best.offer.runtime} serves it as {best.offer.serving} {how} on {best.device_kind}, where it takes {size}"
+        f"{best.offer.runtime} serves it as {best.offer.serving} {how} on {_where(best)}, where it takes {size}"
         f"{because} (rule {rule.name})"
     )
+
+
+def _where(option: _Option) -> str:
+    count = option.offer.devices
+    return option.device_kind if count == 1 else f"{count} devices of kind {option.device_kind}"
 
 
 def _why_not(option: _Option, best: _Option, prefer: Prefer) -> str:
     """The first thing in which the option comes after the one that was taken."""
     reasons = (
         f"needs about {human(option.offer.memory_bytes)}, and models may have {human(option.room)} there",
-        f"the rule prefers the runtime {best.offer.runtime}",
+        f"the rule prefers the runtime {best.offer.runtime}"
+        if option.offer.runtime != best.offer.runtime
+        else f"the rule prefers {_way(best)}",
         "a template, and there is a backend of the runtime's own" if prefer.native else "the rule prefers a template",
         f"the rule prefers {best.device_kind}",
         f"the rule prefers {best.offer.serving}",

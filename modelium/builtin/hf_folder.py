@@ -21,8 +21,13 @@ PICKLE_INDEX = "pytorch_model.bin.index.json"
 """The names that transformers looks for, in this order (transformers/utils/__init__.py)."""
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
-NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state", "scaler", "consolidated", "adapter_model")
+NO_WEIGHTS = (
+    "training_args", "optimizer", "scheduler", "rng_state", "scaler", "consolidated", "adapter_model", "openvino_",
+)  # fmt: skip
 """What trainers and other tools leave beside the weights, by the start of the name."""
+
+EXPORTS = (".onnx", ".gguf", "openvino_model.xml")
+"""Ends of the names of models that may have the configuration of what they were made from beside them."""
 
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.(?:safetensors|bin)")
 
@@ -79,7 +84,7 @@ def find(drop: Path) -> Folder | None:
     prefix = top[0].name.removesuffix("config.json")
     entries = {e.base: e for e in found if e.name == prefix + e.base}
     folder = Folder(drop, prefix, entries, config, [e for e in found if e.name != prefix + e.base])
-    if any(e.base.endswith((".onnx", ".gguf")) for e in found) and not find_weights(folder).shards:
+    if any(e.base.endswith(EXPORTS) for e in found) and not find_weights(folder).shards:
         return None  # an export that keeps the configuration beside it
     return folder
 

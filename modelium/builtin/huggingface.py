@@ -4,7 +4,8 @@
 `model_type`, `folder` (the parent of `entry`, empty for the drop itself), `weights` (`safetensors` or `pickle`),
 `files` (names of the weight files), `dtypes` (bytes by safetensors dtype), `tokenizer`, `processor`, `chat_template`
 (whether there is one), `quantization` (the method's name, or null), `layers`, `hidden_size`, `heads`, `kv_heads`,
-`head_dim`, `vocab_size`, `max_length`, `labels` (how many), and, for a class that is not served, `unsupported` (why).
+`head_dim`, `kv_lora_rank` and `qk_rope_head_dim` (of latent attention), `vocab_size`, `max_length`, `labels` (how
+many), and, for a class that is not served, `unsupported` (why).
 """
 
 from __future__ import annotations
@@ -190,6 +191,8 @@ _SIZES: Mapping[str, tuple[str, ...]] = {
     "heads": ("num_attention_heads", "n_head", "n_heads"),
     "kv_heads": ("num_key_value_heads",),
     "head_dim": ("head_dim",),
+    "kv_lora_rank": ("kv_lora_rank",),
+    "qk_rope_head_dim": ("qk_rope_head_dim",),
     "vocab_size": ("vocab_size",),
     "max_length": ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length"),
 }

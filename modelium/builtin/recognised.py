@@ -31,7 +31,9 @@ class Known:
 
 _ONNX = "export it to ONNX"
 GGUF = Known(
-    "gguf", "a GGUF model for llama.cpp", "drop the Hugging Face folder that it was made from, with safetensors"
+    "gguf",
+    "a GGUF model for llama.cpp",
+    "`pip install modelium-plugin-llamacpp`, or drop the Hugging Face folder that it was made from, with safetensors",
 )
 TENSORRT = Known(
     "tensorrt",
@@ -62,11 +64,6 @@ SAFETENSORS = Known(
     "put it into a folder with its Hugging Face config.json and tokenizer, named model.safetensors, and drop that",
 )
 ARCHIVE = Known("archive", "an archive", "unpack it and drop the model that is in it")
-OPENVINO = Known(
-    "openvino",
-    "an OpenVINO model",
-    "drop the ONNX model that it was made from, or a Triton model directory for the openvino backend",
-)
 DIFFUSERS = Known("diffusers", "a pipeline of diffusers", "drop a Triton model directory that runs it")
 ADAPTER = Known(
     "peft",
@@ -112,7 +109,6 @@ FOLDERS: Sequence[tuple[Callable[[set[str]], bool], Known]] = (
     (lambda names: "saved_model.pb" in names, SAVED_MODEL),
     (lambda names: "model_index.json" in names, DIFFUSERS),
     (lambda names: "adapter_config.json" in names and "config.json" not in names, ADAPTER),
-    (lambda names: any(n.endswith(".xml") and f"{n[:-4]}.bin" in names for n in names), OPENVINO),
 )
 """Asked of the names of the files that lie directly in a dropped folder, or in the only folder in it."""
 

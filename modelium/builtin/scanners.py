@@ -16,7 +16,7 @@ from pathlib import Path
 
 from modelium.api import Completeness, Finding, Severity, hookimpl
 from modelium.api.units import human
-from modelium.builtin import hf_folder
+from modelium.builtin import hf_folder, openvino, python_model
 from modelium.builtin.files import UNFINISHED, Entry, head, walk
 from modelium.builtin.pickles import Survey
 from modelium.builtin.torch_file import ZIP_MAGIC, Kind, kind_of, open_zip, survey_file
@@ -53,9 +53,13 @@ FAMILIAR_NAMES = frozenset({
 @dataclass(frozen=True, slots=True)
 class _Surroundings:
     triton: bool
-    """The drop is a Triton model directory, whose model may be a program."""
+    """The drop is a Triton model directory."""
+    program: bool
+    """The model may be a program: that of a Triton model directory, or a Python model."""
     weights: frozenset[str]
     """Files that a Hugging Face folder would be loaded from, by their path in the drop."""
+    numbers: frozenset[str]
+    """Weights of OpenVINO models, which are numbers and nothing else: by chance some of them look like pickles."""
     safe_weights: bool
     """There are safetensors weights, so that no pickle is needed."""
     folder: bool
@@ -108,7 +112,8 @@ def _look_around(path: Path) -> _Surroundings:
             safe = found.kind == "safetensors"
     except ModelError:  # the analyzer says what is wrong; until then every pickle counts as weights
         pass
-    return _Surroundings(triton, weights, safe, path.is_dir())
+    numbers = openvino.weights_in(walk(path)) - weights
+    return _Surroundings(triton, triton or python_model.find(path) is not None, weights, numbers, safe, path.is_dir())
 
 
 def _file(entry: Entry, around: _Surroundings) -> Iterator[Finding]:
@@ -136,16 +141,19 @@ def _file(entry: Entry, around: _Surroundings) -> Iterator[Finding]:
                 yield _objects(entry, f"its arrays {', '.join(objects[:4])} hold", around)
         elif start.startswith(b"\x93NUMPY") and b"O'" in head(entry.path, 256):
             yield _objects(entry, "it holds", around)
-        yield from _pickle(entry, start, around)
+        if entry.name not in around.numbers or start[:4] in ZIP_MAGIC:
+            yield from _pickle(entry, start, around)
     except ModelError as exc:
-        severity = Severity.WARN if around.triton else Severity.REFUSE
+        severity = Severity.WARN if around.program else Severity.REFUSE
         yield _finding(severity, exc.code, entry, exc.message)
 
 
 def _program(entry: Entry, what: str, around: _Surroundings) -> Finding:
-    if around.triton:
-        message = f"{entry.name} is {what}, which Triton may run with its own rights: serve it only if you trust it"
-        return _finding(Severity.WARN, "program", entry, message)
+    if around.program:
+        message = (
+            f"{entry.name} is {what}, which its runtime may run with its own rights: serve it only if you trust it"
+        )
+        return _finding(Severity.WARN, "python_code" if what == "Python code" else "program", entry, message)
     if what == "Python code" and around.folder:
         message = f"{entry.name} is Python code: Modelium never runs it, and the model must do without"
         return _finding(Severity.WARN, "python_code", entry, message)
@@ -172,7 +180,7 @@ def _object_arrays(archive: zipfile.ZipFile) -> list[str]:
 
 
 def _objects(entry: Entry, holds: str, around: _Surroundings) -> Finding:
-    severity = Severity.WARN if around.triton or around.safe_weights else Severity.REFUSE
+    severity = Severity.WARN if around.program or around.safe_weights else Severity.REFUSE
     message = f"{entry.name}: {holds} Python objects, kept as a pickle, which is a program: save plain numbers"
     return _finding(severity, "pickle_code", entry, message)
 
@@ -190,14 +198,14 @@ def _pickle(entry: Entry, start: bytes, around: _Surroundings) -> Iterator[Findi
         return
     foreign = result.foreign
     needed = entry.name in around.weights if around.weights else not around.safe_weights
-    if (bad := [name for name in foreign if _strange(name)]) or (foreign and needed and not around.triton):
+    if (bad := [name for name in foreign if _strange(name)]) or (foreign and needed and not around.program):
         names = ", ".join((bad or foreign)[:6]) + (", ..." if len(bad or foreign) > 6 else "")
         message = f"{entry.name} is a pickle that asks for {names}, and would run it when loaded; {_advice(foreign)}"
         yield _finding(Severity.REFUSE, "pickle_code", entry, message)
-    elif around.triton or not needed:
+    elif around.program or not needed:
         asks = f", which asks for {', '.join(foreign[:4])}" if foreign else ""
         message = f"{entry.name} is a pickle{asks}; it is not needed, and Modelium never loads it"
-        if around.triton:
+        if around.program:
             message = f"{entry.name} is a pickle{asks}; if this model loads it, that runs whatever it names"
         yield _finding(Severity.WARN, "pickle_unused", entry, message)
     elif result.problem:

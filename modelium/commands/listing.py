@@ -20,6 +20,8 @@ from modelium.core.states import State
 HOLDING = frozenset({"LOADING", "READY", "DRAINING", "PARKING", "STANDBY", "UNLOADING"})
 
 WATCH_S = 1.0
+FOREIGN_SHOWN = 3
+"""Of each device; `--json` tells more."""
 
 
 @click.command()
@@ -141,16 +143,27 @@ def _devices(status: dict[str, Any]) -> RenderableType:
             human(d["budget_bytes"]),
             human(d["booked_bytes"]),
             human(d["promised_bytes"]),
+            human(d["measured_bytes"]),
+            human(d["overhead_bytes"]),
             human(d["foreign_bytes"]),
+            human(d["unexplained_bytes"]),
             f"{human(d['used_bytes'])} of {human(d['total_bytes'])}",
             "" if d["utilization"] is None else f"{d['utilization']:.0%}",
             " ".join(d["models"]),
         ]
         for d in status["devices"]
     ]
-    columns = ["DEVICE", "NAME", "BUDGET", "BOOKED", "PROMISED", "FOREIGN", "USED", "BUSY", "MODELS"]
+    columns = ["DEVICE", "NAME", "BUDGET", "BOOKED", "PROMISED"]
+    columns += ["MEASURED", "OVERHEAD", "FOREIGN", "UNEXPLAINED", "USED", "BUSY", "MODELS"]
+    foreign = [
+        [d["id"], str(holder["pid"]), holder["name"], human(holder["bytes"])]
+        for d in status["devices"]
+        for holder in d["foreign"][:FOREIGN_SHOWN]
+    ]
     return Group(
-        table(columns, devices, right=columns[2:8]),
+        table(columns, devices, right=columns[2:11]),
+        "",
+        table(["DEVICE", "PID", "FOREIGN PROCESS", "HOLDS"], foreign, right=("PID", "HOLDS")),
         "",
         runtime_table(status["runtimes"]),
     )

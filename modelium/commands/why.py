@@ -107,7 +107,13 @@ def _explanation(found: dict[str, Any]) -> RenderableType:
 def _measured(measured: dict[str, Any] | None) -> str:
     if measured is None:
         return "never yet"
-    return f"{human(measured['memory_bytes'])}, {measured['load_s']:.1f} s to load, in {measured['loads']} loads"
+    memory, loads = human(measured["memory_bytes"]), measured["loads"]
+    if measured["memory_spread_bytes"]:
+        memory += f" at most, {human(measured['memory_spread_bytes'])} less at least"
+    took = f"{measured['load_s']:.1f} s to load"
+    if measured["slowest_s"] > measured["load_s"]:
+        took += f", {measured['slowest_s']:.1f} s the slowest"
+    return f"{memory}; {took}; {loads} {'load' if loads == 1 else 'loads'}"
 
 
 @click.command()

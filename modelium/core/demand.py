@@ -92,6 +92,10 @@ def unload_asked(turn: Turn, event: e.UnloadAsked) -> None:
     if model is None or model.spec is None:
         turn.refuse(ticket, _unknown(turn, event.name))
         return
+    if model.spec.guest:
+        told = f"{model.name} is not ours to unload: {model.runtime} serves it of its own accord"
+        turn.refuse(ticket, Failure("model_conflict", told))
+        return
     if model.always_loaded:
         turn.refuse(ticket, Failure("model_conflict", f"{model.name} is always loaded by configuration"))
         return

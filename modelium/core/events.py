@@ -153,6 +153,8 @@ class Drained(Event):
 class Unloaded(Event):
     name: str
     op: int
+    residue: Booking = ()
+    """What did not come back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +198,8 @@ class RuntimeUp(Event):
     external: bool
     observation: Observation
     adopted: bool = False
+    elsewhere: bool = False
+    """Only devices of its own are within its reach."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,49 +92,50 @@ class Victims:
         return min(self._staying)[0] if self._staying else None
 
     def choose(
-        self, device: str, shortage: int, worst: Tier, place: Place | None, movable: Collection[str] = ()
+        self, shortages: Mapping[str, int], worst: Tier, place: Place | None, movable: Collection[str] = ()
     ) -> tuple[Model, ...]:
-        """The smallest set, from the lowest tiers in the policy's order, that frees `shortage` bytes of the device.
+        """The smallest set, from the lowest tiers in the policy's order, that frees what each device is short of.
 
         `place` is the place in the queue of the one who needs the room, None for nobody who waits; `movable` are
         names of awaited parts that may go nevertheless. Empty where nothing frees enough.
         """
-        if self._total(device, worst) < shortage:
+        if any(self._total(device, worst) < shortage for device, shortage in shortages.items()):
             return ()
         spared = {n for n, first in self._awaited.items() if place is None or first <= place}.difference(movable)
         roots: list[str] = []
         gone: list[str] = []
-        for tier in Tier:
-            if tier > worst or self._size(gone, device) >= shortage:
-                break
-            for name in self._ranked(device, tier, gone):
-                if name in spared or name in gone:
-                    continue
-                roots.append(name)
-                gone = self._with_parts(roots, tier, spared)
-                if self._size(gone, device) >= shortage:
+        for device, shortage in shortages.items():
+            for tier in Tier:
+                if tier > worst or self._size(gone, device) >= shortage:
                     break
-        if self._size(gone, device) < shortage:
-            return ()
-        return tuple(self._turn.models[n] for n in self._needed(gone, roots, device, shortage))
+                for name in self._ranked(device, tier, gone):
+                    if name in spared or name in gone:
+                        continue
+                    roots.append(name)
+                    gone = self._with_parts(roots, tier, spared)
+                    if self._size(gone, device) >= shortage:
+                        break
+            if self._size(gone, device) < shortage:
+                return ()
+        return tuple(self._turn.models[n] for n in self._needed(gone, roots, shortages))
 
-    def _needed(self, gone: list[str], roots: list[str], device: str, shortage: int) -> list[str]:
+    def _needed(self, gone: list[str], roots: list[str], shortages: Mapping[str, int]) -> list[str]:
         """Leave out what need not go after all: the largest parts first, then models from the end of the order."""
-        sizes = {n: self._size([n], device) for n in gone}
-        spare = sum(sizes.values()) - shortage
-        parts = sorted((n for n in gone if n not in roots), key=lambda n: (-sizes[n], n))
+        sizes = {n: {device: self._size([n], device) for device in shortages} for n in gone}
+        spare = {device: self._size(gone, device) - shortage for device, shortage in shortages.items()}
+        parts = sorted((n for n in gone if n not in roots), key=lambda n: (-sum(sizes[n].values()), n))
         for name in (*parts, *parts, *reversed(roots)):
-            if name in gone and sizes[name] <= spare:
+            if name in gone and all(sizes[name][device] <= spare[device] for device in shortages):
                 fewer = [n for n in gone if n != name]
                 if self._sound(fewer):
                     gone = fewer
-                    spare -= sizes[name]
+                    spare = {device: size - sizes[name][device] for device, size in spare.items()}
         return gone
 
     def obstacles(self, worst: Tier) -> list[str]:
         """Why others can't go, for the reason that people read."""
         models, now = self._turn.models, self._turn.now
-        told = [f"{n} is {'always loaded' if models[n].always_loaded else 'pinned'}" for n in self._kept]
+        told = [f"{n} is {'pinned' if models[n].pinned else 'always loaded'}" for n in self._kept]
         told += [f"{n} stays {until - now:.0f} s more" for until, n in self._staying]
         told += [f"{n} is in use" for n, tier in self._free.items() if tier > worst]
         return sorted(told)

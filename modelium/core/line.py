@@ -5,7 +5,7 @@ from __future__ import annotations
 from modelium.core.eviction import Place, Victims
 from modelium.core.states import BASE_PRIORITY, URGENT, State, Want
 from modelium.core.turn import Turn
-from modelium.core.world import Model, queued
+from modelium.core.world import Booking, Model, Spec, queued
 
 
 class Line:
@@ -25,10 +25,9 @@ class Line:
         """Bytes by device that are kept for those who came before in this look."""
         self.loading: dict[str, int] = {}
         """Loads under way, by runtime."""
-        self.largest: dict[str, int] = {}
-        """The largest budget of a device, by kind."""
-        self._several: set[str] = set()
-        self._in_vain: dict[tuple[str, bool], int] = {}
+        self._largest: dict[tuple[str, str], int] = {}
+        self._several: set[tuple[str, str]] = set()
+        self._in_vain: dict[tuple[tuple[str, str], bool], int] = {}
         self._victims: Victims | None = None
         wholes: list[str] = []
         for name in turn.queue:
@@ -43,9 +42,11 @@ class Line:
             if turn.models[name].state is State.STANDBY:
                 self.awaited[name] = place  # it is nobody's victim behind it
         for account in turn.devices.values():
-            if account.kind in self.largest:
-                self._several.add(account.kind)
-            self.largest[account.kind] = max(self.largest.get(account.kind, 0), account.budget_bytes)
+            key = (account.kind, account.runtime)
+            if key in self._largest:
+                self._several.add(key)
+            self._largest[key] = max(self._largest.get(key, 0), account.budget_bytes)
+        self._apart = {runtime for _, runtime in self._largest if runtime}
         for runtime in loads(turn):
             self.loading[runtime] = self.loading.get(runtime, 0) + 1
 
@@ -85,6 +86,7 @@ class Line:
                 continue
             if any(
                 account.kind == part.spec.device_kind
+                and self._turn.reaches(part.spec.runtime, account)
                 and account.budget_bytes >= part.estimate.memory_bytes
                 and account.id not in (d for d, _ in part.booking)
                 for account in self._turn.devices.values()
@@ -114,25 +116,41 @@ class Line:
         """A loaded model moved, or one began to load."""
         self._victims = None
 
-    def in_vain(self, model: Model, kind: str) -> bool:
+    def largest(self, spec: Spec) -> int:
+        """The largest budget of a device that a model may be placed on; -1 where there is none."""
+        own = self._largest.get((spec.device_kind, spec.runtime), -1) if spec.runtime in self._apart else -1
+        runtime = self._turn.runtimes.get(spec.runtime)
+        shared = -1 if runtime is not None and runtime.elsewhere else self._largest.get((spec.device_kind, ""), -1)
+        return max(own, shared)
+
+    def _choice(self, model: Model) -> tuple[str, str]:
+        """Models of one choice may be placed on the same devices: its kind, and its runtime where that has its own."""
+        spec = model.spec
+        assert spec is not None
+        return spec.device_kind, spec.runtime if spec.runtime in self._apart else ""
+
+    def in_vain(self, model: Model) -> bool:
         """Whether somebody before it, who needed no more and could take as much, found no room in this look.
 
         Where there are several devices, one who has waited long is looked at all the same: it may claim another one.
         """
-        old = self.aged(model)
-        least = self._in_vain.get((kind, old))
-        if least is None or model.promise or model.want is Want.PART or (old and kind in self._several):
+        old, choice = self.aged(model), self._choice(model)
+        least = self._in_vain.get((choice, old))
+        several = choice in self._several or bool(choice[1])
+        if least is None or model.promise or model.want is Want.PART or (old and several):
             return False
-        return model.estimate.memory_bytes >= least
+        return model.need >= least
 
-    def found_none(self, model: Model, kind: str) -> None:
+    def found_none(self, model: Model) -> None:
         """There is no room for it, nor for one after it who needs as much."""
-        if model.want is not Want.PART:
-            key, size = (kind, self.aged(model)), model.estimate.memory_bytes
+        spec = model.spec
+        if model.want is not Want.PART and spec is not None and spec.devices == 1:
+            key, size = (self._choice(model), self.aged(model)), model.need
             self._in_vain[key] = min(size, self._in_vain.get(key, size))
 
-    def reserve(self, device: str, size: int) -> None:
-        self.ahead[device] = self.ahead.get(device, 0) + size
+    def reserve(self, booking: Booking) -> None:
+        for device, size in booking:
+            self.ahead[device] = self.ahead.get(device, 0) + size
 
 
 def _own_place(turn: Turn, model: Model) -> Place:

@@ -29,13 +29,14 @@ def loaded(turn: Turn, event: e.Loaded) -> None:
             op=0,
             booking=event.memory or (model.booking if asleep is None else asleep.before),
             measured=event.memory,
-            estimate=_learnt(model, model.held, model.booking, event),
+            estimate=_learnt(model, model.held, model.placed, event),
             parked=None,
             loaded_at=turn.now,
             loaded_for=model.want,
             want=Want.NONE,
             failure=None,
             failures=0,
+            late=0,
             use=Use(),
         )
         turn.out.append(OpenRoute(model.name, model.home))
@@ -50,8 +51,9 @@ def _replaced(turn: Turn, model: Model, coming: Held, event: e.Loaded) -> None:
         op=0,
         extra=(),
         booking=event.memory or model.extra or model.booking,
+        placed=tuple(device for device, _ in model.extra) or model.placed,
         measured=event.memory,
-        estimate=_learnt(model, coming, model.extra, event),
+        estimate=_learnt(model, coming, tuple(device for device, _ in model.extra) or model.placed, event),
         held=coming,
         coming=None,
         loaded_at=turn.now,
@@ -64,21 +66,25 @@ def _replaced(turn: Turn, model: Model, coming: Held, event: e.Loaded) -> None:
     turn.dirty = True
 
 
-def _learnt(model: Model, held: Held | None, booked: Booking, event: e.Loaded) -> Estimate:
+def _learnt(model: Model, held: Held | None, placed: tuple[str, ...], event: e.Loaded) -> Estimate:
     """What the next load is expected to take, unless what was loaded is out of date by now."""
     if held is None or held.spec != model.spec:
         return model.estimate
     estimate = model.estimate
     if model.parked is None:
-        estimate = replace(estimate, load_s=event.load_s)
+        estimate = replace(estimate, load_s=event.load_s, slowest_s=max(estimate.slowest_s, event.load_s))
     elif (how := parked_as(model)) is not None:
         estimate = learnt(estimate, replace(how, wake_s=event.load_s))
-    return replace(estimate, memory_bytes=footprint(event.memory, booked), measured=True) if event.memory else estimate
+    return replace(estimate, memory_bytes=footprint(event.memory, placed), measured=True) if event.memory else estimate
 
 
-def footprint(memory: Booking, booked: Booking) -> int:
-    """What a model takes on the device that it was placed on; in all, where it was placed on none of those measured."""
-    return sum(bytes_on(memory, device) for device, _ in booked[:1]) or sum(n for _, n in memory)
+def footprint(memory: Booking, placed: tuple[str, ...]) -> int:
+    """What a model takes on the devices that it was placed on; in all, where it was placed on none of those measured.
+
+    Where they are unequal, the fullest one counts for all, since each is to have room for an equal part.
+    """
+    taken = [bytes_on(memory, device) for device in placed]
+    return max(taken, default=0) * len(taken) or sum(n for _, n in memory)
 
 
 def load_failed(turn: Turn, event: e.LoadFailed) -> None:
@@ -132,6 +138,7 @@ def unloaded(turn: Turn, event: e.Unloaded) -> None:
     model = turn.models.get(event.name)
     if model is None or model.op != event.op or model.state is not State.UNLOADING:
         return
+    _note_unload(turn, model, event.residue)
     again, whole = model.again, model
     reason = model.reason.removeprefix(DRAINED)
     if model.failure is not None:
@@ -146,6 +153,7 @@ def unloaded(turn: Turn, event: e.Unloaded) -> None:
             booking=(),
             extra=(),
             measured=(),
+            placed=(),
             held=None,
             parked=None,
             coming=None,
@@ -155,6 +163,21 @@ def unloaded(turn: Turn, event: e.Unloaded) -> None:
         model = turn.grant_gone(model)
     onward(turn, model, again, reason)
     unload_parts(turn, whole)
+
+
+def _note_unload(turn: Turn, model: Model, residue: Booking) -> None:
+    runtime = turn.runtimes.get(model.home)
+    if runtime is None:
+        return
+    took_s = turn.now - model.op_since
+    if residue or took_s > runtime.slowest_unload_s:
+        kept = dict(runtime.residue)
+        for device, size in residue:
+            kept[device] = kept.get(device, 0) + size
+        noted = replace(
+            runtime, residue=tuple(sorted(kept.items())), slowest_unload_s=max(took_s, runtime.slowest_unload_s)
+        )
+        turn.runtimes = turn.runtimes.set(runtime.name, noted)
 
 
 def unload_failed(turn: Turn, event: e.UnloadFailed) -> None:

@@ -43,7 +43,9 @@ _LEAVING = frozenset({State.DRAINING, State.PARKING, State.UNLOADING})
 def keep_resident(turn: Turn, model: Model) -> Model:
     """See that a model that should be loaded at all times is on its way."""
     reopen(turn, model)
-    what = "always loaded by configuration" if model.always_loaded else "pinned"
+    what = "pinned" if model.pinned else "always loaded by configuration"
+    if model.spec is not None and model.spec.guest:
+        what = f"{model.runtime} has it of its own accord"
     return want(turn, turn.models[model.name], Want.RESIDENT, what)
 
 
@@ -248,6 +250,7 @@ def fail(turn: Turn, model: Model, failure: Failure, *, runtime_lost: bool = Fal
         extra=(),
         promise=(),
         measured=(),
+        placed=(),
         held=None,
         parked=None,
         coming=None,

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import combinations
 
 from modelium.api.units import human
 from modelium.core.states import State
 from modelium.core.turn import Turn, bytes_on
-from modelium.core.world import Account, Model
+from modelium.core.world import Account, Booking, Model
+
+MOST_SPOTS = 256
+"""So many choices of several devices are looked at, those with the most room first."""
 
 
 @dataclass(frozen=True, slots=True)
-class Spot:
-    """One device as a place for one model."""
+class Place:
+    """One device as a place for one model, or for an equal part of it."""
 
     account: Account
     need: int
@@ -52,27 +56,80 @@ class Spot:
         return " ".join(parts)
 
 
+@dataclass(frozen=True, slots=True)
+class Spot:
+    """As many devices as a model spreads over, most often one."""
+
+    places: tuple[Place, ...]
+
+    @property
+    def id(self) -> str:
+        """Names the devices."""
+        return " ".join(place.account.id for place in self.places)
+
+    @property
+    def need(self) -> int:
+        """On each of them."""
+        return self.places[0].need
+
+    @property
+    def booking(self) -> Booking:
+        return tuple((place.account.id, place.need) for place in self.places)
+
+    @property
+    def fits_ever(self) -> bool:
+        """Whether there would be room if all else were unloaded."""
+        return all(place.need <= place.account.budget_bytes for place in self.places)
+
+    @property
+    def free_now(self) -> int:
+        return min(place.free_now for place in self.places)
+
+    @property
+    def fits_now(self) -> bool:
+        return all(place.need <= min(max(0, place.free_now), place.account.budget_bytes) for place in self.places)
+
+    @property
+    def shortage(self) -> int:
+        """The largest of any of them."""
+        return max(place.shortage for place in self.places)
+
+    @property
+    def arithmetic(self) -> str:
+        return "; ".join(place.arithmetic for place in self.places)
+
+
 def spots(turn: Turn, model: Model, ahead: Mapping[str, int] | None = None) -> list[Spot]:
     """The devices of the right kind, in the order in which they should be tried.
 
     `ahead` is the room, by device, that is kept for those whose turn comes before; without it, all that is promised
     to others is.
     """
-    if model.spec is None:
+    spec = model.spec
+    if spec is None:
         return []
-    need, where = model.estimate.memory_bytes, _where(turn, model)
+    need, where = model.need, _where(turn, model)
     found = [
-        Spot(
+        Place(
             account,
             max(0, need - bytes_on(model.booking, account.id)) if where else need,
             account.promised_bytes - bytes_on(model.promise, account.id) if ahead is None else ahead.get(account.id, 0),
         )
         for account in turn.devices.values()
-        if account.kind == model.spec.device_kind and (not where or account.id in where)
+        if account.kind == spec.device_kind
+        and turn.reaches(spec.runtime, account)
+        and (not where or account.id in where)
     ]
     if len(found) > 1:
-        found.sort(key=lambda s: (-s.free_now, s.account.id))
-    return found
+        found.sort(key=lambda p: (-p.free_now, p.account.id))
+    if spec.devices == 1:
+        return [Spot((place,)) for place in found]
+    together: list[Spot] = []
+    for chosen in combinations(found, spec.devices):
+        together.append(Spot(tuple(sorted(chosen, key=lambda p: p.account.id))))
+        if len(together) == MOST_SPOTS:
+            break
+    return together
 
 
 def _where(turn: Turn, model: Model) -> set[str]:
@@ -83,20 +140,23 @@ def _where(turn: Turn, model: Model) -> set[str]:
     return {d for d, _ in held if d in turn.devices and turn.devices[d].kind == model.spec.device_kind}
 
 
-def never_fits(model: Model, found: Iterable[Spot]) -> str | None:
+def never_fits(turn: Turn, model: Model, found: Iterable[Spot]) -> str | None:
     """Why the model can't fit even when all else is unloaded; None when it can."""
-    found = list(found)
-    kind = model.spec.device_kind if model.spec else "?"
-    if not found:
-        return f"needs a device of kind {kind}, and there is none"
-    if any(s.need <= s.account.budget_bytes for s in found):
+    if any(s.fits_ever for s in found):
         return None
-    budgets = ", ".join(
-        f"{s.account.id} has a budget of {human(s.account.budget_bytes)} (of {human(s.account.total_bytes)})"
-        for s in sorted(found, key=lambda s: s.account.id)
+    spec = model.spec
+    kind, several = (spec.device_kind, spec.devices) if spec else ("?", 1)
+    there = sorted(
+        (a for a in turn.devices.values() if a.kind == kind and spec is not None and turn.reaches(spec.runtime, a)),
+        key=lambda a: a.id,
     )
+    if not there:
+        return f"needs a device of kind {kind}, and there is none"
+    budgets = ", ".join(f"{a.id} has a budget of {human(a.budget_bytes)} (of {human(a.total_bytes)})" for a in there)
     how = "measured at its last load" if model.estimate.measured else "estimated"
-    return f"can never fit: needs {human(found[0].need)} ({how}); {budgets}"
+    if several > 1:
+        return f"can never fit: needs {several} devices of kind {kind} with {human(model.need)} each ({how}); {budgets}"
+    return f"can never fit: needs {human(model.need)} ({how}); {budgets}"
 
 
 def never_beside(turn: Turn, model: Model, found: Iterable[Spot]) -> str | None:
@@ -105,16 +165,20 @@ def never_beside(turn: Turn, model: Model, found: Iterable[Spot]) -> str | None:
     always = [
         m for m in live if m.always_loaded and m.state is State.READY and m.measured
     ]  # what others take is a guess
-    rooms: list[str] = []
+    rooms: dict[str, str] = {}
     for spot in found:
-        device, budget = spot.account.id, spot.account.budget_bytes
-        holding = [m for m in always if bytes_on(m.booking, device)]
-        held = sum(bytes_on(m.booking, device) for m in holding)
-        if spot.need <= budget - held:
+        fits = True
+        for place in spot.places:
+            device, budget = place.account.id, place.account.budget_bytes
+            holding = [m for m in always if bytes_on(m.booking, device)]
+            held = sum(bytes_on(m.booking, device) for m in holding)
+            if place.need > budget - held:
+                fits = False
+                names = ", ".join(m.name for m in holding)
+                rooms[device] = f"{device} has a budget of {human(budget)} less {human(held)} of {names}"
+        if fits:
             return None
-        names = ", ".join(m.name for m in holding)
-        rooms.append(f"{device} has a budget of {human(budget)} less {human(held)} of {names}")
     if not rooms:
         return None
-    need = human(model.estimate.memory_bytes)
-    return f"can never fit beside what is always loaded: needs {need}; {'; '.join(rooms)}"
+    each = " on each device" if model.spec is not None and model.spec.devices > 1 else ""
+    return f"can never fit beside what is always loaded: needs {human(model.need)}{each}; {'; '.join(rooms.values())}"

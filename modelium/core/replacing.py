@@ -32,7 +32,7 @@ def replace_stale(turn: Turn) -> None:
 
 def _bring_up_to_date(turn: Turn, model: Model, spec: Spec) -> None:
     found = spots(turn, model)
-    never = never_fits(model, found)
+    never = never_fits(turn, model, found)
     if never is not None:
         model = turn.change(model, coming=Held(spec, model.parameters))
         keep_old(turn, model, Failure("never_fits", f"{model.name} {never}"))
@@ -41,10 +41,10 @@ def _bring_up_to_date(turn: Turn, model: Model, spec: Spec) -> None:
     if any(p is None or p.forget or p.state in (State.INVALID, State.FAILED) for p in parts):
         _say(turn, model, "its files changed, but not all that they are made of can be loaded")
         return
-    here = next((s for s in found if model.booking and s.account.id == model.booking[0][0]), None)
+    here = next((s for s in found if sorted(d for d, _ in s.booking) == sorted(model.placed)), None)
     together = (
         here is not None
-        and here.need <= here.free_now
+        and here.fits_now
         and model.held is not None
         and model.held.spec.runtime == spec.runtime
         and all(p is not None and p.state is State.READY for p in parts)
@@ -56,7 +56,7 @@ def _bring_up_to_date(turn: Turn, model: Model, spec: Spec) -> None:
         _say(turn, model, "its files changed: the new ones wait for their turn to load")
         return
     op = turn.new_id()
-    extra = ((here.account.id, here.need),)
+    extra = here.booking
     turn.change(
         model,
         op=op,

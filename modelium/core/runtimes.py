@@ -36,11 +36,21 @@ def runtime_up(turn: Turn, event: e.RuntimeUp) -> None:
     if runtime is None or runtime.epoch != event.epoch or runtime.state is not RuntimeState.STARTING:
         return
     reason = "adopted as it was" if event.adopted else "answers"
-    turn.move_runtime(runtime, RuntimeState.UP, reason, instance=event.instance, external=event.external)
+    known = runtime.instance == event.instance
+    turn.move_runtime(
+        runtime,
+        RuntimeState.UP,
+        reason,
+        instance=event.instance,
+        external=event.external,
+        elsewhere=event.elsewhere,
+        residue=runtime.residue if known else (),
+        slowest_unload_s=runtime.slowest_unload_s if known else 0.0,
+    )
     _reconcile(turn, event.name, event.observation.models, inf)
     for model in list(turn.models.values()):
         if model.home == event.name:
-            _unwanted(turn, model, f"{event.name} is up again")
+            unwanted(turn, model, f"{event.name} is up again")
     turn.dirty = True
 
 
@@ -87,9 +97,9 @@ def _reconcile(turn: Turn, runtime: str, observed: tuple[ObservedModel, ...], ta
         elif model.since >= taken_at:
             continue
         elif model.state is State.READY and not model.op:
-            _lose(turn, model, Failure("runtime_unavailable", reason))
+            lose(turn, model, Failure("runtime_unavailable", reason))
             if name in turn.models:
-                _unwanted(turn, turn.models[name], reason)
+                unwanted(turn, turn.models[name], reason)
             whole = next((m.name for m in turn.live_dependents(name) if m.state is State.READY), None)
             if whole is not None and name in turn.models:
                 want(turn, turn.models[name], Want.RESTORE, f"{whole} is made of it")
@@ -113,8 +123,16 @@ def _booking(turn: Turn, model: Model, shown: ObservedModel) -> Booking:
     if model.booking:
         return model.booking
     kind = model.spec.device_kind if model.spec else ""
-    device = next((a.id for a in sorted(turn.devices.values(), key=lambda a: a.id) if a.kind == kind), None)
+    usable = [a for a in turn.devices.values() if a.kind == kind and turn.reaches(model.home, a)]
+    device = min(((not a.runtime, a.id) for a in usable), default=(True, None))[1]  # its own before a shared one
     return ((device, model.estimate.memory_bytes),) if device is not None else ()
+
+
+def _placed(turn: Turn, model: Model, shown: ObservedModel) -> tuple[str, ...]:
+    """The devices of the model's kind among those that it was found on."""
+    kind = model.spec.device_kind if model.spec else ""
+    booking = _booking(turn, model, shown)
+    return tuple(d for d, _ in booking if (account := turn.devices.get(d)) is not None and account.kind == kind)
 
 
 def _remeasure(turn: Turn, model: Model, shown: ObservedModel) -> None:
@@ -131,7 +149,7 @@ def _remeasure(turn: Turn, model: Model, shown: ObservedModel) -> None:
         return
     estimate = model.estimate
     if not model.stale and model.parked is None:
-        estimate = replace(estimate, memory_bytes=footprint(new, model.booking), measured=True)
+        estimate = replace(estimate, memory_bytes=footprint(new, model.placed), measured=True)
     turn.change(model, measured=new, booking=new, estimate=estimate)
     turn.dirty = turn.dirty or bool(turn.queue)
 
@@ -144,6 +162,7 @@ def _adopt(turn: Turn, model: Model, shown: ObservedModel) -> None:
         State.READY,
         "adopted: it was loaded already",
         booking=_booking(turn, model, shown),
+        placed=model.placed or _placed(turn, model, shown),
         extra=(),
         measured=tuple(sorted(shown.memory.items())),
         promise=(),
@@ -246,7 +265,7 @@ def lose_models(turn: Turn, runtime: str, failure: Failure) -> None:
     lost = [m for n in sorted(turn.live) if (m := turn.models[n]).home == runtime]
     for model in lost:
         if model.state is not State.RECOVERING:
-            _lose(turn, model, failure)
+            lose(turn, model, failure)
         elif given_up:
             failed = fail(turn, turn.grant_gone(model), failure)
             onward(turn, failed, Want.NONE, failure.message)
@@ -254,7 +273,7 @@ def lose_models(turn: Turn, runtime: str, failure: Failure) -> None:
         unload_parts(turn, model)
 
 
-def _lose(turn: Turn, model: Model, failure: Failure) -> None:
+def lose(turn: Turn, model: Model, failure: Failure) -> None:
     """The model went with its runtime; it comes back if it was in use."""
     if model.state is State.FAILED:
         _gone(turn, model, failure.message)
@@ -274,7 +293,7 @@ def _lose(turn: Turn, model: Model, failure: Failure) -> None:
     onward(turn, model, again, failure.message)
 
 
-def _unwanted(turn: Turn, model: Model, reason: str) -> None:
+def unwanted(turn: Turn, model: Model, reason: str) -> None:
     """What was READY when it was lost, and nobody waits for, may be loaded again.
 
     One that was being loaded may be what the runtime was lost by: its failures go on counting.
@@ -288,7 +307,7 @@ def _gone(turn: Turn, model: Model, reason: str, again: Want = Want.NONE) -> Non
     """What was not known, or could not be unloaded, is not there."""
     wanted = again or model.want
     model = turn.move(
-        model, State.COLD, reason, want=Want.NONE, booking=(), extra=(), measured=(), held=None, coming=None,
+        model, State.COLD, reason, want=Want.NONE, booking=(), extra=(), measured=(), placed=(), held=None, coming=None,
         promise=(), parked=None, failure=None, failures=0, retry_at=0.0,
     )  # fmt: skip
     model = turn.grant_gone(model)

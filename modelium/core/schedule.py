@@ -22,7 +22,7 @@ from modelium.core.recycling import go_on
 from modelium.core.replacing import replace_stale
 from modelium.core.states import RuntimeState, State, Want
 from modelium.core.turn import Turn, added
-from modelium.core.world import Booking, Failure, Held, Model, queued
+from modelium.core.world import Failure, Held, Model, queued
 
 _BROKEN = frozenset({State.INVALID, State.DISCOVERED})
 
@@ -114,10 +114,10 @@ def _serve(turn: Turn, line: Line, model: Model) -> None:
     if runtime.given_up:
         fail(turn, model, Failure("runtime_unavailable", f"{runtime.name} is down: {runtime.reason}"))
         return
-    spec, need = model.spec, model.estimate.memory_bytes
+    spec = model.spec
     assert spec is not None
-    if turn.devices and (model.parts or need > line.largest.get(spec.device_kind, -1)):
-        never = never_fits(model, spots(turn, model)) or _whole_never_fits(turn, model)
+    if turn.devices and (model.parts or spec.devices > 1 or model.need > line.largest(spec)):
+        never = never_fits(turn, model, spots(turn, model)) or _whole_never_fits(turn, model)
         if never is not None:
             _cannot(turn, model, Failure("never_fits", f"{model.name} {never}"))
             return
@@ -134,23 +134,23 @@ def _serve(turn: Turn, line: Line, model: Model) -> None:
     if full and not model.promise:
         _wait(turn, model, turns)
         return
-    if model.reason.startswith(_NO_ROOM) and not turn.sweeping and line.in_vain(model, spec.device_kind):
+    if model.reason.startswith(_NO_ROOM) and not turn.sweeping and line.in_vain(model):
         if not line.aged(model):
             turn.wake(line.ages_at(model))
         return
     found = spots(turn, model, line.ahead)
     if full:
-        kept = next((s for s in found if s.account.id == model.promise[0][0]), None)
+        kept = next((s for s in found if s.booking == model.promise), None)
         if kept is not None and kept.shortage <= 0:
             _promise(turn, line, model, kept, turns)
         else:
             _wait(turn, model, turns)
         return
     for spot in found:
-        if spot.need <= min(max(0, spot.free_now), spot.account.budget_bytes):
+        if spot.fits_now:
             _load(turn, line, model, spot)
             return
-    _make_room(turn, line, model, [s for s in found if s.need <= s.account.budget_bytes])
+    _make_room(turn, line, model, [s for s in found if s.fits_ever])
 
 
 _NO_ROOM = "waits for room: "
@@ -232,7 +232,7 @@ def _whole_never_fits(turn: Turn, model: Model) -> str | None:
 
 def _load(turn: Turn, line: Line, model: Model, spot: Spot) -> None:
     op, dirty = turn.new_id(), turn.dirty
-    booking: Booking = ((spot.account.id, spot.need),)
+    booking = spot.booking
     spec, asleep = model.spec, model.parked
     assert spec is not None
     if asleep is not None:
@@ -245,6 +245,7 @@ def _load(turn: Turn, line: Line, model: Model, spot: Spot) -> None:
         State.LOADING,
         f"{told}; {spot.arithmetic}",
         booking=booking,
+        placed=tuple(device for device, _ in spot.booking) if asleep is None else model.placed,
         promise=(),
         op=op,
         op_since=turn.now,
@@ -266,8 +267,9 @@ def _load(turn: Turn, line: Line, model: Model, spot: Spot) -> None:
 
 def _make_room(turn: Turn, line: Line, model: Model, found: list[Spot]) -> None:
     """Drain the smallest set of victims on the device where that is least, and promise what they free."""
-    mine = model.promise[0][0] if model.promise else None
-    for spot in sorted(found, key=lambda s: s.account.id != mine):
+    mine = tuple(device for device, _ in model.promise)
+    own = {spot.id: spot.id.split() != list(mine) for spot in found}
+    for spot in sorted(found, key=lambda s: own[s.id]):
         if spot.shortage <= 0:
             _promise(turn, line, model, spot, f"waits for memory on its way back; {spot.arithmetic}")
             return
@@ -278,10 +280,11 @@ def _make_room(turn: Turn, line: Line, model: Model, found: list[Spot]) -> None:
         if best is not None or movable is None:
             break
         for spot in found:
-            chosen = line.victims.choose(spot.account.id, spot.shortage, worst, place, movable)
+            shortages = {p.account.id: p.shortage for p in spot.places if p.shortage > 0}
+            chosen = line.victims.choose(shortages, worst, place, movable)
             if chosen:
-                size = sum(n for m in chosen for d, n in m.booking if d == spot.account.id)
-                key = (max(line.victims.tier(m.name) for m in chosen), size, spot.account.id)
+                size = sum(n for m in chosen for d, n in m.booking if d in shortages)
+                key = (max(line.victims.tier(m.name) for m in chosen), size, spot.id)
                 if best is None or key < best[0]:
                     best = (key, spot, chosen)
     if best is not None:
@@ -311,10 +314,10 @@ def _make_room(turn: Turn, line: Line, model: Model, found: list[Spot]) -> None:
     told = "; ".join(obstacles[:4]) + (f"; and {len(obstacles) - 4} more" if len(obstacles) > 4 else "")
     reason = f"{_NO_ROOM}{_first(found)}{'; ' + told if told else ''}"
     if model.spec is not None:
-        line.found_none(model, model.spec.device_kind)
+        line.found_none(model)
     if old:
-        for spot in sorted(found, key=lambda s: (s.account.id != mine, s.shortage, s.account.id)):
-            if spot.need <= line.victims.claimable(spot.account.id, place):
+        for spot in sorted(found, key=lambda s: (own[s.id], s.shortage, s.id)):
+            if all(p.need <= line.victims.claimable(p.account.id, place) for p in spot.places):
                 _promise(turn, line, model, spot, reason)
                 return
     _wait(turn, model, reason)
@@ -323,7 +326,7 @@ def _make_room(turn: Turn, line: Line, model: Model, found: list[Spot]) -> None:
 def _fits_elsewhere(turn: Turn, line: Line, model: Model) -> bool:
     """Whether there is room now for what sleeps, if it is loaded anew."""
     anywhere = spots(turn, replace(model, parked=None), line.ahead)
-    return any(s.need <= min(s.free_now, s.account.budget_bytes) for s in anywhere)
+    return any(s.fits_now for s in anywhere)
 
 
 def _first(found: list[Spot]) -> str:
@@ -331,8 +334,8 @@ def _first(found: list[Spot]) -> str:
 
 
 def _promise(turn: Turn, line: Line, model: Model, spot: Spot, reason: str) -> None:
-    line.reserve(spot.account.id, spot.need)
-    _wait(turn, model, reason, ((spot.account.id, spot.need),))
+    line.reserve(spot.booking)
+    _wait(turn, model, reason, spot.booking)
 
 
 def _give_up(turn: Turn, line: Line, model: Model, reason: str) -> None:

@@ -11,12 +11,12 @@ from modelium.core.demand import expired
 from modelium.core.eviction import Tier, Victims
 from modelium.core.line import Line
 from modelium.core.loading import keep_old, stuck
-from modelium.core.moves import begin_unload, drain, evict, give_up_load
+from modelium.core.moves import begin_unload, drain, evict, give_up_load, recycle
 from modelium.core.parking import not_parked, not_woken
-from modelium.core.runtimes import start
-from modelium.core.states import RuntimeState, State
+from modelium.core.runtimes import lose, start, unwanted
+from modelium.core.states import RuntimeState, State, Want
 from modelium.core.turn import Turn
-from modelium.core.world import Account, Failure, Model, queued
+from modelium.core.world import Account, Failure, Model, Runtime, queued
 
 
 def use_observed(turn: Turn, event: e.UseObserved) -> None:
@@ -30,6 +30,10 @@ def use_observed(turn: Turn, event: e.UseObserved) -> None:
 
 def devices_observed(turn: Turn, event: e.DevicesObserved) -> None:
     loading = {d for n in turn.moving for d, _ in _unmeasured(turn.models[n])}
+    seen_ids = {device.id for device in event.devices}
+    for former in list(turn.devices.values()):
+        if former.runtime and former.id not in seen_ids:
+            _gone(turn, former)
     for device in event.devices:
         account = turn.devices.get(device.id)
         foreign = max(0, device.used_bytes - event.accounted.get(device.id, 0))
@@ -39,7 +43,7 @@ def devices_observed(turn: Turn, event: e.DevicesObserved) -> None:
         seen = Account(
             id=device.id, kind=device.kind, name=device.name, total_bytes=device.total_bytes,
             used_bytes=device.used_bytes, budget_bytes=min(budget, device.total_bytes), foreign_bytes=foreign,
-            utilization=device.utilization,
+            utilization=device.utilization, runtime=device.runtime,
         )  # fmt: skip
         if account is None:
             turn.add_device(seen)
@@ -54,6 +58,21 @@ def devices_observed(turn: Turn, event: e.DevicesObserved) -> None:
         before = None if account is None else (account.limit_bytes, account.budget_bytes)
         if before != (seen.limit_bytes, seen.budget_bytes):
             turn.dirty = turn.dirty or bool(turn.queue)
+
+
+def _gone(turn: Turn, account: Account) -> None:
+    """A device of another machine is not there any more, nor what was loaded on it."""
+    failure = Failure("runtime_unavailable", f"{account.id} is gone")
+    turn.devices = turn.devices.delete(account.id)
+    for name in sorted({*turn.live, *turn.queue}):
+        model = turn.models[name]
+        if any(device == account.id for device, _ in model.promise):
+            model = turn.change(model, promise=())
+        if any(device == account.id for device, _ in model.booking + model.extra):
+            lose(turn, model, failure)
+            if name in turn.models:
+                unwanted(turn, turn.models[name], failure.message)
+    turn.dirty = True
 
 
 def _unmeasured(model: Model) -> tuple[tuple[str, int], ...]:
@@ -78,8 +97,11 @@ def ticked(turn: Turn, event: e.Ticked) -> None:
     if turn.now >= turn.next_sweep or turn.next_sweep > turn.now + turn.policy.sweep_s:
         for name in sorted(turn.live):
             _idle(turn, turn.models[name])
+            _release(turn, turn.models[name])
         for account in sorted(turn.devices.values(), key=lambda a: a.id):
             _relieve(turn, account)
+        for runtime in list(turn.runtimes.values()):
+            _keeps(turn, runtime)
         turn.next_sweep = turn.now + turn.policy.sweep_s
         turn.sweeping = True
     turn.wake(turn.next_sweep)
@@ -99,6 +121,7 @@ def _overdue(turn: Turn, model: Model) -> None:
     due = model.op_since + limit_s
     if due > turn.now:
         turn.wake(due)
+        _late(turn, model)
         return
     match model.state:
         case State.PARKING:
@@ -111,11 +134,81 @@ def _overdue(turn: Turn, model: Model) -> None:
         case State.READY:
             keep_old(turn, model, Failure("load_timeout", f"they did not load within {limit_s:.0f} s"))
         case State.UNLOADING:
-            stuck(turn, model, Failure("driver", f"its runtime did not unload it within {limit_s:.0f} s"))
+            failure = Failure("driver", f"its runtime did not unload it within {limit_s:.0f} s")
+            stuck(turn, model, failure)
         case State.DRAINING if not turn.live_dependents(model.name):
             begin_unload(turn, model, f"{model.use.in_flight} still in flight after {limit_s:.0f} s")
         case _:
             pass
+
+
+LATE_FACTOR = 4
+LATE_LEAST_S = 60.0
+"""An operation is late when it takes this many times as long as the slowest of its kind did, and at least so long."""
+STUCK_S = 60.0
+"""So long a runtime may still show that a model is gone after all that it did not unload in time."""
+
+
+def _late(turn: Turn, model: Model) -> None:
+    """Say what takes far longer than it ever did. A load that goes on so is begun anew, those who wait for it wait on;
+    the next one gets twice the time. An unload is left to its limit."""
+    match model.state:
+        case State.LOADING if model.parked is None:
+            slowest_s, what = model.estimate.slowest_s, "load"
+        case State.UNLOADING:
+            runtime = turn.runtimes.get(model.home)
+            slowest_s, what = runtime.slowest_unload_s if runtime is not None else 0.0, "unload"
+        case _:
+            return
+    if not slowest_s:
+        return
+    bound_s = max(LATE_FACTOR * slowest_s, LATE_LEAST_S) * 2**model.late
+    taken_s = turn.now - model.op_since
+    if taken_s < bound_s:
+        turn.wake(model.op_since + bound_s)
+        return
+    told = f"late: its slowest {what} took {slowest_s:.0f} s, and this one has been under way for "
+    if not model.reason.startswith(told):
+        reason = f"{told}{taken_s:.0f} s"
+        turn.change(model, reason=reason)
+        turn.tell(model.name, model.state, model.state, reason)
+    if model.state is not State.LOADING:
+        return
+    if taken_s < 2 * bound_s:
+        turn.wake(model.op_since + 2 * bound_s)
+        return
+    model = turn.models[model.name]
+    again = model.want if model.want in (Want.DROPPED, Want.RESTORE) else Want.NONE
+    give_up_load(
+        turn, turn.change(model, late=model.late + 1, again=again), f"given up to be loaded anew, {told}{taken_s:.0f} s"
+    )
+
+
+def _release(turn: Turn, model: Model) -> None:
+    """A model that could not be unloaded, and holds what somebody waits for, goes with its runtime."""
+    stuck_s = turn.now - model.since
+    if model.state is not State.FAILED or model.held is None or stuck_s < STUCK_S:
+        return
+    held = {device for device, _ in model.booking}
+    kinds = {turn.devices[device].kind for device in held if device in turn.devices}
+    waiting = (turn.models[n] for n in turn.queue)
+    if any(m.state is State.QUEUED and m.spec is not None and m.spec.device_kind in kinds for m in waiting):
+        recycle(turn, model.home, f"{model.name} could not be unloaded, and others wait for its room")
+
+
+def _keeps(turn: Turn, runtime: Runtime) -> None:
+    """A runtime that keeps too much of what it unloaded is started anew while nothing of it is in use."""
+    kept = max((size for _, size in runtime.residue), default=0)
+    if runtime.state is not RuntimeState.UP or runtime.recycle or kept <= turn.policy.max_residue_bytes:
+        return
+    held = [m for n in turn.live if (m := turn.models[n]).home == runtime.name]
+    if any(m.use.in_flight or m.state is State.LOADING for m in held):
+        return
+    if kept <= 2 * turn.policy.max_residue_bytes:
+        quiet_s = turn.policy.min_resident_s
+        if any(turn.now - m.busy_since < quiet_s for m in held if m.state is State.READY):
+            return
+    recycle(turn, runtime.name, f"{human(kept)} did not come back after unloads")
 
 
 def _idle(turn: Turn, model: Model) -> None:
@@ -148,7 +241,7 @@ def _relieve(turn: Turn, account: Account) -> None:
     if excess <= 0:
         return
     victims = Victims(turn, Line(turn).awaited)
-    for victim in victims.choose(account.id, excess, Tier.QUIET, None):
+    for victim in victims.choose({account.id: excess}, Tier.QUIET, None):
         evict(
             turn,
             turn.models[victim.name],

@@ -212,6 +212,13 @@ class Turn:
 
     # ------------------------------------------------------------------ runtimes
 
+    def reaches(self, name: str, account: Account) -> bool:
+        """Whether a runtime may place models on a device."""
+        if account.runtime:
+            return account.runtime == name
+        runtime = self.runtimes.get(name)
+        return runtime is None or not runtime.elsewhere
+
     def move_runtime(self, runtime: Runtime, state: RuntimeState, reason: str, **changes: Any) -> Runtime:
         if state not in RUNTIME_TRANSITIONS[runtime.state]:
             raise IllegalTransition(f"runtime {runtime.name}: {runtime.state} to {state} ({reason})")

@@ -36,6 +36,8 @@ class Estimate:
     memory_bytes: int
     load_s: float
     measured: bool = False
+    slowest_s: float = 0.0
+    """The slowest of its last loads; 0 where none was measured."""
     standby: tuple[Standby, ...] = ()
     """The levels at which the model can be parked, the quickest to wake first."""
 
@@ -49,6 +51,10 @@ class Spec:
     revision: str
     """Changes whenever a file of it changes."""
     depends_on: tuple[str, ...] = ()
+    devices: int = 1
+    """Over how many devices it spreads, each with an equal part of its memory."""
+    guest: bool = False
+    """Its runtime has it of its own accord: it is used, and never loaded or unloaded from here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +114,8 @@ class Model:
     """Memory that it holds, or will hold when its load is done."""
     extra: Booking = ()
     """Memory for the new revision while the old one serves; while it is PARKING, what it will hold then."""
+    placed: tuple[str, ...] = ()
+    """The devices that it was placed on; its booking may name others too, on which it holds a little besides."""
     measured: Booking = ()
     op: int = 0
     """The operation under way; results of any other are dropped."""
@@ -135,11 +143,19 @@ class Model:
     failure: Failure | None = None
     failures: int = 0
     retry_at: float = 0.0
+    late: int = 0
+    """How often in a row a load was begun anew, since it took far longer than any before."""
 
     @property
     def runtime(self) -> str:
         """Where it should be loaded."""
         return self.spec.runtime if self.spec else ""
+
+    @property
+    def need(self) -> int:
+        """What it is expected to take on each of its devices."""
+        several = self.spec.devices if self.spec else 1
+        return self.estimate.memory_bytes if several == 1 else -(-self.estimate.memory_bytes // several)
 
     @property
     def home(self) -> str:
@@ -162,7 +178,7 @@ class Model:
     @property
     def kept(self) -> bool:
         """It should be loaded at all times."""
-        return self.pinned or self.always_loaded
+        return self.pinned or self.always_loaded or (self.spec is not None and self.spec.guest)
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -217,6 +233,8 @@ class Account:
     promised_bytes: int = 0
     reclaiming_bytes: int = 0
     utilization: float | None = None
+    runtime: str = ""
+    """The only runtime that reaches it; empty: any."""
 
     @property
     def limit_bytes(self) -> int:
@@ -234,6 +252,7 @@ class Runtime:
     """Counts starts; a result from an older one is dropped."""
     instance: str = ""
     external: bool = False
+    elsewhere: bool = False
     crashes: tuple[float, ...] = ()
     retry_at: float = 0.0
     """When CRASHED: the next start; infinite when a person has to see to it."""
@@ -242,6 +261,10 @@ class Runtime:
     recycle: str = ""
     """It is UP, and why it is to be started anew as soon as nothing that it holds is in use."""
     foreign: tuple[str, ...] = ()
+    residue: Booking = ()
+    """What unloads did not give back since it was started."""
+    slowest_unload_s: float = 0.0
+    """Of those seen since it was started."""
 
 
 def least_recently_used(candidates: Sequence[Candidate], now: float) -> Sequence[str]:
@@ -268,6 +291,8 @@ class Policy:
     max_queue: int = 10_000
     max_queue_per_model: int = 1_000
     max_concurrent_loads: int = 2
+    max_residue_bytes: int = 2**30
+    """What unloads may leave behind in a runtime before it is started anew."""
     sweep_s: float = 10.0
     retry_s: float = 5.0
     retry_max_s: float = 300.0

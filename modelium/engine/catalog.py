@@ -57,11 +57,13 @@ class Known:
     """When it was first found out what it is."""
     decoupled: bool
     depends_on: tuple[str, ...]
+    optimized: bool
+    """It is served in a faster form than it was dropped in."""
     weights_bytes: int
 
     @property
     def spec(self) -> Spec:
-        return Spec(self.plan.runtime, self.plan.device_kind, self.revision, self.depends_on)
+        return Spec(self.plan.runtime, self.plan.device_kind, self.revision, self.depends_on, self.plan.devices)
 
 
 class Catalog:
@@ -292,7 +294,7 @@ class Catalog:
             source=str(entry.path),
             revision=entry.revision,
             inspection=inspection,
-            plan=self._planner.plan(entry.name, inspection.analysis),
+            plan=self._planner.plan(entry.name, inspection),
         )
 
     def _keep(self, manifests: Iterable[Manifest]) -> None:
@@ -359,6 +361,7 @@ class Catalog:
             created_at=manifest.created_at,
             decoupled=bool(decoupled),
             depends_on=analysis.depends_on,
+            optimized=manifest.optimization is not None,
             weights_bytes=analysis.weights_bytes,
         )
 

@@ -153,10 +153,21 @@ class Effects:
         revision = model.loaded_revision or known.revision
         self._engine.store.set_loaded(name, revision)
 
-    def measured(self, name: str, memory_bytes: int, load_s: float | None) -> None:
+    def measured(self, name: str, memory: Mapping[str, int], load_s: float | None) -> None:
+        """What it takes of the kind of device that it was planned for is what its next load is placed by."""
+        known = self._engine.catalog.known.get(name)
+        kind = known.plan.device_kind if known is not None else ""
+        devices = self._engine.loop.world.devices
+        of_kind = [n for d, n in memory.items() if (account := devices.get(d)) is not None and account.kind == kind]
+        memory_bytes = sum(of_kind) or sum(memory.values())
         key = self._key(name)
         if key is not None and memory_bytes:
             self._engine.store.measure(key, memory_bytes, load_s)
+
+    def left_behind(self, name: str, runtime: str, size: int) -> None:
+        """An unload did not give all back: note it against the way of serving."""
+        known = self._engine.catalog.known.get(name)
+        self._engine.store.note_residue(runtime, known.plan.serving if known is not None else "", size)
 
     def parked(self, name: str, level: int, memory: Mapping[str, int]) -> None:
         key = self._key(name)
@@ -174,7 +185,11 @@ class Effects:
         return self._measured_as.get(name) or (known.measured_as if known is not None else None)
 
     def request_for(self, order: i.Load) -> LoadRequest:
-        known = self._engine.catalog.known[order.name]
+        known = self._engine.catalog.known.get(order.name)
+        if known is None:
+            raise LoadRejected(
+                f"{order.name} has no folder in the repository: {order.runtime} has to show it by itself"
+            )
         self._measured_as[order.name] = known.measured_as
         analysis = self._engine.catalog.manifest(order.name).inspection.analysis
         if analysis is None:

@@ -228,7 +228,7 @@ class Ingest:
                 inspection = await self._inspector.inspect(path)
             analysis = _usable(inspection)
             await self._wait_for_runtimes(drop)
-            plan = self._planner.plan(name, analysis)
+            plan = self._planner.plan(name, inspection)
             layout = self._planner.layout(name, analysis, plan)
             manifest = Manifest(
                 name=name, created_at=time.time(), source=drop.path.name, inspection=inspection, plan=plan

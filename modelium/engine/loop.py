@@ -10,6 +10,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 
 from modelium.core import events as e
 from modelium.core.instructions import Instruction, Refuse, WakeAt
@@ -98,6 +99,11 @@ class Loop:
         now = self.clock()
         world, _ = step(self.world, e.UseObserved(now, _as_core(self._usage.peek(now))), self.policy)
         return world
+
+    def decide(self) -> int:
+        """The id of a decision that is made outside of the core, and changes no state."""
+        self.world = replace(self.world, next_id=self.world.next_id + 1)
+        return self.world.next_id - 1
 
     def tick(self) -> None:
         self.post(e.Ticked(self.clock()))

@@ -6,14 +6,15 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
 from modelium.api.datapath import DataPath, DataPathContext, DataPathDriver
-from modelium.api.driver import RuntimeContext
+from modelium.api.driver import RuntimeBackend, RuntimeContext
+from modelium.api.measuring import Gpus
 from modelium.api.types import Device, Progress, Report, Situation
 from modelium.config import Config
 from modelium.core import events as e
@@ -23,9 +24,12 @@ from modelium.engine.admission import Admission
 from modelium.engine.catalog import Catalog
 from modelium.engine.effects import Effects
 from modelium.engine.fastpath import READ_EVERY_S, FastPath
+from modelium.engine.guests import Guests
 from modelium.engine.ingest import Ingest
 from modelium.engine.journal import Journal
+from modelium.engine.ledger import Ledger
 from modelium.engine.loop import Clock, Loop
+from modelium.engine.optimizing import Optimizing
 from modelium.engine.planner import Planner, budgets
 from modelium.engine.processes import ProcessSupervisor
 from modelium.engine.readahead import ReadAhead
@@ -66,6 +70,7 @@ def policy_of(config: Config, host: PluginHost) -> Policy:
         drain_timeout_s=section.drain_timeout_s,
         load_timeout_s=section.load_timeout_s,
         fairness_after_s=section.fairness_after_s,
+        max_residue_bytes=section.max_residue_bytes,
         max_queue=section.max_queue,
         max_queue_per_model=section.max_queue_per_model,
         max_concurrent_loads=section.max_concurrent_loads,
@@ -76,6 +81,16 @@ def policy_of(config: Config, host: PluginHost) -> Policy:
         standby_budget_bytes=section.standby_budget_bytes,
         rank=host.eviction_policy(config.eviction.name, config.eviction.settings).rank,
     )
+
+
+def _wanted_runtimes(config: Config, host: PluginHost) -> Iterator[tuple[str, RuntimeBackend]]:
+    """One of each backend by its own name, and those that the configuration names."""
+    backends = {backend.name: backend for backend in host.runtime_backends()}
+    yield from backends.items()
+    for name, named in config.runtimes.items():
+        if named.backend not in backends:
+            raise ConfigError(f"runtimes.{name}.backend: {named.backend} is no runtime: there is {', '.join(backends)}")
+        yield name, backends[named.backend]
 
 
 class Orchestrator:
@@ -108,21 +123,22 @@ class Orchestrator:
         self.processes = ProcessSupervisor(
             paths.root, state_dir=paths.state / "processes", log_dir=paths.state / "logs"
         )
+        self.ledger = Ledger()
         self.running: dict[str, Running] = {}
-        for backend in host.runtime_backends():
-            settings = sections[backend.name]
+        for name, backend in _wanted_runtimes(config, host):
+            settings = sections[name]
             if getattr(settings, "enabled", True) is False:
                 continue
             context = RuntimeContext(
-                name=backend.name,
+                name=name,
                 repository=paths.repository,
-                state_dir=paths.state / "runtimes" / backend.name,
+                state_dir=paths.state / "runtimes" / name,
                 cache_dir=paths.cache,
                 settings=settings,
                 processes=self.processes,
-                report=self._runtime_report(backend.name),
+                report=self._runtime_report(name),
             )
-            self.running[backend.name] = Running(backend, backend.create(context))
+            self.running[name] = Running(backend, backend.create(context))
         self._sections = sections
         self.fast = self._chosen_path()
         self.readahead = ReadAhead(self)
@@ -141,8 +157,11 @@ class Orchestrator:
             self._report_for,
             self.effects.measured,
             self._see,
+            self.effects.left_behind,
         )
         self.runtimes.moved = self.effects.reroute
+        self.runtimes.shown = Guests(lambda: self.loop, lambda name: name in self.catalog.known).see
+        self.runtimes.devices_changed = lambda: self._background(self._look_at_devices())
         self.runtimes.parked = self.effects.parked
         self.runtimes.woken = self.effects.woken
         self.planner = Planner(
@@ -173,6 +192,7 @@ class Orchestrator:
                 settle_s=config.orchestration.settle_s,
                 retry_s=config.orchestration.rescan_interval_s,
             )
+        self.optimizing = Optimizing(self, sections)
         self._watcher: Watcher | None = None
         self._tasks: list[asyncio.Task[Any]] = []
         self._idle_due = False
@@ -288,6 +308,8 @@ class Orchestrator:
             self._background(self.runtimes.watch(name))
         for source in self.host.usage_sources():
             self._every(USAGE_EVERY_S, lambda s=source: self._read_usage(s))
+        if self.optimizing.wanted:
+            self._background(self.optimizing.run())
         if self.fast is not None:
             self._background(self.fast.run())
             self._background(self._settle(self.fast))
@@ -384,10 +406,19 @@ class Orchestrator:
     # ------------------------------------------------------------------ devices, use, housekeeping
 
     async def _look_at_devices(self) -> None:
-        devices = await asyncio.to_thread(self.host.devices)
+        devices = await asyncio.to_thread(self._take_stock)
+        devices += tuple(device for running in self.running.values() for device in running.devices)
         if devices:
             self.devices = devices
             self.loop.post(e.DevicesObserved(self.clock(), devices, self.runtimes.accounted(self._booked)))
+
+    def _take_stock(self) -> tuple[Device, ...]:
+        """The devices as they are, and who holds what of them; in a thread."""
+        if self.ledger.gpus is None and any(device.kind == "cuda" for device in self.devices):
+            self.ledger.gpus = Gpus.open()
+        runtimes = {running.info.pid for running in self.running.values() if running.info and running.info.pid}
+        self.ledger.look(runtimes | self.processes.pids())
+        return self.host.devices()
 
     def _booked(self, name: str) -> bool:
         """Whether a model's memory is on the books; what one holds that is not counts as others'."""
@@ -406,7 +437,8 @@ class Orchestrator:
     def situation(self) -> Situation:
         section = self.config.policies
         limits = budgets(self.devices, section.device_budget_bytes, section.max_gpu_memory_utilization)
-        return Situation(devices=self.devices, budgets=limits)
+        elsewhere = frozenset(n for n, running in self.running.items() if running.info and running.info.elsewhere)
+        return Situation(devices=self.devices, budgets=limits, elsewhere=elsewhere)
 
     async def _read_usage(self, source: Any) -> None:
         counts = await source.read()

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from statistics import median
 
 from modelium.api.driver import Brain, Parks
-from modelium.api.types import Analysis, Device, Layout, Offer, Plan, Situation
+from modelium.api.types import Analysis, Device, Inspection, Layout, Offer, Plan, Situation
 from modelium.core.world import Estimate, Standby
 from modelium.engine.runtimes import Running
-from modelium.engine.store import Measured, MeasuredStandby, Store
+from modelium.engine.store import Measured, MeasuredStandby, Store, key_of
 from modelium.errors import ModelError, PluginError
 
 PROCESS_BYTES = 1_500_000_000
@@ -32,24 +32,47 @@ class Planner:
         situation = self.situation()
         offers: list[Offer] = []
         reasons: list[str] = []
-        for running in self.runtimes.values():
+        for name, running in self.runtimes.items():
             try:
-                offers += running.backend.offers(analysis, running.info, situation.devices)
+                found = running.backend.offers(analysis, running.info, situation.reachable(name))
+                offers += [o if o.runtime == name else o.model_copy(update={"runtime": name}) for o in found]
             except ModelError as exc:
                 reasons.append(exc.message)
         if reasons and not offers:
             raise ModelError("; ".join(reasons))
         return offers
 
-    def plan(self, name: str, analysis: Analysis) -> Plan:
-        """Raises `ModelError` when nothing on offer will do."""
-        offers = self.offers(analysis)
+    def plan(self, name: str, inspection: Inspection) -> Plan:
+        """What was measured of this content before counts, else the offers' own estimates.
+
+        Raises `ModelError` when nothing on offer will do.
+        """
+        analysis = inspection.analysis
+        if analysis is None:
+            raise ModelError(f"no analyzer knows what {name} is")
         if not self.runtimes:
             raise ModelError("no runtime is there to serve it: `pip install modelium-plugin-triton`")
+        offers = [known for offer in self.offers(analysis) for known in self._measured(inspection.content_key, offer)]
         plan = self.brain.plan(name, analysis, offers, self.situation())
         if plan.runtime not in self.runtimes:
             raise PluginError(f"the brain {self.brain.name} chose the runtime {plan.runtime}, which is not there")
         return plan
+
+    def _measured(self, content_key: str, offer: Offer) -> list[Offer]:
+        """The offer as it is, or one for each kind of device where something was measured on one of them."""
+        found = {
+            kind: self.store.measurement(key_of(content_key, offer.runtime, offer.serving, kind, offer.settings))
+            for kind in offer.device_kinds
+        }
+        if not any(found.values()):
+            return [offer]
+        return [
+            offer.model_copy(
+                update={"device_kinds": (kind,)}
+                | ({"memory_bytes": known.memory_bytes, "load_s": known.load_s or offer.load_s} if known else {})
+            )
+            for kind, known in found.items()
+        ]
 
     def layout(self, name: str, analysis: Analysis, plan: Plan) -> Layout:
         return self.runtimes[plan.runtime].backend.layout(name, analysis, plan)
@@ -59,7 +82,8 @@ class Planner:
         found = self.store.measurement(measured_as)
         estimate = Estimate(plan.memory_bytes, plan.load_s)
         if found is not None:
-            estimate = Estimate(found.memory_bytes, found.load_s or plan.load_s, measured=True)
+            load_s = found.load_s or plan.load_s
+            estimate = Estimate(found.memory_bytes, load_s, measured=True, slowest_s=found.slowest_s)
         running = self.runtimes.get(plan.runtime)
         if not plan.standby or running is None or not isinstance(running.driver, Parks):
             return estimate

@@ -41,7 +41,7 @@ async def preview(engine: Orchestrator, path: Path) -> PlanPreview:
         if name in engine.catalog.known:
             raise ModelConflict(f"a model named {name} is there already")
         await engine.runtimes_known()
-        plan = engine.planner.plan(name, analysis)
+        plan = engine.planner.plan(name, inspection)
         offers = engine.planner.offers(analysis)
         layout = engine.planner.layout(name, analysis, plan)
     except ModeliumError as exc:
@@ -49,7 +49,7 @@ async def preview(engine: Orchestrator, path: Path) -> PlanPreview:
     now = engine.clock()
     measured_as = measurement_key(inspection.content_key, plan)
     estimate = engine.planner.estimate(measured_as, plan, analysis.weights_bytes)
-    spec = Spec(plan.runtime, plan.device_kind, "preview", analysis.depends_on)
+    spec = Spec(plan.runtime, plan.device_kind, "preview", analysis.depends_on, plan.devices)
     loop = engine.loop
     world, dropped = steps(loop.exact(), [e.ModelAccepted(now, name, spec, estimate, dropped=True)], loop.policy)
     would_load = any(isinstance(x, i.Load) and x.name == name for x in dropped)
@@ -69,7 +69,7 @@ async def preview(engine: Orchestrator, path: Path) -> PlanPreview:
         findings=findings,
         plan=plan,
         layout=layout,
-        device=loads[0].booking[0][0] if loads and loads[0].booking else None,
+        device=" ".join(d for d, _ in loads[0].booking) if loads else None,
         would_load=would_load,
         would_evict=tuple(sorted(evicted)),
         refused=refused,

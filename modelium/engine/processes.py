@@ -188,6 +188,10 @@ class ProcessSupervisor:
         """The names under which something of this root runs, orphans of a dead process included."""
         return sorted({name for _, name in self._all_marked()})
 
+    def pids(self) -> set[int]:
+        """All processes of this root, what they started included."""
+        return {process.pid for process, _ in self._all_marked()}
+
     def _recorded(self, name: str) -> ProcessRecord | None:
         """What was written down, if it is of use; `pid` is 0 while its start had not been confirmed."""
         try:

@@ -202,11 +202,11 @@ class Repository:
             model.mkdir()
             # the drop as a whole goes last: what is taken out of it must be out by then
             for target, source in sorted(layout.files.items(), key=lambda item: item[1] == "."):
-                place = _inside(model, target)
+                place = inside(model, target)
                 place.parent.mkdir(parents=True, exist_ok=True)
-                os.rename(_inside(staging / "drop", source), place)
+                os.rename(inside(staging / "drop", source), place)
         for target, text in layout.texts.items():
-            place = _inside(model, target)
+            place = inside(model, target)
             place.parent.mkdir(parents=True, exist_ok=True)
             if os.path.lexists(place):
                 raise ModelError(f"{target} would be written over one of the drop's own files: remove that file")
@@ -253,6 +253,11 @@ class Repository:
         yield self.path.parent / ".modelium-staging"
         yield self.path / ".modelium-staging"
 
+    def beside(self, name: str) -> Path:
+        """An empty folder of its own on the repository's file system, for what is to take a model's place. Left behind,
+        it is removed at the next start."""
+        return Path(tempfile.mkdtemp(prefix=f"{name}-", dir=self._staging()))
+
     def _staging(self) -> Path:
         """A folder on the repository's own file system, so that the last rename can be atomic."""
         device = self.path.stat().st_dev
@@ -266,7 +271,7 @@ class Repository:
         raise ConfigError(f"no folder beside {self.path} can be written: models can't be staged")
 
 
-def _inside(base: Path, relative: str) -> Path:
+def inside(base: Path, relative: str) -> Path:
     """A path that a plugin named, which must not lead out of the folder."""
     path = base if relative == "." else base / relative
     if relative.startswith("/") or ".." in Path(relative).parts:

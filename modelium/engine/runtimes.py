@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from modelium.api.driver import Parks, RuntimeBackend, RuntimeDriver
-from modelium.api.types import Endpoint, LoadRequest, Observation, Progress, Report, RuntimeInfo
+from modelium.api.types import Device, Endpoint, LoadRequest, Observation, Progress, Report, RuntimeInfo
 from modelium.core import events as e
 from modelium.core import instructions as i
 from modelium.core.states import RuntimeState
@@ -38,6 +38,8 @@ class Running:
     misses: int = 0
     progress: Progress | None = None
     overhead: dict[str, int] = field(default_factory=dict)
+    devices: tuple[Device, ...] = ()
+    """Those that only this runtime reaches, as it last showed them."""
     known: asyncio.Event = field(default_factory=asyncio.Event)
     """Set once it was up, or could not be started: what it can do is known as far as it will be."""
     poke: asyncio.Event = field(default_factory=asyncio.Event)
@@ -48,8 +50,11 @@ RequestFor = Callable[[i.Load], LoadRequest]
 """Reads files: called in a thread."""
 Counted = Callable[[Mapping[str, int]], Awaitable[None]]
 """Told how many requests each loaded model of a runtime has finished, by the runtime's own count."""
-Measured = Callable[[str, int, float | None], None]
-"""Told a model's measured bytes, after a load with its seconds, later without."""
+Measured = Callable[[str, Mapping[str, int], float | None], None]
+"""Told a model's measured bytes by device, after a load with its seconds, later without."""
+
+Residue = Callable[[str, str, int], None]
+"""Told a model, its runtime, and the bytes that its unload did not give back."""
 
 
 def _parks(driver: RuntimeDriver, runtime: str) -> Parks:
@@ -69,6 +74,7 @@ class Runtimes:
         report_for: Callable[[str], Report],
         measured: Measured,
         counted: Counted,
+        residue: Residue,
         *,
         observe_every_s: float = 2.0,
     ):
@@ -78,6 +84,7 @@ class Runtimes:
         self._report_for = report_for
         self._tell_measured = measured
         self._counted = counted
+        self._tell_residue = residue
         self._observe_every_s = observe_every_s
         self._tasks: set[asyncio.Task[None]] = set()
         self._ops: dict[str, asyncio.Task[None]] = {}
@@ -87,6 +94,10 @@ class Runtimes:
         """Address by protocol of each model that does not answer where its runtime does."""
         self.moved: Callable[[str], None] = lambda name: None
         """Told when a model's endpoints are others than before."""
+        self.shown: Callable[[str, Observation], None] = lambda name, observation: None
+        """Told what an external runtime shows, before the core is."""
+        self.devices_changed: Callable[[], None] = lambda: None
+        """Told when a runtime reaches other devices than before."""
         self.parked: Callable[[str, int, Mapping[str, int]], None] = lambda name, level, memory: None
         """Told what a model holds that was parked at a level."""
         self.woken: Callable[[str, int, float], None] = lambda name, level, wake_s: None
@@ -156,7 +167,7 @@ class Runtimes:
             if isinstance(order, i.Wake):
                 self.woken(order.name, order.level, outcome.load_s)
             loads = outcome.load_s if isinstance(order, i.Load) else None
-            self._tell_measured(order.name, sum(outcome.memory.values()), loads)
+            self._tell_measured(order.name, outcome.memory, loads)
             loop.post(e.Loaded(loop.clock(), order.name, order.op, memory, outcome.load_s))
             return
         except asyncio.CancelledError:
@@ -195,11 +206,13 @@ class Runtimes:
         loop = self._loop()
         try:
             outcome = await self.running[order.runtime].driver.unload(order.name)
-            if any(outcome.residue.values()):
-                log.warning("%s: %s did not come back after its unload", order.name, dict(outcome.residue))
+            residue = tuple(sorted((device, size) for device, size in outcome.residue.items() if size))
+            if residue:
+                log.warning("%s: %s did not come back after its unload", order.name, dict(residue))
+                self._tell_residue(order.name, order.runtime, sum(size for _, size in residue))
             self.measured.get(order.runtime, {}).pop(order.name, None)
             self.endpoints.pop(order.name, None)
-            loop.post(e.Unloaded(loop.clock(), order.name, order.op))
+            loop.post(e.Unloaded(loop.clock(), order.name, order.op, residue))
         except asyncio.CancelledError:
             raise
         except Exception as exc:
@@ -222,7 +235,14 @@ class Runtimes:
             info = running.info
             loop.post(
                 e.RuntimeUp(
-                    loop.clock(), order.name, order.epoch, info.instance, info.external, observation, info.adopted
+                    loop.clock(),
+                    order.name,
+                    order.epoch,
+                    info.instance,
+                    info.external,
+                    observation,
+                    info.adopted,
+                    info.elsewhere,
                 )
             )
         except asyncio.CancelledError:
@@ -298,8 +318,15 @@ class Runtimes:
             if model.ready:
                 self._note_endpoints(model.name, model.endpoints)
             if model.ready and model.memory:
-                self._tell_measured(model.name, sum(model.memory.values()), None)
-        self.running[name].overhead = dict(observation.overhead)
+                self._tell_measured(model.name, model.memory, None)
+        running = self.running[name]
+        if running.info is not None and running.info.external:
+            self.shown(name, observation)
+        running.overhead = dict(observation.overhead)
+        others = {d.id for d in running.devices} != {d.id for d in observation.devices}
+        running.devices = observation.devices
+        if others:
+            self.devices_changed()
 
     def _note_endpoints(self, name: str, endpoints: Iterable[Endpoint]) -> None:
         now = {endpoint.protocol: endpoint.address for endpoint in endpoints}

@@ -16,7 +16,7 @@ from modelium.core import events as e
 from modelium.core.states import State
 from modelium.core.world import Model, queued
 from modelium.engine import checks, preview, showing
-from modelium.engine.admission import Lease
+from modelium.engine.admission import Lease, Route
 from modelium.engine.fastpath import FRESH_S
 from modelium.engine.orchestrator import Orchestrator
 from modelium.engine.usage import UsageBook
@@ -52,6 +52,10 @@ class Service:
     def try_acquire(self, name: str, organisation: str = "") -> Lease | None:
         """The hot path: a lease if the model is READY."""
         return self._engine.admission.try_acquire(name, organisation)
+
+    def route(self, name: str) -> Route | None:
+        """Where a model answers, while it is READY."""
+        return self._engine.admission.routes.get(name)
 
     async def acquire(
         self, name: str, *, deadline_s: float | None = None, priority: int = 0, organisation: str = ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from modelium.api.units import human
@@ -11,7 +12,8 @@ from modelium.core.placement import spots
 from modelium.core.standby import parked_as
 from modelium.core.states import RuntimeState, State
 from modelium.core.turn import Turn
-from modelium.core.world import Model, queued
+from modelium.core.world import Account, Model, queued
+from modelium.engine.ledger import Holding
 from modelium.engine.orchestrator import Orchestrator
 from modelium.engine.views import DataPathView, DeviceView, Explanation, ModelDetail, ModelView, RuntimeView
 from modelium.errors import ModeliumError
@@ -179,21 +181,29 @@ def devices(engine: Orchestrator) -> tuple[DeviceView, ...]:
     for name in world.live:
         for device, _ in world.models[name].booking:
             holders.setdefault(device, []).append(name)
-    return tuple(
-        DeviceView(
-            id=account.id,
-            kind=account.kind,
-            name=account.name,
-            total_bytes=account.total_bytes,
-            used_bytes=account.used_bytes,
-            budget_bytes=account.budget_bytes,
-            booked_bytes=account.booked_bytes,
-            promised_bytes=account.promised_bytes,
-            foreign_bytes=account.foreign_bytes,
-            utilization=account.utilization,
-            models=tuple(sorted(holders.get(account.id, ()))),
-        )
-        for account in sorted(world.devices.values(), key=lambda a: a.id)
+    return tuple(_device(engine, a, holders) for a in sorted(world.devices.values(), key=lambda a: a.id))
+
+
+def _device(engine: Orchestrator, account: Account, holders: Mapping[str, list[str]]) -> DeviceView:
+    measured = engine.runtimes.accounted(lambda name: True).get(account.id, 0)
+    holding = engine.ledger.holdings.get(account.id, Holding())
+    overhead = sum(r.overhead.get(account.id, 0) for r in engine.running.values()) + holding.service_bytes
+    return DeviceView(
+        id=account.id,
+        kind=account.kind,
+        name=account.name,
+        total_bytes=account.total_bytes,
+        used_bytes=account.used_bytes,
+        budget_bytes=account.budget_bytes,
+        booked_bytes=account.booked_bytes,
+        promised_bytes=account.promised_bytes,
+        measured_bytes=measured,
+        overhead_bytes=overhead,
+        foreign_bytes=holding.foreign_bytes,
+        unexplained_bytes=max(0, account.used_bytes - measured - overhead - holding.foreign_bytes),
+        foreign=holding.foreign,
+        utilization=account.utilization,
+        models=tuple(sorted(holders.get(account.id, ()))),
     )
 
 
@@ -216,6 +226,7 @@ def runtimes(engine: Orchestrator) -> tuple[RuntimeView, ...]:
                 info=running.info,
                 foreign_models=runtime.foreign,
                 progress=running.progress if runtime.state is RuntimeState.STARTING else None,
+                residue_bytes=engine.store.residue.get(name, {}),
             )
         )
     return tuple(views)

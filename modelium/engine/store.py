@@ -38,6 +38,9 @@ class MeasuredStandby(Frozen):
 class Measured(Frozen):
     loads: int = 0
     memory_bytes: int = 0
+    """The largest seen."""
+    memory: tuple[int, ...] = ()
+    """The peaks of the last loads."""
     load_s: tuple[float, ...] = ()
     standby: Mapping[int, MeasuredStandby] = {}
     """By the level at which it slept."""
@@ -51,7 +54,12 @@ class Quarantined(Frozen):
 
 def measurement_key(content_key: str, plan: Plan) -> str:
     """What a measurement is good for: the same content, runtime, settings and kind of device."""
-    what = [content_key, plan.runtime, plan.serving, plan.device_kind, plan.settings]
+    return key_of(content_key, plan.runtime, plan.serving, plan.device_kind, plan.settings)
+
+
+def key_of(content_key: str, runtime: str, serving: str, device_kind: str, settings: Mapping[str, Any]) -> str:
+    """The key of `measurement_key`, of its parts."""
+    what = [content_key, runtime, serving, device_kind, settings]
     return sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
@@ -67,6 +75,8 @@ class Store:
         self.loaded: dict[str, str] = self._read("loaded", TypeAdapter(dict[str, str]), {})
         """The revision that each loaded model was loaded as."""
         self.measured = self._read("measurements", TypeAdapter(dict[str, Measured]), {})
+        self.residue: dict[str, dict[str, int]] = self._read("residue", TypeAdapter(dict[str, dict[str, int]]), {})
+        """Bytes that did not come back after unloads, by runtime and way of serving."""
         self.quarantined = self._read("quarantine", TypeAdapter(dict[str, Quarantined]), {})
 
     # ------------------------------------------------------------------ what callers say
@@ -91,11 +101,14 @@ class Store:
         old = self.measured.get(key, Measured())
         if load_s is None and (not old.loads or memory_bytes <= old.memory_bytes * (1 + NOTED_GROWTH)):
             return
-        new = Measured(
-            loads=old.loads + (load_s is not None),
-            memory_bytes=max(old.memory_bytes, memory_bytes),
-            load_s=(*old.load_s, *(() if load_s is None else (round(load_s, 3),)))[-KEPT_LOADS:],
-            standby=old.standby,
+        peaks = (*old.memory, 0) if load_s is not None else old.memory or (0,)
+        new = old.model_copy(
+            update={
+                "loads": old.loads + (load_s is not None),
+                "memory_bytes": max(old.memory_bytes, memory_bytes),
+                "memory": (*peaks[:-1], max(peaks[-1], memory_bytes))[-KEPT_LOADS:],
+                "load_s": (*old.load_s, *(() if load_s is None else (round(load_s, 3),)))[-KEPT_LOADS:],
+            }
         )
         if new != old:
             self.measured[key] = new
@@ -122,9 +135,20 @@ class Store:
         found = self.measured.get(key)
         if found is None or not found.memory_bytes:
             return None
-        load_s = median(found.load_s) if found.load_s else 0.0
-        wake_s = {level: median(s.wake_s) for level, s in found.standby.items() if s.wake_s}
-        return Measurement(loads=found.loads, memory_bytes=found.memory_bytes, load_s=load_s, wake_s=wake_s)
+        return Measurement(
+            loads=found.loads,
+            memory_bytes=found.memory_bytes,
+            memory_spread_bytes=max(found.memory, default=0) - min(found.memory, default=0),
+            load_s=median(found.load_s) if found.load_s else 0.0,
+            slowest_s=max(found.load_s, default=0.0),
+            wake_s={level: median(s.wake_s) for level, s in found.standby.items() if s.wake_s},
+        )
+
+    def note_residue(self, runtime: str, serving: str, size: int) -> None:
+        """Memory that did not come back after an unload is remembered against what kept it."""
+        kept = self.residue.setdefault(runtime, {})
+        kept[serving] = kept.get(serving, 0) + size
+        self._touch("residue")
 
     def set_quarantined(self, name: str, record: Quarantined | None) -> None:
         if record is None:
@@ -162,6 +186,7 @@ class Store:
     def _content(self) -> Mapping[str, bytes]:
         values: dict[str, Any] = {
             "loaded": dict(self.loaded),
+            "residue": self.residue,
             "measurements": {k: v.model_dump() for k, v in self.measured.items()},
             "quarantine": {k: v.model_dump() for k, v in self.quarantined.items()},
         }

@@ -279,6 +279,8 @@ class TransitionCounter:
         name, before, after, reason = transition.subject, transition.before, transition.after, transition.reason
         if name.startswith("runtime:"):
             return
+        if before == after and before != State.READY:  # only its reason is another
+            return
         load, woken_at = self._loading.pop(name, None), self._waking.pop(name, None)
         if after == State.LOADING and before == State.STANDBY:
             self._waking[name] = transition.at

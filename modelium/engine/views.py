@@ -65,6 +65,10 @@ class Measurement(Frozen):
     """The largest seen."""
     load_s: float
     """The median of the last loads."""
+    memory_spread_bytes: int = 0
+    """Between the least and the most of the last loads."""
+    slowest_s: float = 0.0
+    """Of the last loads."""
     wake_s: Mapping[int, float] = {}
     """The median of the last wakes, by the level at which it slept."""
 
@@ -100,17 +104,35 @@ class PlanPreview(Frozen):
     """What its runtime installs before the first load of this kind, which may take minutes."""
 
 
+class HolderView(Frozen):
+    """A process that is not ours, and what it holds of a device."""
+
+    pid: int
+    name: str
+    """As the kernel calls it, 15 characters at most."""
+    bytes: int
+
+
 class DeviceView(Frozen):
     id: str
     kind: str
     name: str
     total_bytes: int
     used_bytes: int
+    """In use by anyone, as the device itself reports."""
     budget_bytes: int
     booked_bytes: int
     promised_bytes: int
-    foreign_bytes: int
-    """In use by what Modelium does not manage."""
+    measured_bytes: int = 0
+    """What models really hold, by their processes."""
+    overhead_bytes: int = 0
+    """What runtimes, and the service, hold besides."""
+    foreign_bytes: int = 0
+    """What processes hold that are not ours."""
+    unexplained_bytes: int = 0
+    """In use, and in none of those hands."""
+    foreign: tuple[HolderView, ...] = ()
+    """The largest of the processes that are not ours."""
     utilization: float | None = None
     models: tuple[str, ...] = ()
 
@@ -124,6 +146,8 @@ class RuntimeView(Frozen):
     foreign_models: tuple[str, ...] = ()
     """Loaded in it by somebody else: counted, never evicted."""
     progress: Progress | None = None
+    residue_bytes: Mapping[str, int] = {}
+    """What did not come back after unloads so far, by way of serving."""
 
 
 class DataPathView(Frozen):

@@ -118,3 +118,8 @@ def endpoint(lease: Lease, protocol: str) -> str:
         spoken = ", ".join(sorted(lease.endpoints)) or "nothing"
         raise BadRequest(f"{lease.model} is served by {lease.runtime}, which speaks {spoken}, not {protocol}")
     return address
+
+
+def openai_alone(endpoints: Mapping[str, str]) -> bool:
+    """Whether a model's runtime speaks OpenAI, and no KServe: what is asked over KServe is then translated here."""
+    return HTTP not in endpoints and GRPC not in endpoints and OPENAI in endpoints

@@ -17,11 +17,13 @@ from aiohttp.http_exceptions import HttpProcessingError
 from modelium.errors import ConfigError
 from modelium.http.admin import Admin
 from modelium.http.answers import SPOKEN, errors, name_request
+from modelium.http.composed import Composed
 from modelium.http.guard import make_guard
 from modelium.http.inference import Inference
 from modelium.http.kserve import KServe
 from modelium.http.metrics import Metrics
 from modelium.http.openai import OpenAI
+from modelium.http.over_openai import OverOpenAI
 from modelium.http.predict import Predict
 from modelium.http.rpc.channels import Channels
 from modelium.http.settings import MAX_HEADER_BYTES, SETTINGS, SOCKET_MODE, HttpSettings
@@ -50,8 +52,10 @@ def build_app(service: Service, settings: HttpSettings | None = None) -> web.App
     app[UPSTREAM] = upstream
     app[CHANNELS] = channels
     app[SPOKEN] = set()
-    app.add_routes(KServe(service, settings, upstream, streams).routes())
-    inference = Inference(upstream, streams)
+    over_openai = OverOpenAI(service, upstream)
+    inference = Inference(upstream, streams, over_openai)
+    composed = Composed(settings, inference, over_openai)
+    app.add_routes(KServe(service, settings, upstream, streams, composed).routes())
     app.add_routes(OpenAI(service, settings, upstream, inference).routes())
     app.add_routes(Predict(service, settings, inference).routes())
     app.add_routes(admin.routes())

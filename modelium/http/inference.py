@@ -10,10 +10,11 @@ from urllib.parse import quote
 
 from modelium.api import Tensor
 from modelium.engine.admission import Lease
-from modelium.http.admission import GRPC, HTTP, endpoint
+from modelium.http.admission import GRPC, HTTP, endpoint, openai_alone
 from modelium.http.answers import BadRequest, UpstreamFailed, check_process
 from modelium.http.bodies import HEADER_LENGTH
 from modelium.http.messages import InferRequest, InferResponse, decode_response, encode_request
+from modelium.http.over_openai import OverOpenAI
 from modelium.http.streams import InferenceFailed, Streams, join
 from modelium.http.upstream import Upstream
 
@@ -21,12 +22,15 @@ from modelium.http.upstream import Upstream
 class Inference:
     """Asks runtimes. All methods raise `InferenceFailed` with the status and words of the runtime's own error."""
 
-    def __init__(self, upstream: Upstream, streams: Streams):
+    def __init__(self, upstream: Upstream, streams: Streams, over_openai: OverOpenAI):
         self._upstream = upstream
         self._streams = streams
+        self._over_openai = over_openai
 
     async def infer(self, lease: Lease, request: InferRequest) -> InferResponse:
         """The answer to `request`; that of a decoupled model put together out of its pieces."""
+        if openai_alone(lease.endpoints):
+            return await self._over_openai.infer(lease, request)
         if lease.decoupled and GRPC in lease.endpoints:
             return join(lease.model, await self._streams.infer(lease.endpoints[GRPC], lease.model, "", request))
         request.binary_output = True
@@ -46,15 +50,22 @@ class Inference:
 
     async def responses(self, lease: Lease, request: InferRequest) -> AsyncGenerator[InferResponse, None]:
         """The answer to `request`, that of a decoupled model piece by piece. To be closed, as `Streams.stream` is."""
-        if lease.decoupled and GRPC in lease.endpoints:
-            async with aclosing(self._streams.stream(lease.endpoints[GRPC], lease.model, "", request)) as found:
-                async for response in found:
-                    yield response
+        if openai_alone(lease.endpoints):
+            responses = self._over_openai.responses(lease, request)
+        elif lease.decoupled and GRPC in lease.endpoints:
+            responses = self._streams.stream(lease.endpoints[GRPC], lease.model, "", request)
         else:
             yield await self.infer(lease, request)
+            return
+        async with aclosing(responses):
+            async for response in responses:
+                yield response
 
     async def signature(self, lease: Lease) -> tuple[list[Tensor], list[Tensor]]:
         """The model's inputs and outputs, by its metadata; which inputs are optional, that does not tell."""
+        if openai_alone(lease.endpoints):
+            interface = self._over_openai.interface(lease)
+            return list(interface.inputs), list(interface.outputs)
         metadata = await self._get(lease, "")
         return [_tensor(value) for value in metadata["inputs"]], [_tensor(value) for value in metadata["outputs"]]
 
@@ -70,6 +81,8 @@ class Inference:
 
     async def _config(self, lease: Lease) -> dict[str, Any]:
         """Triton's model configuration; empty where the runtime has none."""
+        if openai_alone(lease.endpoints):
+            return self._over_openai.interface(lease).config(lease.model, lease.runtime)
         try:
             config: dict[str, Any] = await self._get(lease, "/config")
         except InferenceFailed:

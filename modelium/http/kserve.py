@@ -1,8 +1,8 @@
 """KServe v2 over HTTP with Triton's extensions, so that a client written for Triton works by changing nothing.
 
 What is bound to a model is passed to the model's runtime, which is loaded first when it has to be, and its answer is
-passed back byte for byte. What is about all models (index, statistics, load and unload) is answered here. Two answers
-differ from Triton's on purpose:
+passed back byte for byte; for a runtime that speaks OpenAI alone it is translated. What is about all models (index,
+statistics, load and unload) is answered here. Two answers differ from Triton's on purpose:
 
 - A model that is not loaded counts as ready when a request would load it, so that clients that wait for readiness
   before they ask don't wait for ever. `x-modelium-state` tells its state, as does the repository index.
@@ -20,7 +20,7 @@ from aiohttp import web
 from modelium.core.states import State
 from modelium.engine.admission import Lease
 from modelium.errors import ModelNotFound, RuntimeUnavailable
-from modelium.http.admission import GRPC, HTTP, acquire, deadline_of, endpoint
+from modelium.http.admission import GRPC, HTTP, acquire, deadline_of, endpoint, openai_alone
 from modelium.http.answers import (
     BadRequest,
     UpstreamFailed,
@@ -29,8 +29,10 @@ from modelium.http.answers import (
     error_answer,
     json_answer,
 )
-from modelium.http.bodies import HEADER_LENGTH, header_length, read_body, read_object
-from modelium.http.messages import decode_request, encode_response
+from modelium.http.bodies import header_length, read_body, read_object
+from modelium.http.composed import Composed, inferred
+from modelium.http.interfaces import VERSION
+from modelium.http.messages import decode_request
 from modelium.http.repository import EXTENSIONS, NOT_SERVABLE, ModelRepository
 from modelium.http.settings import HttpSettings
 from modelium.http.streams import InferenceFailed, Streams, join
@@ -51,11 +53,14 @@ _UNPARSABLE = tuple(begin.encode() for begin in UNPARSABLE)
 class KServe:
     """The routes under `/v2`."""
 
-    def __init__(self, service: Service, settings: HttpSettings, upstream: Upstream, streams: Streams):
+    def __init__(
+        self, service: Service, settings: HttpSettings, upstream: Upstream, streams: Streams, composed: Composed
+    ):
         self._service = service
         self._settings = settings
         self._upstream = upstream
         self._streams = streams
+        self._composed = composed
         self._repository = ModelRepository(service, upstream)
 
     def routes(self) -> list[web.RouteDef]:
@@ -96,6 +101,8 @@ class KServe:
     async def infer(self, request: web.Request) -> web.StreamResponse:
         name = request.match_info["model"]
         lease = await acquire(self._service, self._settings, request.headers, name, request.query)
+        if openai_alone(lease.endpoints):
+            return await self._held(lease, self._composed.answer(request, lease))
         if lease.decoupled and GRPC in lease.endpoints:
             return await self._held(lease, self._infer_decoupled(request, lease))
         return await self._held(lease, self._passed(request, lease))
@@ -104,6 +111,8 @@ class KServe:
         """Pass on to the model's runtime as it is."""
         name = request.match_info["model"]
         lease = await acquire(self._service, self._settings, request.headers, name, request.query)
+        if openai_alone(lease.endpoints):
+            return await self._held(lease, self._composed.answer(request, lease))
         return await self._held(lease, self._passed(request, lease))
 
     async def _held(self, lease: Lease, answering: Any) -> web.StreamResponse:
@@ -136,11 +145,7 @@ class KServe:
             answers = await self._streams.infer(lease.endpoints[GRPC], lease.model, version, wanted)
         except InferenceFailed as exc:
             return error_answer(request, exc, exc.status)
-        body, length = encode_response(join(lease.model, answers), wanted)
-        if length is None:
-            return web.Response(body=body, content_type="application/json")
-        headers = {HEADER_LENGTH: str(length)}
-        return web.Response(body=body, headers=headers, content_type="application/octet-stream")
+        return inferred(join(lease.model, answers), wanted)
 
     # ------------------------------------------------------------------ no use of a model
 
@@ -150,19 +155,25 @@ class KServe:
             model = self._service.view(request.match_info["model"])
         except ModelNotFound as exc:
             return error_answer(request, exc, 400)
-        if model.state == State.READY and "version" in request.match_info:
-            return await self._upstream.forward(request, self._repository.address_of(model.runtime), model.name)
+        if model.state == State.READY and (version := request.match_info.get("version")):
+            if (address := self._repository.address_of(model)) is not None:
+                return await self._upstream.forward(request, address, model.name)
+            if version != VERSION:
+                raise BadRequest(f"{model.name} has no version {version}: it has version {VERSION}")
         headers = {"x-modelium-state": model.state}
         if model.state in NOT_SERVABLE:
             return json_answer({"error": f"{model.name} is {model.state}: {model.reason}"}, 400, headers)
         return web.Response(headers=headers, content_type="text/plain")
 
     async def statistics(self, request: web.Request) -> web.StreamResponse:
-        name, address = self._repository.loaded(request.match_info["model"])
-        return await self._upstream.forward(request, address, name)
+        model = self._repository.loaded(request.match_info["model"])
+        if (address := self._repository.address_of(model)) is not None:
+            return await self._upstream.forward(request, address, model.name)
+        version = request.match_info.get("version", "")
+        return json_answer({"model_stats": [self._repository.counted(model.name, version)]})
 
     async def all_statistics(self, request: web.Request) -> web.StreamResponse:
-        """What each runtime tells of its models, in one list."""
+        """What each runtime tells of its models, in one list, and what is counted here of those that none tells of."""
         found: list[Any] = []
         for info in self._repository.runtimes():
             told = await self._repository.told(info, "GET", "/v2/models/stats")
@@ -170,7 +181,7 @@ class KServe:
                 found += told["model_stats"]
             except (KeyError, TypeError):
                 raise UpstreamFailed(f"{info.name} answered with no statistics: {told!r:.200}") from None
-        return json_answer({"model_stats": found})
+        return json_answer({"model_stats": [*found, *await self._repository.untold()]})
 
     async def runtime_setting(self, request: web.Request) -> web.StreamResponse:
         runtime = self._repository.only_runtime(request.path)

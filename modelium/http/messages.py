@@ -50,6 +50,8 @@ class InferResponse:
     outputs: list[TensorValue]
     id: str = ""
     parameters: Parameters = field(default_factory=dict)
+    final: bool = False
+    """No other follows; told where the response was composed here."""
 
 
 def decode_request(body: bytes, header_length: int | None = None) -> InferRequest:

@@ -35,7 +35,7 @@ FAMILIES = {
     "modelium_device_memory_bytes": (
         "gauge",
         "Memory of a device by kind: total, used by anyone, budget for models, booked by models, promised to models "
-        "that wait, foreign: used by what Modelium does not manage.",
+        "that wait, measured of models, overhead of runtimes, foreign: of processes that are not ours, unexplained.",
     ),
     "modelium_device_utilization_ratio": ("gauge", "How busy the device is, 0 to 1, where it tells."),
     "modelium_load_seconds": ("histogram", "What loads took."),
@@ -136,8 +136,11 @@ def _service(text: _Text, status: StatusView) -> None:
         _device(text, f'device="{_escaped(device.id)}"', device)
 
 
+_MEMORY = ("total", "used", "budget", "booked", "promised", "measured", "overhead", "foreign", "unexplained")
+
+
 def _device(text: _Text, label: str, device: DeviceView) -> None:
-    for kind in ("total", "used", "budget", "booked", "promised", "foreign"):
+    for kind in _MEMORY:
         text.add("modelium_device_memory_bytes", f'{label},kind="{kind}"', getattr(device, f"{kind}_bytes"))
     if device.utilization is not None:
         text.add("modelium_device_utilization_ratio", label, device.utilization)

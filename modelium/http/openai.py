@@ -8,6 +8,7 @@ model, which the body names, is loaded first when it has to be.
 from __future__ import annotations
 
 import asyncio
+import json
 import secrets
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
@@ -117,7 +118,7 @@ class OpenAI:
             body: dict[str, Any] = {"model": model_of_form(content_type, unpacked(request, raw))}
         else:
             body = parse_object(unpacked(request, raw))
-        name = model_of(body)
+        name, adapter = self._named(model_of(body))
 
         def refuse_early() -> None:
             """No load for a request that its runtime will not answer anyway."""
@@ -128,8 +129,11 @@ class OpenAI:
 
         lease = await acquire(self._service, self._settings, request.headers, name, request.query, refuse_early)
         try:
+            if adapter:
+                raw = for_adapter(request, lease, body, adapter)
             if (base := lease.endpoints.get(OPENAI)) is not None:
-                response = await self._upstream.forward(request, base, name, body=raw)
+                stream = body.get("stream") is True
+                response = await self._upstream.forward(request, base, name, body=raw, stream=stream)
             else:
                 response = await answer(request, lease, read(body))
             lease.release(ok=response.status < 500)
@@ -141,6 +145,16 @@ class OpenAI:
             raise
         finally:
             lease.release()  # the client left, which is no failure of the model's
+
+    def _named(self, name: str) -> tuple[str, str]:
+        """The model that a request names, and the adapter: `NAME:ADAPTER` where no model is called so."""
+        if ":" not in name:
+            return name, ""
+        try:
+            return self._service.view(name).name, ""
+        except ModelNotFound:
+            name, _, adapter = name.partition(":")
+            return name, adapter
 
     def _settle(self, lease: Lease, exc: ModeliumError | StreamBroken) -> None:
         """Give the lease back with what became of it."""
@@ -233,6 +247,16 @@ class OpenAI:
 
     async def _inferred(self, lease: Lease, request: InferRequest) -> AsyncGenerator[InferResponse, None]:
         yield await self._inference.infer(lease, request)
+
+
+def for_adapter(request: web.Request, lease: Lease, body: dict[str, Any], adapter: str) -> bytes:
+    """The body for a runtime that serves an adapter beside its model, by the adapter's own name."""
+    if OPENAI not in lease.endpoints:
+        raise wrong("model", f"{lease.runtime}, which serves {lease.model}, has no adapters: leave {adapter!r} out")
+    plain = request.headers.get(hdrs.CONTENT_ENCODING, "identity").lower() == "identity"
+    if not plain or request.content_type.startswith("multipart/"):
+        raise wrong("model", f"expected a request for the adapter {adapter!r} as JSON, not packed")
+    return json.dumps({**body, "model": adapter}).encode()
 
 
 def _usable(view: ModelView) -> bool:

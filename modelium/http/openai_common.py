@@ -22,6 +22,12 @@ IGNORED = frozenset({
 EMBEDDINGS = ("sentence_embedding", "embedding", "embeddings")
 """What models call the output that holds one vector for each text, the templates' name first."""
 
+SWITCHES = (
+    "exclude_input_in_output", "return_finish_reason", "return_num_input_tokens", "return_num_output_tokens",
+)  # fmt: skip
+"""Inputs of Triton's vLLM backend without which it repeats the prompt and tells no counts
+(https://github.com/triton-inference-server/vllm_backend/blob/main/docs/additional_outputs.md)."""
+
 TEXT_ROUTES = "/v1/chat/completions or /v1/completions"
 EMBEDDINGS_ROUTE = "/v1/embeddings"
 

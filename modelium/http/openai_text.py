@@ -17,7 +17,7 @@ from typing import Any
 
 from modelium.api import Tensor
 from modelium.http.messages import InferRequest, InferResponse
-from modelium.http.openai_common import IGNORED, MAX_INPUTS, are_ids, listed, routes_for, total, wrong
+from modelium.http.openai_common import IGNORED, MAX_INPUTS, SWITCHES, are_ids, listed, routes_for, total, wrong
 from modelium.http.predict import TEXT_INPUTS, fit
 from modelium.http.tensors import TensorValue, split_bytes
 
@@ -45,12 +45,6 @@ _READ = frozenset({"max_completion_tokens", "messages", "model", "prompt", "stre
 
 _NEUTRAL: Mapping[str, Any] = {"frequency_penalty": 0, "logit_bias": {}, "presence_penalty": 0}
 """Values of sampling parameters that change nothing, and that clients send by default."""
-
-SWITCHES = (
-    "exclude_input_in_output", "return_finish_reason", "return_num_input_tokens", "return_num_output_tokens",
-)  # fmt: skip
-"""Inputs of Triton's vLLM backend without which it repeats the prompt and tells no counts
-(https://github.com/triton-inference-server/vllm_backend/blob/main/docs/additional_outputs.md)."""
 
 FINISH_REASONS = ("stop", "length")
 

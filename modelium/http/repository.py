@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 import modelium
 from modelium.api import RuntimeInfo
 from modelium.core.states import RuntimeState, State
+from modelium.engine.views import ModelView
 from modelium.errors import LoadRejected, ModelError, ModelFailed, ModeliumError, ModelNotFound, RuntimeUnavailable
 from modelium.http.admin import views
 from modelium.http.admission import HTTP
 from modelium.http.answers import BadRequest, NotSupported, UpstreamFailed
+from modelium.http.interfaces import VERSION
 from modelium.http.upstream import Upstream
 
 if TYPE_CHECKING:
@@ -44,6 +46,11 @@ INDEX_STATES: Mapping[str, str] = {
 ALL_S = 10.0
 """For what one runtime contributes to an answer about all."""
 
+LOADED = frozenset({State.READY, State.DRAINING})
+
+PARTS = ("queue", "compute_input", "compute_infer", "compute_output", "cache_hit", "cache_miss")
+"""What Triton's statistics tell besides."""
+
 NOT_SERVABLE = frozenset({State.DISCOVERED, State.INVALID, State.FAILED})
 """States in which a request would not be answered, now or after waiting."""
 
@@ -65,6 +72,7 @@ class ModelRepository:
         """An entry for each model, with each loaded version: `name`, `state`, and where there is one `version` and
         `reason`."""
         versions = await self._versions()
+        telling = {info.name for info in self.runtimes()}
         entries: list[dict[str, str]] = []
         async for model in views(self._service):
             state = INDEX_STATES.get(model.state, "UNAVAILABLE")
@@ -73,7 +81,8 @@ class ModelRepository:
             entry = {"name": model.name, "state": state}
             if state != "READY":
                 entry["reason"] = model.reason
-            for version in versions.get(model.name, [""]) if state == "READY" else [""]:
+            untold = "" if model.runtime in telling else VERSION
+            for version in versions.get(model.name, [untold]) if state == "READY" else [""]:
                 entries.append({**entry, "version": version} if version else entry)
         return entries
 
@@ -135,18 +144,53 @@ class ModelRepository:
             )
         return runtimes[0]
 
-    def loaded(self, name: str, protocol: str = HTTP) -> tuple[str, str]:
-        """The name of a loaded model, and where its runtime tells of it."""
+    def loaded(self, name: str) -> ModelView:
+        """A model that is loaded; `BadRequest` where it is not."""
         model = self._service.view(name)
-        if model.state not in (State.READY, State.DRAINING):
+        if model.state not in LOADED:
             raise BadRequest(f"{model.name} is {model.state}: only a loaded model has statistics")
-        return model.name, self.address_of(model.runtime, protocol)
+        return model
 
-    def address_of(self, runtime: str | None, protocol: str = HTTP) -> str:
-        for info in self.runtimes(protocol):
-            if info.name == runtime and (address := info.endpoint(protocol)):
-                return address
-        raise RuntimeUnavailable(f"the runtime {runtime} is not up")
+    def address_of(self, model: ModelView, protocol: str = HTTP) -> str | None:
+        """Where a loaded model's runtime tells of it; None where it speaks other protocols."""
+        route = self._service.route(model.name)
+        if route is not None:
+            return route.endpoints.get(protocol)
+        for runtime in self._service.runtimes:  # it is draining
+            if runtime.name == model.runtime and runtime.state == RuntimeState.UP and runtime.info is not None:
+                return runtime.info.endpoint(protocol)
+        raise RuntimeUnavailable(f"the runtime {model.runtime} is not up")
+
+    def counted(self, name: str, version: str = "") -> dict[str, Any]:
+        """Statistics of a model that its runtime tells none of, by our own counts: all that was asked since we started.
+
+        Times are those of requests that passed through the service, as if all had taken as long.
+        """
+        if version not in ("", VERSION):
+            raise BadRequest(f"{name} has no version {version}: it has version {VERSION}")
+        usage = self._service.usage.model(name)
+        mean_ns = usage.latency.sum * 1e9 / max(1, sum(usage.latency.counts))
+        succeeded = usage.requests - usage.in_flight - usage.failures
+
+        def spent(count: int) -> dict[str, int]:
+            return {"count": count, "ns": round(count * mean_ns)}
+
+        success = spent(succeeded)
+        return {
+            "name": name, "version": VERSION, "last_inference": round(usage.last_used * 1000),
+            "inference_count": succeeded, "execution_count": succeeded,
+            "inference_stats": {"success": success, "fail": spent(usage.failures), **dict.fromkeys(PARTS, spent(0))},
+            "batch_stats": [],
+        }  # fmt: skip
+
+    async def untold(self, protocol: str = HTTP) -> list[dict[str, Any]]:
+        """`counted` of all loaded models whose runtimes do not speak `protocol`."""
+        telling = {info.name for info in self.runtimes(protocol)}
+        return [
+            self.counted(model.name)
+            async for model in views(self._service)
+            if model.state in LOADED and model.runtime not in telling
+        ]
 
     async def told(self, info: RuntimeInfo, method: str, path: str, body: bytes | None = None) -> Any:
         """What one runtime contributes, as JSON, to an answer about all. Errors as those of `Upstream.ask`."""

@@ -11,7 +11,7 @@ import grpc.aio
 
 from modelium.errors import ModeliumError, RuntimeUnavailable
 from modelium.http.answers import BadRequest, UpstreamFailed, check_process, unreachable
-from modelium.http.messages import InferRequest, InferResponse
+from modelium.http.messages import InferRequest, InferResponse, WantedOutput
 from modelium.http.rpc.channels import Channels, lost
 from modelium.http.tensors import Parameters, TensorValue, join_bytes, split_bytes, to_raw
 
@@ -140,20 +140,43 @@ def to_proto(model: str, version: str, request: InferRequest) -> Any:
 
 def from_proto(message: Any) -> InferResponse:
     """From a `ModelInferResponse`, its values raw or not."""
-    outputs = []
-    raws = iter(message.raw_output_contents)
-    for value in message.outputs:
-        tensor = TensorValue(value.name, value.datatype, tuple(value.shape), None, _get_parameters(value.parameters))
-        if "shared_memory_region" not in tensor.parameters:
-            if message.raw_output_contents:
-                tensor.raw = next(raws)
-            else:
-                elements = list(getattr(value.contents, _CONTENTS[value.datatype]))
-                tensor.raw = to_raw(tensor.name, tensor.datatype, tensor.shape, elements)
-        outputs.append(tensor)
+    outputs = _tensors(message.outputs, message.raw_output_contents)
     return InferResponse(
         message.model_name, message.model_version, outputs, message.id, _get_parameters(message.parameters)
     )
+
+
+def request_from_proto(message: Any) -> InferRequest:
+    """From a `ModelInferRequest`, its values raw or not. `BadRequest` when they are not what they are said to be."""
+    inputs = _tensors(message.inputs, message.raw_input_contents)
+    wanted = [WantedOutput(one.name, True, _get_parameters(one.parameters)) for one in message.outputs]
+    return InferRequest(inputs, message.id, _get_parameters(message.parameters), wanted)
+
+
+def response_to_proto(response: InferResponse) -> Any:
+    """A `ModelInferResponse`, its values raw."""
+    from tritonclient.grpc import service_pb2 as pb
+
+    message = pb.ModelInferResponse(model_name=response.model, model_version=response.version, id=response.id)
+    _set_parameters(message.parameters, response.parameters)
+    for tensor in response.outputs:
+        message.outputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
+        message.raw_output_contents.append(bytes(tensor.raw or b""))
+    return message
+
+
+def _tensors(values: Any, raws: Sequence[bytes]) -> list[TensorValue]:
+    found, rest = [], iter(raws)
+    for value in values:
+        tensor = TensorValue(value.name, value.datatype, tuple(value.shape), None, _get_parameters(value.parameters))
+        if "shared_memory_region" not in tensor.parameters:
+            if raws:
+                tensor.raw = next(rest, b"")
+            elif (contents := _CONTENTS.get(value.datatype)) is not None:
+                elements = list(getattr(value.contents, contents))
+                tensor.raw = to_raw(tensor.name, tensor.datatype, tensor.shape, elements)
+        found.append(tensor)
+    return found
 
 
 def _set_parameters(target: Any, parameters: Parameters) -> None:

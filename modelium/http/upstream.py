@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Mapping
+from contextlib import asynccontextmanager
 
 import aiohttp
 from aiohttp import hdrs, web
@@ -40,6 +41,10 @@ HOP_BY_HOP = tuple(
 FORM = "application/x-www-form-urlencoded"
 """What curl calls any body, which is none here. Triton's HTTP server takes it at its word, looks for fields in it, and
 crashes on one of 4 MiB or more (seen on 2.51)."""
+
+ABRUPT = "llama.cpp"
+"""The `Server` that closes a connection after a stream without saying so, so that the next request is lost with it
+(xllamacpp 2026.10)."""
 
 _NOT_FOR_UPSTREAM = (*HOP_BY_HOP, istr("Host"), istr("Expect"))
 _AUTO_HEADERS = (hdrs.ACCEPT, hdrs.ACCEPT_ENCODING, hdrs.CONTENT_TYPE, hdrs.USER_AGENT)
@@ -100,6 +105,7 @@ class Upstream:
         self._settings = settings
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=settings.connect_timeout_s)
         self._session: aiohttp.ClientSession | None = None
+        self._abrupt: set[str] = set()  # addresses
 
     async def open(self) -> None:
         """To be called on the loop that the requests will run on."""
@@ -119,13 +125,14 @@ class Upstream:
             await self._session.close()
 
     async def forward(
-        self, request: web.Request, base: str, model: str, *, body: bytes | None = None
+        self, request: web.Request, base: str, model: str, *, body: bytes | None = None, stream: bool = False
     ) -> web.StreamResponse:
         """Pass `request` to the runtime at `base`, and its answer to the client.
 
-        `model` is for messages; `body` is the request's where it was read already, as it came. Raises
-        `RuntimeUnavailable` when nothing was sent, `UpstreamFailed` when the runtime did not answer, `StreamBroken`
-        when it was lost in the middle of an answer; the client then sees a connection that broke.
+        `model` is for messages; `body` is the request's where it was read already; `stream` says that an answer in
+        server-sent events is wanted. Raises `RuntimeUnavailable` when nothing was sent, `UpstreamFailed` when the
+        runtime did not answer, `StreamBroken` when it was lost in the middle of an answer; the client then sees a
+        connection that broke.
         """
         payload = await self._body(request) if body is None else _Whole(body)
         headers = CIMultiDict(request.headers)
@@ -133,9 +140,15 @@ class Upstream:
         if headers.get(hdrs.CONTENT_TYPE, "").lstrip().lower().startswith(FORM):
             headers[hdrs.CONTENT_TYPE] = "application/octet-stream" if HEADER_LENGTH in headers else "application/json"
         headers[REQUEST_ID] = request[ID]
+        if body is not None:
+            headers[hdrs.CONTENT_LENGTH] = str(len(body))
+        if stream and base in self._abrupt:
+            headers[hdrs.CONNECTION] = "close"
         target = request.raw_path
         url = URL(base + (target if target.startswith("/") else str(request.rel_url)), encoded=True)
         async with await self._send(request.method, url, headers, payload, model) as answer:
+            if stream:
+                self._look_at(base, answer)
             return await self._relay(request, answer, model)
 
     async def ask(
@@ -156,6 +169,30 @@ class Upstream:
         payload = None if body is None else _Whole(body)
         async with await self._send(method, URL(url, encoded=True), headers, payload, model) as answer:
             return answer.status, CIMultiDict(answer.headers), await _taken(answer.read(), model)
+
+    @asynccontextmanager
+    async def posting(
+        self, base: str, path: str, model: str, *, body: bytes, headers: Mapping[str, str]
+    ) -> AsyncIterator[tuple[int, AsyncIterator[bytes]]]:
+        """As `ask`, with the answer's body as it comes. Leaving early closes the connection."""
+
+        async def pieces() -> AsyncIterator[bytes]:
+            while piece := await _taken(answer.content.readany(), model):
+                yield piece
+
+        sent = CIMultiDict(headers)
+        if base in self._abrupt:
+            sent[hdrs.CONNECTION] = "close"
+        async with await self._send("POST", URL(base + path, encoded=True), sent, _Whole(body), model) as answer:
+            self._look_at(base, answer)
+            yield answer.status, pieces()
+
+    def _look_at(self, base: str, answer: aiohttp.ClientResponse) -> None:
+        """See to it that an abrupt server's connection is not used again after a stream, from its first answer on."""
+        if answer.headers.get(hdrs.SERVER) == ABRUPT:
+            self._abrupt.add(base)
+            if answer.connection is not None and answer.connection.protocol is not None:
+                answer.connection.protocol.force_close()
 
     async def _body(self, request: web.Request) -> Payload | None:
         headers, content = request.headers, request.content
@@ -229,7 +266,7 @@ class Upstream:
                 chunk = await content.readany()
             except (aiohttp.ClientError, OSError) as exc:
                 log.warning("%s: its runtime was lost while it answered: %s", model, _words(exc))
-                _break_off(request, declared is None and request.version < aiohttp.HttpVersion11)
+                break_off(request, declared is None and request.version < aiohttp.HttpVersion11)
                 raise StreamBroken(_words(exc)) from exc
             if not chunk:
                 break
@@ -261,7 +298,7 @@ async def _taken(reading: Awaitable[bytes], model: str) -> bytes:
         raise UpstreamFailed(f"the runtime of {model} broke off its answer ({_words(exc)}); ask again") from exc
 
 
-def _break_off(request: web.Request, ends_with_connection: bool) -> None:
+def break_off(request: web.Request, ends_with_connection: bool) -> None:
     """Close the client's connection so that it can't take what it has for the whole answer."""
     transport = request.transport
     if transport is None:

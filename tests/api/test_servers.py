@@ -13,13 +13,14 @@ from typing import Any
 
 import aiohttp
 import pytest
+from aiohttp import web
 
 from modelium.api import LoadRequest, Progress, RuntimeContext
-from modelium.api.fakes import FakeSettings
-from modelium.api.servers import ModelServers, Server, ServerCommand
+from modelium.api.fakes import FakeProcesses, FakeSettings
+from modelium.api.servers import ExternalServer, ModelServers, Server, ServerCommand
 from modelium.api.testing import DriverContract, load_request, silent
 from modelium.engine.processes import ProcessSupervisor
-from modelium.errors import DriverError, LoadRejected
+from modelium.errors import DriverError, LoadRejected, RuntimeUnavailable
 
 SERVER = """
 import http.server, json, os, subprocess, sys, time
@@ -249,3 +250,69 @@ async def test_what_an_earlier_run_left_starting_is_ended(
     with pytest.raises(DriverError):
         await task
     await second.close()
+
+
+# --------------------------------------------------------------------------- somebody else's
+
+
+@pytest.fixture
+async def openai_server() -> AsyncIterator[tuple[str, list[str]]]:
+    """Its URL, and the names of what it serves, which a test may change."""
+    names = ["llm"]
+
+    async def models(_: web.Request) -> web.Response:
+        return web.json_response({"object": "list", "data": [{"id": name, "object": "model"} for name in names]})
+
+    async def version(_: web.Request) -> web.Response:
+        return web.json_response({"version": "0.32.0"})
+
+    app = web.Application()
+    app.add_routes([web.get("/v1/models", models), web.get("/version", version)])
+    runner = web.AppRunner(app)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    yield f"http://127.0.0.1:{runner.addresses[0][1]}", names
+    await runner.cleanup()
+
+
+def external(tmp_path: Path, endpoint: str) -> ExternalServer:
+    context = RuntimeContext(
+        name="box",
+        repository=tmp_path,
+        state_dir=tmp_path,
+        cache_dir=tmp_path,
+        settings=FakeSettings(),
+        processes=FakeProcesses(),
+        report=silent,
+    )
+    return ExternalServer(context, endpoint, name="vLLM")
+
+
+async def test_an_external_server_shows_what_it_serves(tmp_path: Path, openai_server: tuple[str, list[str]]) -> None:
+    url, names = openai_server
+    driver = external(tmp_path, f"{url}/v1/")
+    info = await driver.start()
+    assert (info.name, info.version, info.external) == ("box", "0.32.0", True)
+    (shown,) = (await driver.observe()).models
+    assert (shown.name, shown.ready, shown.endpoints[0].address) == ("llm", True, url)
+    assert (await driver.load(load_request("llm"), silent)).endpoints == shown.endpoints
+    with pytest.raises(LoadRejected, match="does not serve other"):
+        await driver.load(load_request("other"), silent)
+    with pytest.raises(DriverError, match="not ours to unload"):
+        await driver.unload("llm")
+    names.clear()
+    assert not (await driver.observe()).models
+    await driver.unload("llm")
+    await driver.close()
+
+
+async def test_an_external_server_that_is_not_there_or_is_none(
+    tmp_path: Path, openai_server: tuple[str, list[str]]
+) -> None:
+    url, _ = openai_server
+    for endpoint, told in (("http://127.0.0.1:9", "no vLLM answers at"), (f"{url}/other", "answers 404")):
+        driver = external(tmp_path, endpoint)
+        with pytest.raises(RuntimeUnavailable, match=told):
+            await driver.start()
+        await driver.close()

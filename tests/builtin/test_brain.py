@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from modelium.api import Analysis, Candidate, Device, Offer, Plan, Situation
 from modelium.builtin import brain as plugin
 from modelium.builtin import lru
-from modelium.builtin.brain import DEFAULT_RULES, RulesBrain
+from modelium.builtin.brain import DEFAULT_RULES, SMALL_BYTES, RulesBrain
 from modelium.errors import ConfigError, ModelError
 
 GB = 10**9
@@ -107,6 +107,47 @@ def test_quantised_weights_and_triton_directories_have_rules_of_their_own() -> N
     assert (own.confidence, "its own Triton configuration" in own.reason) == (1.0, True)
 
 
+LANGUAGE_MODEL = analysis(format="huggingface", task="text-generation", weights_bytes=2 * GB)
+IN_TRITON = {
+    "native": offer("vllm", device_kinds=("cuda",)),
+    "alone": offer("vllm", runtime="vllm", device_kinds=BOTH),
+    "template": offer("vllm-python", native=False, device_kinds=BOTH),
+    "transformers": offer("transformers-text-generation", native=False, device_kinds=BOTH),
+}
+
+
+@pytest.mark.parametrize("where", [situation(cpu=16, cuda=8), situation(cpu=16)])
+def test_language_models_go_to_vllm_where_it_is(where: Situation) -> None:
+    """In Triton, then by itself, then from a template; each is the choice where those before it are not on offer."""
+    on_gpu = len(where.devices) > 1
+    order = [name for name in IN_TRITON if on_gpu or name != "native"]
+    for left_out in range(len(order)):
+        offers = [IN_TRITON[name] for name in order[left_out:]]
+        best = offers[0]
+        for shown in (offers, offers[::-1]):
+            found = plan(shown, where, LANGUAGE_MODEL)
+            assert (found.runtime, found.serving) == (best.runtime, best.serving)
+            assert found.device_kind == ("cuda" if on_gpu else "cpu")
+
+
+def test_small_ones_on_a_cpu_stay_with_transformers() -> None:
+    offers = list(IN_TRITON.values())
+    small = LANGUAGE_MODEL.model_copy(update={"weights_bytes": SMALL_BYTES - 1})
+    found = plan(offers, situation(cpu=16), small)
+    assert found.serving == "transformers-text-generation"
+    assert "starts in seconds (rule small-language-model-on-the-cpu)" in found.reason
+    assert "triton/vllm-python on cpu: the rule prefers triton/transformers-text-generation" in found.alternatives
+    assert plan(offers, situation(cpu=16, cuda=8), small).serving == "vllm", "on a GPU it loses nothing"
+    assert plan(offers[1:2], situation(cpu=16), small).runtime == "vllm", "where there is nothing else"
+
+
+def test_quantised_language_models_go_to_vllm() -> None:
+    quantised = LANGUAGE_MODEL.model_copy(update={"facts": {"quantization": "awq"}})
+    found = plan([IN_TRITON["alone"], IN_TRITON["native"]], situation(cpu=16, cuda=8), quantised)
+    assert (found.runtime, found.serving) == ("triton", "vllm")
+    assert "rule quantized-on-a-gpu" in found.reason
+
+
 def test_nothing_on_offer_says_what_it_is() -> None:
     with pytest.raises(ModelError, match="x is a GGUF model") as caught:
         plan([], situation(cpu=16), analysis(facts={"unsupported": "x is a GGUF model"}))
@@ -133,6 +174,9 @@ def test_rules_of_ones_own_come_first() -> None:
     ("when", "applies"),
     [
         ({}, True),
+        ({"name": "m"}, True),
+        ({"name": ["llama-*", "m*"]}, True),
+        ({"name": "llama-*"}, False),
         ({"format": "onnx"}, True),
         ({"format": ["triton", "on*"]}, True),
         ({"format": "triton"}, False),
@@ -162,6 +206,9 @@ def test_preferences_and_settings() -> None:
     assert (found.serving, found.settings) == ("b", {"x": 1, "y": 2})
     assert plan(offers, situation(cpu=16), None, {"name": "r", "prefer": {"runtime": "vllm"}}).serving == "c"
     assert plan(offers, situation(cpu=16), None, {"name": "r", "prefer": {"serving": ["z", "a"]}}).serving == "a"
+    named = {"name": "r", "prefer": {"runtime": ["*/b", "triton/a"], "native": False}}
+    assert plan(offers, situation(cpu=16), None, named).serving == "b"
+    assert plan([offers[0], offers[2]], situation(cpu=16), None, named).serving == "a"
 
 
 @pytest.mark.parametrize(
@@ -242,3 +289,32 @@ def test_the_least_recently_used_goes_first() -> None:
 def test_it_has_nothing_to_set() -> None:
     with pytest.raises(ConfigError, match=r"eviction\.idle is not a setting; there are: none"):
         lru.modelium_eviction_policies({"idle": 5})
+
+
+def gpus(count: int, budget: int, **more: Any) -> tuple[Device, ...]:
+    return tuple(
+        Device(id=f"cuda:{n}", kind="cuda", name="GPU", total_bytes=budget, used_bytes=0, **more) for n in range(count)
+    )
+
+
+def test_a_model_over_two_devices_needs_room_on_each() -> None:
+    whole = offer("one", device_kinds=("cuda",), memory_bytes=12 * GB)
+    split = offer("two", device_kinds=("cuda",), memory_bytes=13 * GB, devices=2)
+    devices = gpus(2, 8 * GB)
+    where = Situation(devices=devices, budgets={d.id: d.total_bytes for d in devices})
+    taken = plan([whole, split], where)
+    assert (taken.serving, taken.devices) == ("two", 2)
+    assert "on 2 devices of kind cuda" in taken.reason and "16.0 GB" in taken.reason
+    assert any("triton/one on cuda: needs about 12.0 GB" in line for line in taken.alternatives)
+    uneven = Situation(devices=devices, budgets={"cuda:0": 8 * GB, "cuda:1": 6 * GB})
+    assert plan([whole, split], uneven).confidence <= 0.3
+    with pytest.raises(ModelError, match="2 devices of kind cuda"):
+        plan([split], Situation(devices=devices[:1], budgets={}))
+
+
+def test_devices_of_another_runtime_are_no_room() -> None:
+    there = gpus(1, 80 * GB, runtime="far")
+    here = situation(cpu=16)
+    where = Situation(devices=(*here.devices, *there), budgets=dict(here.budgets))
+    assert plan([offer(device_kinds=BOTH)], where).device_kind == "cpu"
+    assert plan([offer(device_kinds=BOTH, runtime="far")], where).device_kind == "cuda"

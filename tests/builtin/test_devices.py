@@ -8,7 +8,7 @@ import psutil
 import pytest
 
 from modelium.builtin import devices
-from modelium.builtin.devices import gpu_devices, host_device, visible
+from modelium.builtin.devices import gpu_devices, host_device
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -175,22 +175,3 @@ def test_a_driver_that_goes_and_comes_back(nvml: Nvml) -> None:
 
 def test_the_host_is_reported_whatever_else_there_is() -> None:
     assert devices.modelium_devices()[0].id == "cpu:0"
-
-
-@pytest.mark.parametrize(
-    ("value", "wanted"),
-    [
-        (None, [0, 1, 2]),
-        ("", []),
-        ("2,0", [2, 0]),
-        ("GPU-b", [1]),
-        ("0,-1,1", [0]),
-        ("0,7,1", [0]),
-        ("0,0", [0]),
-        ("GPU-", []),
-        ("nonsense", []),
-    ],
-)
-def test_visible(value: str | None, wanted: list[int]) -> None:
-    environment = {} if value is None else {"CUDA_VISIBLE_DEVICES": value}
-    assert visible(["GPU-a0", "GPU-b0", "GPU-c0"], environment) == wanted

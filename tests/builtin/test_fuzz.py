@@ -15,10 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from modelium.api import Analysis, Completeness, Finding
-from modelium.builtin import huggingface, onnx, recognised, scanners, torchscript
+from modelium.builtin import huggingface, onnx, openvino, recognised, scanners, torchscript
 from modelium.builtin.pickle_converter import PickleConverter
 from modelium.errors import ModeliumError
 from tests.builtin.making import QWEN, evil_pickle, hugging_face, onnx_model, zip_checkpoint
+from tests.openvino_models import linear
 
 HERE = Path(__file__).parent / "data"
 MARKER = Path(tempfile.gettempdir()) / f"modelium-fuzz-{os.getpid()}"
@@ -34,7 +35,7 @@ def folder() -> Iterator[Path]:
 
 def look(path: Path) -> None:
     """Ask all hooks, as the host does."""
-    for plugin in (onnx, huggingface, torchscript, recognised, scanners):
+    for plugin in (onnx, openvino, huggingface, torchscript, recognised, scanners):
         if hook := getattr(plugin, "modelium_completeness", None):
             answer = quietly(hook, path)
             assert answer is None or isinstance(answer, Completeness)
@@ -66,6 +67,7 @@ def samples() -> dict[str, bytes]:
     with folder() as place:
         return {
             "x.onnx": onnx_model(place / "x.onnx").read_bytes(),
+            "x.xml": (linear(place / "openvino" / "x.xml") / "x.xml").read_bytes(),
             "x.safetensors": (hugging_face(place / "hf") / "model.safetensors").read_bytes(),
             "script.pt": (HERE / "script.pt").read_bytes(),
             "state_dict.pt": (HERE / "state_dict.pt").read_bytes(),
@@ -111,7 +113,10 @@ def test_damaged_files(name: str, data: st.DataObject) -> None:
         look(place)
 
 
-@given(st.sampled_from(["x.onnx", "x.pt", "x.bin", "x.pkl", "x.safetensors", "x.npz", "x.h5"]), st.binary(max_size=300))
+@given(
+    st.sampled_from(["x.onnx", "x.xml", "x.pt", "x.bin", "x.pkl", "x.safetensors", "x.npz", "x.h5"]),
+    st.binary(max_size=300),
+)
 @fuzz
 def test_random_files(name: str, data: bytes) -> None:
     with folder() as place:

@@ -175,6 +175,12 @@ def test_what_belongs_to_others_is_left_to_them(tmp_path: Path) -> None:
     (onnx / "model.safetensors").unlink()
     onnx_model(onnx / "model.onnx")
     assert plugin.modelium_analyze(onnx) is None
+    openvino = hugging_face(tmp_path / "openvino")
+    (openvino / "model.safetensors").unlink()
+    (openvino / "openvino_model.xml").write_text("<net/>")
+    (openvino / "openvino_model.bin").write_bytes(bytes(8))
+    assert plugin.modelium_analyze(openvino) is None
+    assert plugin.modelium_completeness(openvino) is None
 
 
 # --------------------------------------------------------------------------- what is not whole

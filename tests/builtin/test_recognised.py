@@ -110,9 +110,6 @@ def test_folders(tmp_path: Path) -> None:
     assert known(tmp_path / "sd") == "diffusers"
     write(tmp_path / "lora" / "adapter_config.json", b"{}")
     assert known(tmp_path / "lora") == "peft"
-    write(tmp_path / "ov" / "model.xml", b"<net/>")
-    write(tmp_path / "ov" / "model.bin", b"x")
-    assert known(tmp_path / "ov") == "openvino"
     write(tmp_path / "gguf" / "README.md", b"x")
     write(tmp_path / "gguf" / "q4.gguf", b"GGUF" + bytes(99))
     assert known(tmp_path / "gguf") == "gguf"
@@ -141,6 +138,6 @@ def test_the_reason_names_the_drop_and_what_to_do(tmp_path: Path) -> None:
     assert found is not None
     assert json.loads(json.dumps(dict(found.facts))) == found.facts
     assert found.facts["unsupported"] == (
-        "llama.gguf is a GGUF model for llama.cpp; Modelium has no runtime for it here: drop the Hugging Face folder "
-        "that it was made from, with safetensors"
+        "llama.gguf is a GGUF model for llama.cpp; Modelium has no runtime for it here: `pip install "
+        "modelium-plugin-llamacpp`, or drop the Hugging Face folder that it was made from, with safetensors"
     )

@@ -53,12 +53,15 @@ class TestListing:
         await served.rig.is_("a.toy", "READY")
         ran = await served.modelium("ps", "--devices")
         assert ran.code == 0
-        (device,) = [line.split() for line in ran.out.splitlines() if line.startswith("cpu:0")]
+        lines = [line.split() for line in ran.out.splitlines()]
+        device, *foreign = [words for words in lines if words[:1] == ["cpu:0"]]
         assert device[:6] == ["cpu:0", "host", "10.0", "MB", "2.0", "MB"]
         assert device[-1] == "a.toy"
-        assert any(line.split()[:2] == ["fake", "UP"] for line in ran.out.splitlines())
+        assert "UNEXPLAINED" in ran.out and all(words[1].isdecimal() for words in foreign)
+        assert ["fake", "UP"] in [words[:2] for words in lines]
         shown = (await served.modelium("ps", "--devices", "--json")).json
         assert [d["id"] for d in shown["devices"]] == ["cpu:0"]
+        assert shown["devices"][0]["foreign_bytes"] >= sum(f["bytes"] for f in shown["devices"][0]["foreign"]) > 0
 
     async def test_watching_is_not_for_programs(self, served: Served) -> None:
         assert (await served.modelium("ps", "--watch", "--json")).code == 2

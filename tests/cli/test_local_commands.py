@@ -16,6 +16,7 @@ import yaml
 from modelium import __version__
 from modelium.cli import COMMANDS, run
 from modelium.config import load_config
+from modelium.hookdocs import described
 from tests.cli.conftest import CHECKOUT, Modelium, finish, start
 from tests.host.toys import install
 
@@ -89,6 +90,62 @@ class TestCommandLine:
         assert ran.code == 2
 
 
+RUNTIME = """
+from modelium.api import Progress, hookimpl
+from modelium.api.fakes import FakeBackend, FakeRuntime
+from modelium.errors import DriverError
+
+MODELIUM_HOOKSPEC_VERSION = (1, 1)
+
+
+class Backend(FakeBackend):
+    async def install(self, cache_dir, settings, report):
+        report(Progress(stage="fetching", done=1, total=2, unit="bytes"))
+        if (cache_dir / "full").exists():
+            raise DriverError("the disk is full: make room", code="install_failed")
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        (cache_dir / "toy").write_text("there")
+        return "toy 1.0 is installed"
+
+
+@hookimpl
+def modelium_runtime_backends():
+    return [Backend(FakeRuntime("toy")), FakeBackend(FakeRuntime("plain"))]
+"""
+
+
+class TestRuntimes:
+    @pytest.fixture
+    def site(self, tmp_path: Path) -> str:
+        return f"{CHECKOUT}:{install({'toy-runtime': ('toy', RUNTIME)}, tmp_path / 'work')}"
+
+    async def test_they_are_listed_without_a_service(self, alone: Modelium, site: str) -> None:
+        ran = await alone("runtimes", "--url", "127.0.0.1:1", PYTHONPATH=site)
+        assert ran.code == 0
+        assert "modelium runtimes install toy" in ran.out
+        assert "install plain" not in ran.out and "plain" in ran.out
+        ran = await alone("runtimes", "--url", "127.0.0.1:1", "--json", PYTHONPATH=site)
+        assert {"name": "toy", "installable": True} in ran.json
+
+    async def test_one_is_installed_into_the_cache(self, alone: Modelium, site: str, tmp_path: Path) -> None:
+        cache = tmp_path / "cache"
+        ran = await alone("runtimes", "install", "toy", PYTHONPATH=site, MODELIUM_CACHE_DIR=str(cache))
+        assert (ran.code, ran.out) == (0, "toy 1.0 is installed\n")
+        assert (cache / "toy").read_text() == "there"
+        ran = await alone("runtimes", "install", "toy", "--json", PYTHONPATH=site, MODELIUM_CACHE_DIR=str(cache))
+        assert ran.json == {"name": "toy", "installed": "toy 1.0 is installed"}
+
+    async def test_why_not(self, alone: Modelium, site: str, tmp_path: Path) -> None:
+        (tmp_path / "cache").mkdir()
+        (tmp_path / "cache/full").touch()
+        ran = await alone("runtimes", "install", "toy", PYTHONPATH=site, MODELIUM_CACHE_DIR=str(tmp_path / "cache"))
+        assert (ran.code, "the disk is full: make room" in ran.err) == (1, True)
+        ran = await alone("runtimes", "install", "plain", PYTHONPATH=site)
+        assert (ran.code, "nothing to install" in ran.err) == (1, True)
+        ran = await alone("runtimes", "install", "toi", PYTHONPATH=site)
+        assert (ran.code, "did you mean 'toy'" in ran.err) == (1, True)
+
+
 class TestInit:
     async def test_it_writes_a_file_that_changes_nothing(self, alone: Modelium, tmp_path: Path) -> None:
         ran = await alone("init")
@@ -140,7 +197,7 @@ class TestHookspecs:
     async def test_all_of_them(self, alone: Modelium) -> None:
         ran = await alone("hookspecs")
         assert ran.out == (CHECKOUT / "hookspecs.md").read_text()
-        assert len((await alone("hookspecs", "--json")).json) == 12
+        assert len((await alone("hookspecs", "--json")).json) == len(described())
 
     async def test_one(self, alone: Modelium) -> None:
         ran = await alone("hookspecs", "analyze")

@@ -77,6 +77,7 @@ def accept(sim: Sim, pick: Pick) -> None:
         real=max(0, memory + drift),
         parts=WHOLES.get(name, ()),
         runtime=_runtime(sim, pick) if name in LEAVES else "r",
+        devices=2 if name in LEAVES and pick(6) == 0 else 1,
         dropped=pick(2) == 0,
         pinned=pick(12) == 0,
         bad=pick(8) == 0,
@@ -259,6 +260,18 @@ def foreign_memory(sim: Sim, pick: Pick) -> None:
     sim.see_devices()
 
 
+def machine_comes(sim: Sim, pick: Pick) -> None:
+    """One that only one runtime reaches."""
+    runtime = _runtime(sim, pick)
+    sim.apart[f"{runtime}/cpu:0"] = runtime
+    sim.see_devices()
+
+
+def machine_goes(sim: Sim, pick: Pick) -> None:
+    if sim.apart:
+        sim.lose_device(sorted(sim.apart)[pick(len(sim.apart))])
+
+
 def memory_grows(sim: Sim, pick: Pick) -> None:
     real = sim.real[_runtime(sim, pick)]
     names = sorted(real.models.keys() - real.broken)
@@ -348,7 +361,8 @@ def another_chance(sim: Sim, pick: Pick) -> None:
 OFTEN = (accept, ask, ask_known, ask_known, complete, complete, complete, complete, wait, wait, use, end_use, end_use)
 SELDOM = (
     accept_again_after_restart, change, change_plan, rescan, redrop, invalid, remove, drop, load, load, unload, pin,
-    withdraw, fail, lose, jump, look, see, see_now, see_devices, foreign_memory, memory_grows, breaks, crash,
+    withdraw, fail, lose, jump, look, see, see_now, see_devices, foreign_memory, machine_comes,
+    machine_goes, memory_grows, breaks, crash,
     lose_contact, restart_silently, load_behind_its_back, unload_behind_its_back, load_foreign, another_chance,
     disturb_sleep, host_memory,
 )  # fmt: skip

@@ -128,6 +128,12 @@ class Sim:
         self.asked: set[int] = set()
         self.people: set[int] = set()
         self.foreign = [0] * devices
+        self.elsewhere: set[str] = set()
+        """Runtimes on other machines."""
+        self.apart: dict[str, str] = {}
+        """Devices that only one runtime reaches, and which."""
+        self.kept: dict[str, Booking] = {}
+        """What unloading a model does not give back, by its name."""
         self.taken = 0
         """Of the host's memory, by others."""
         self.snapshots: list[tuple[str, int, float, Observation]] = []
@@ -391,7 +397,7 @@ class Sim:
             case i.Unload(name, op, runtime):
                 if not p.late:
                     self.real[runtime].drop(name)
-                self.happen(e.Unloaded(self.now, name, op))
+                self.happen(e.Unloaded(self.now, name, op, self.kept.get(name, ())))
             case i.Park(name, op, runtime, level):
                 holds = self._asleep(name, level)
                 real = self.real[runtime]
@@ -422,8 +428,7 @@ class Sim:
                 elif file is None or file.bad:
                     self.happen(e.LoadFailed(self.now, name, op, Failure("load_rejected", "it is bad")))
                 else:
-                    device = booking[0][0] if booking else "cpu:0"
-                    memory = ((device, file.real),)
+                    memory = self._spread(booking, file.real)
                     real.drop(name)
                     real.models[name] = memory
                     real.broken.discard(name)
@@ -441,9 +446,21 @@ class Sim:
                     real.clear()
                 self.happen(
                     e.RuntimeUp(
-                        self.now, name, epoch, str(real.instance), False, self.observation(name), adopted=adopted
+                        self.now,
+                        name,
+                        epoch,
+                        str(real.instance),
+                        False,
+                        self.observation(name),
+                        adopted=adopted,
+                        elsewhere=name in self.elsewhere,
                     )
                 )
+
+    @staticmethod
+    def _spread(booking: Booking, real: int) -> Booking:
+        """What a model really takes of the devices that it was placed on."""
+        return tuple((device, -(-real // len(booking))) for device, _ in booking) or (("cpu:0", real),)
 
     def fail(self, p: Pending, *, runtime_lost: bool = False, config: bool = False, recycle: bool = False) -> None:
         """An operation fails."""
@@ -484,7 +501,7 @@ class Sim:
             case i.Load(name, _, runtime, booking):
                 if self.real[runtime].instance == p.instance and name in self.files and booking:
                     self.real[runtime].drop(name)
-                    self.real[runtime].models[name] = ((booking[0][0], self.files[name].real),)
+                    self.real[runtime].models[name] = self._spread(booking, self.files[name].real)
             case _:
                 pass
 
@@ -500,13 +517,14 @@ class Sim:
         runtime: str = "r",
         revision: str = "1",
         kind: str = "cpu",
+        devices: int = 1,
         bad: bool = False,
         dropped: bool = False,
         pinned: bool = False,
         was_loaded: bool = False,
         loaded_revision: str | None = None,
     ) -> list[i.Instruction]:
-        spec = Spec(runtime, kind, revision, tuple(parts))
+        spec = Spec(runtime, kind, revision, tuple(parts), devices)
         self.files[name] = File(spec, memory, memory if real is None else real, bad)
         return self.happen(
             e.ModelAccepted(
@@ -543,6 +561,7 @@ class Sim:
             parts=file.spec.depends_on,
             runtime=file.spec.runtime,
             revision=revision,
+            devices=file.spec.devices,
             bad=bad,
         )
 
@@ -620,13 +639,16 @@ class Sim:
 
     def see_devices(self) -> None:
         devices, accounted = [], {}
-        for n, foreign in enumerate(self.foreign):
-            id = f"cpu:{n}"
+        local = ((f"cpu:{n}", foreign, "") for n, foreign in enumerate(self.foreign))
+        for id, foreign, runtime in (*local, *((id, 0, runtime) for id, runtime in sorted(self.apart.items()))):
             held = sum(b for r in self.real.values() for m in r.models.values() for d, b in m if d == id)
             accounted[id] = held
             devices.append(
-                Device(id=id, kind="cpu", name="memory", total_bytes=DEVICE_BYTES, used_bytes=held + foreign)
-            )
+                Device(
+                    id=id, kind="cpu", name="memory", total_bytes=DEVICE_BYTES, used_bytes=held + foreign,
+                    runtime=runtime,
+                )
+            )  # fmt: skip
         if self.levels:
             accounted[HOST] = sum(b for r in self.real.values() for m in r.models.values() for d, b in m if d == HOST)
             host = Device(
@@ -634,6 +656,12 @@ class Sim:
             )
             devices.append(host)
         self.happen(e.DevicesObserved(self.now, tuple(devices), accounted))
+
+    def lose_device(self, id: str) -> None:
+        """A machine that only one runtime reached is gone, with all that was loaded there."""
+        runtime = self.real[self.apart.pop(id)]
+        runtime.models = {n: m for n, m in runtime.models.items() if all(d != id for d, _ in m)}
+        self.see_devices()
 
     def observation(self, runtime: str) -> Observation:
         real = self.real[runtime]
@@ -853,14 +881,17 @@ class Sim:
                         names.add(part)
                         todo.append(part)
         free = {a.id: a.budget_bytes for a in self.world.devices.values()}
-        sizes = {
-            n: max(m.estimate.memory_bytes, *(b for _, b in m.booking), 0) for n in names if (m := self.world.models[n])
-        }
-        for size in sorted(sizes.values(), reverse=True):
-            where = next((d for d in sorted(free) if free[d] >= size), None)
-            if where is None:
+        kept = [m for n in names if (m := self.world.models[n])]
+        for model in sorted(kept, key=lambda m: max(m.need, *(b for _, b in m.booking), 0), reverse=True):
+            size = max(model.need, *(b for _, b in model.booking), 0)
+            several = model.spec.devices if model.spec else 1
+            turn = Turn(self.world, self.policy, self.now)
+            reached = [d for d in sorted(free) if turn.reaches(model.runtime, self.world.devices[d])]
+            where = [d for d in reached if free[d] >= size][:several]
+            if len(where) < several:
                 return False
-            free[where] -= size
+            for device in where:
+                free[device] -= size
         return True
 
     def _doomed(self, model: Model) -> bool:

@@ -19,6 +19,7 @@ from modelium.api import (
     Finding,
     Inspection,
     Offer,
+    Optimizer,
     Plan,
     Severity,
     Situation,
@@ -212,6 +213,7 @@ async def rig(
     runtime: FakeRuntime | None = None,
     repository: Path | None = None,
     converters: Sequence[Converter] = (),
+    optimizers: Sequence[Optimizer] = (),
     clock: Clock | None = None,
     standby: tuple[int, ...] = (),
     host_bytes: int = 100 * MB,
@@ -229,6 +231,7 @@ async def rig(
         modelium_runtime_backends=hookimpl(lambda: [FakeBackend(runtime, (kind,), standby)]),
         modelium_devices=hookimpl(lambda: devices),
         modelium_brains=hookimpl(lambda settings: [First()]),
+        modelium_optimizers=hookimpl(lambda: list(optimizers)),
         modelium_eviction_policies=hookimpl(lambda settings: [Oldest()]),
     )
     host = PluginHost.of([Source("toys", "toys", "1", lambda: toys)])
@@ -251,7 +254,7 @@ async def rig(
         state=root / ".modelium",
         cache=root / "cache",
     )
-    sections = {b.name: b.settings_model() for b in host.runtime_backends()}
+    sections = {name: model() for name, model in host.sections().items()}
     engine = Orchestrator(config, paths, host, sections, ToyInspector(), clock=clock)  # type: ignore[arg-type]
     made = Rig(engine, runtime, clock, devices)
     await engine.start()

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from modelium.api import Inspection
+from modelium.api import Device, Endpoint, Inspection
 from modelium.api.fakes import FakeRuntime
 from modelium.engine.orchestrator import Orchestrator
 from modelium.engine.repository import Repository
@@ -20,6 +20,7 @@ from modelium.errors import (
     DeadlinePassed,
     DriverError,
     LoadRejected,
+    ModelConflict,
     ModelFailed,
     ModelLoading,
     ModelNotFound,
@@ -773,3 +774,134 @@ async def test_who_asks_and_for_what_has_a_standing(tmp_path: Path) -> None:
         held.release()
         for lease in await asyncio.gather(*asking):
             lease.release()
+
+
+# --------------------------------------------------------------------------- devices and addresses of a runtime's own
+
+
+def _far(size: int, used: int = 0) -> Device:
+    return Device(id="far/cpu:0", kind="cpu", name="far", total_bytes=size, used_bytes=used, runtime="fake")
+
+
+async def test_a_device_that_only_the_runtime_reaches_is_used_and_when_it_goes_its_models_come_here(
+    tmp_path: Path,
+) -> None:
+    runtime = FakeRuntime()
+    runtime.devices = (_far(4 * MB),)
+    async with rig(tmp_path, budget=2 * MB, runtime=runtime, min_resident_seconds=0) as r:
+        await r.until(lambda: "far/cpu:0" in r.engine.loop.world.devices)
+        await r.add("large", size=3 * MB)
+        assert r.state("large") == "READY"
+        assert r.service.view("large").devices == ("far/cpu:0",)
+        await r.add("small", size=MB)
+        await r.is_("small", "READY")
+        lease = await r.service.acquire("small")
+        lease.release()
+        where = r.service.view("small").devices
+        runtime.devices = ()
+        runtime.models.pop("large")
+        if where == ("far/cpu:0",):
+            runtime.models.pop("small")
+        await r.look()
+        await r.until(lambda: "far/cpu:0" not in r.engine.loop.world.devices)
+        r.advance(2)
+        await r.is_("small", "READY")
+        assert r.service.view("small").devices == ("cpu:0",)
+        with pytest.raises(NeverFits):
+            await r.service.acquire("large")
+
+
+async def test_a_model_answers_at_an_address_of_its_own_also_after_it_moved_or_was_adopted(tmp_path: Path) -> None:
+    runtime = FakeRuntime()
+    runtime.endpoints["a"] = "http://first.invalid"
+    async with rig(tmp_path, runtime=runtime) as r:
+        await r.add("a")
+        await r.add("b")
+        lease = await r.service.acquire("a")
+        assert lease.endpoints == {"openai": "http://first.invalid"}
+        lease.release()
+        assert (await r.service.acquire("b")).endpoints == {"kserve-http": "http://fake.invalid"}
+        moved = Endpoint(protocol="openai", address="http://second.invalid")
+        runtime.models["a"] = runtime.models["a"].model_copy(update={"endpoints": (moved,)})
+        await r.look()
+        assert (await r.service.acquire("a")).endpoints == {"openai": "http://second.invalid"}
+    async with rig(tmp_path, runtime=runtime) as r:
+        assert (await r.service.acquire("a")).endpoints == {"openai": "http://second.invalid"}
+
+
+async def test_memory_that_does_not_come_back_is_noted_and_the_runtime_started_anew_when_idle(tmp_path: Path) -> None:
+    runtime = FakeRuntime()
+    runtime.residue["a"] = {"cpu:0": 2 * MB}
+    async with rig(tmp_path, runtime=runtime, max_residue_bytes=3 * MB, min_resident_seconds=5) as r:
+        await r.add("a")
+        await r.add("b")
+        for _ in range(2):
+            (await r.service.acquire("a")).release()
+            await r.service.unload("a")
+        assert r.service.status().runtimes[0].residue_bytes == {"as-is": 4 * MB}
+        (await r.service.acquire("b")).release()
+        r.advance(11)
+        await r.until(lambda: runtime.count("stop") == 1 and runtime.starts == 2, "a new start")
+        r.advance(1)
+        await r.is_("b", "READY")
+        assert "did not come back after unloads" in " ".join(
+            t.reason for t in r.engine.journal.last("runtime:fake", 20)
+        )
+
+
+async def test_what_was_measured_on_a_device_counts_there_and_what_is_held_besides_does_not(tmp_path: Path) -> None:
+    runtime = FakeRuntime()
+    runtime.memory["a"] = {"cpu:0": 2 * MB, "other": 7 * MB}
+    async with rig(tmp_path, runtime=runtime) as r:
+        await r.add("a")
+        await r.is_("a", "READY")
+        await r.service.unload("a")
+        assert (await r.service.explain("a")).measured.memory_bytes == 2 * MB  # type: ignore[union-attr]
+        assert r.service.view("a").memory_bytes == 2 * MB
+
+
+async def test_what_an_external_runtime_serves_of_its_own_accord_is_usable_and_stays(tmp_path: Path) -> None:
+    runtime = FakeRuntime()
+    runtime.external = True
+    runtime.up = True
+    there = Endpoint(protocol="openai", address="http://box.invalid")
+    runtime.put("llm", endpoints=(there,))
+    runtime.put("org/llm", endpoints=(there,))  # a name that no path could have
+    runtime.put("elsewhere")  # its own affair: it answers nowhere that is known
+    async with rig(tmp_path, runtime=runtime, evict_after_idle_seconds=10, min_resident_seconds=0) as r:
+        await r.is_("llm", "READY")
+        assert [m.name for m in r.service.models()] == ["llm"]
+        lease = await r.service.acquire("llm")
+        assert lease.endpoints == {"openai": "http://box.invalid"}
+        lease.release()
+        with pytest.raises(ModelConflict, match="not ours to unload"):
+            await r.service.unload("llm")
+        r.advance(1000)
+        await r.look()
+        assert r.state("llm") == "READY"
+        runtime.put("second", endpoints=(there,))
+        await r.look()
+        await r.is_("second", "READY")
+        runtime.models.pop("llm")
+        await r.look()
+        await r.until(lambda: r.state("llm") == "-", "llm is forgotten")
+        r.crash()
+        await r.until(lambda: r.state("second") in ("QUEUED", "FAILED"), "its runtime is gone")
+        waiter = asyncio.ensure_future(r.service.acquire("second"))
+        runtime.put("second", endpoints=(there,))
+        r.advance(2)
+        (await waiter).release()
+        assert not runtime.count("load") and not runtime.count("unload", "second")
+
+
+async def test_a_folder_has_its_name_before_any_guest(tmp_path: Path) -> None:
+    runtime = FakeRuntime()
+    runtime.external = True
+    runtime.up = True
+    async with rig(tmp_path, runtime=runtime) as r:
+        await r.add("a")
+        runtime.put("a", endpoints=(Endpoint(protocol="openai", address="http://box.invalid"),))
+        await r.look()
+        assert (await r.service.model("a")).plan is not None
+        await r.service.unload("a")
+        assert r.state("a") == "COLD"

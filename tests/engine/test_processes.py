@@ -71,7 +71,7 @@ async def test_it_leads_its_own_session_and_writes_its_log(supervisor: ProcessSu
     environ = Path(f"/proc/{record.pid}/environ").read_bytes().split(b"\0")
     assert b"EXTRA=1" in environ
     assert f"{ROOT_MARK}={supervisor.root_id}".encode() in environ and f"{NAME_MARK}=a".encode() in environ
-    await until(lambda: supervisor.tail("a") == ["here"])
+    await until(lambda: supervisor.tail("a", this_run=True) == ["here"])
     assert supervisor.find("a") == record
 
 
@@ -162,9 +162,9 @@ async def test_stop_asks_before_it_kills(supervisor: ProcessSupervisor) -> None:
     polite = "import signal, sys, time\n"
     polite += "signal.signal(signal.SIGTERM, lambda *a: (print('goodbye', flush=True), sys.exit()))\n" + WAITS
     await supervisor.spawn("a", python(polite))
-    await until(lambda: supervisor.tail("a") == ["here"])
+    await until(lambda: supervisor.tail("a", this_run=True) == ["here"])
     await supervisor.stop("a", grace_s=60)
-    assert supervisor.tail("a") == ["here", "goodbye"]
+    assert supervisor.tail("a", this_run=True) == ["here", "goodbye"]
 
 
 async def test_orphans_of_a_killed_process_are_seen_and_ended(supervisor: ProcessSupervisor, tmp_path: Path) -> None:
@@ -271,7 +271,7 @@ time.sleep(600)
 
 async def test_the_loop_goes_on_while_it_stops_a_stubborn_one(supervisor: ProcessSupervisor) -> None:
     await supervisor.spawn("a", python(STUBBORN))
-    await until(lambda: supervisor.tail("a") == ["here"])
+    await until(lambda: supervisor.tail("a", this_run=True) == ["here"])
     stopping = asyncio.create_task(supervisor.stop("a", grace_s=0.5))
     turns = 0
     while not stopping.done():
@@ -297,3 +297,11 @@ async def test_a_cancelled_spawn_leaves_nothing_unrecorded(supervisor: ProcessSu
     assert supervisor.find("a") is not None
     await supervisor.stop("a")
     assert supervisor.names() == []
+
+
+async def test_the_log_of_a_run_begins_with_its_start(supervisor: ProcessSupervisor) -> None:
+    for _ in range(2):
+        await supervisor.spawn("a", python("print('here', flush=True)"))
+        await until(lambda: supervisor.tail("a", this_run=True) == ["here"])
+    said = supervisor.tail("a")
+    assert [line.partition(" a ")[0] for line in said] == ["--- started:", "here", "--- started:", "here"]

@@ -16,13 +16,18 @@ from modelium.api import (
     Completeness,
     Device,
     Finding,
+    Job,
     Layout,
     ModeliumSpec,
     Offer,
+    Optimization,
+    Optimized,
+    OptimizerContext,
     Plan,
     RuntimeContext,
     RuntimeDriver,
     RuntimeInfo,
+    Served,
     Severity,
     Situation,
     Transition,
@@ -372,6 +377,32 @@ def test_modelium_data_paths() -> None:
     assert [p.name for p in host.data_paths()] == ["toy"]
     assert host.sections()["toy"] is BaseModel
     assert "settings_model of 'odd' is not a class" in host.failures()[0].error
+
+
+class ToyOptimizer(Named):
+    settings_model: Any = BaseModel
+
+    async def start(self, context: OptimizerContext) -> None:
+        raise NotImplementedError
+
+    def proposes(self, served: Served) -> Optimization | None:
+        return None
+
+    async def optimize(self, served: Served, optimization: Optimization, target: Path, job: Job) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def layout(self, served: Served, optimization: Optimization, facts: Mapping[str, Any]) -> Optimized:
+        raise NotImplementedError
+
+
+def test_modelium_optimizers() -> None:
+    odd = ToyOptimizer("odd")
+    odd.settings_model = dict
+    host = host_with(a=plugin(modelium_optimizers=lambda: [ToyOptimizer("toy"), odd, "not one"]))
+    assert [o.name for o in host.optimizers()] == ["toy"]
+    assert host.optimizers()[0] is host.optimizers()[0]
+    assert host.sections()["toy"] is BaseModel
+    assert {f.error.partition(" ")[0] for f in host.failures()} == {"TypeError:"}
 
 
 def test_modelium_transition() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from modelium.api import Analysis, Transition
+from modelium.errors import ModelError
 from modelium.host import PluginHost
 from tests.host.toys import host_with, plugin, source
 
@@ -27,6 +28,23 @@ def test_what_modelium_ships_keeps_its_name() -> None:
     assert ours.error is None
     assert "claimed by onnx-dist 1.2 and other 1.2" in (theirs.error or "")
     assert host.analyze(Path("x")).confidence == 0.1
+
+
+def test_the_reason_of_who_could_serve_it_outweighs_that_nobody_does() -> None:
+    def broken(path: Path) -> Analysis | None:
+        raise ModelError("it is damaged")
+
+    def nobody(path: Path) -> Analysis | None:
+        return Analysis(
+            analyzer="x", format="toy", summary="", confidence=0.5, facts={"unsupported": "install something else"}
+        )
+
+    mine, theirs = plugin(modelium_analyze=broken), plugin(modelium_analyze=nobody)
+    with pytest.raises(ModelError, match="it is damaged"):
+        PluginHost.of([source("mine", mine), source("theirs", theirs)]).analyze(Path("x"))
+    assert PluginHost.of([source("theirs", theirs)]).analyze(Path("x")).facts["unsupported"]
+    served = PluginHost.of([source("mine", mine), source("theirs", theirs), source("other", claim(0.1))])
+    assert served.analyze(Path("x")).confidence == 0.5
 
 
 def test_built_ins_are_for_the_hooks_they_come_with() -> None:

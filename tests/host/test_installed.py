@@ -99,10 +99,10 @@ def test_a_good_plugin_is_used_beside_all_the_broken_ones(host: PluginHost) -> N
     [
         ("bad-import", "No module named 'a_library_that_is_not_there'"),
         ("bad-exit", "SystemExit: 3"),
-        ("old-major", "written for hook specifications 0.4, and these are 1.1: install a version of old-major"),
-        ("new-minor", "written for hook specifications 1.99, and these are 1.1: upgrade modelium"),
-        ("no-version", "write `MODELIUM_HOOKSPEC_VERSION = (1, 1)` in no_version"),
-        ("odd-version", "must be two integers like (1, 1), not '1.0'"),
+        ("old-major", "written for hook specifications 0.4, and these are 1.2: install a version of old-major"),
+        ("new-minor", "written for hook specifications 1.99, and these are 1.2: upgrade modelium"),
+        ("no-version", "write `MODELIUM_HOOKSPEC_VERSION = (1, 2)` in no_version"),
+        ("odd-version", "must be two integers like (1, 2), not '1.0'"),
         ("misspelt", "there is no hook 'modelium_analyse': did you mean 'modelium_analyze'?"),
         ("bad-argument", "modelium_analyze takes file, and the hook has (path)"),
         ("with-default", "gives path a default"),
@@ -123,12 +123,14 @@ def test_a_broken_plugin_is_left_out_with_its_reason(host: PluginHost, distribut
 
 
 def test_a_plugin_that_fails_when_called_stays_and_is_reported(
-    host: PluginHost, caplog: pytest.LogCaptureFixture
+    host: PluginHost, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
+    for name in ("x.none", "x.toy"):
+        (tmp_path / name).write_text("nothing")
     for _ in range(3):
         with pytest.raises(ModelError, match="not a model that any analyzer knows"):
-            host.analyze(Path("x.none"))
-        assert host.analyze(Path("x.toy")).analyzer == "acme"
+            host.analyze(tmp_path / "x.none")
+        assert host.analyze(tmp_path / "x.toy").analyzer == "acme"
     assert view(host, "raises").error is None
     assert view(host, "raises").failures == ("modelium_analyze: RuntimeError: boom (6 times)",)
     (garbage,) = view(host, "garbage").failures

@@ -4,13 +4,20 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import aiohttp
+import grpc.aio
 import pytest
 import uvloop
+from grpc_health.v1 import health_pb2_grpc
+from tritonclient.grpc import service_pb2_grpc
 
 from modelium.http.app import build_app, serving
+from modelium.http.rpc.channels import Channels
+from modelium.http.rpc.server import serving_rpc
 from modelium.http.settings import HttpSettings
+from modelium.http.upstream import Upstream
 from tests.http.fakes import FakeService
 from tests.http.tritonserver import DECOUPLED, NAMES, Triton, running
 from tests.http.upstreams import Recorder, recording
@@ -40,6 +47,15 @@ class Surface:
     client: aiohttp.ClientSession
 
 
+@dataclass
+class Rpc:
+    """The gRPC surface over the fake service."""
+
+    address: str
+    stub: Any
+    health: Any
+
+
 @pytest.fixture
 def service() -> FakeService:
     return FakeService()
@@ -58,6 +74,21 @@ async def surface(service: FakeService, settings: HttpSettings) -> AsyncIterator
         aiohttp.ClientSession(auto_decompress=False, cookie_jar=aiohttp.DummyCookieJar()) as client,
     ):
         yield Surface(f"http://{host}:{port}", service, client)
+
+
+@pytest.fixture
+async def rpc(service: FakeService, settings: HttpSettings) -> AsyncIterator[Rpc]:
+    upstream, channels = Upstream(settings), Channels()
+    await upstream.open()
+    serving = serving_rpc(service, settings, upstream, channels, "127.0.0.1", 0, grace_s=0.1)  # type: ignore[arg-type]
+    async with serving as port, grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        yield Rpc(
+            f"127.0.0.1:{port}",
+            service_pb2_grpc.GRPCInferenceServiceStub(channel),
+            health_pb2_grpc.HealthStub(channel),
+        )
+    await upstream.close()
+    await channels.close()
 
 
 @pytest.fixture

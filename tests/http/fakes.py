@@ -91,6 +91,9 @@ class FakeService:
     def try_acquire(self, name: str, organisation: str = "") -> Lease | None:
         return self.admission.try_acquire(name, organisation)
 
+    def route(self, name: str) -> Route | None:
+        return self.admission.routes.get(name)
+
     async def acquire(
         self, name: str, *, deadline_s: float | None = None, priority: int = 0, organisation: str = ""
     ) -> Lease:

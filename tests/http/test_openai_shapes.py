@@ -17,10 +17,9 @@ from modelium.errors import ModeliumError
 from modelium.http.answers import BadRequest, UpstreamFailed, openai_shape
 from modelium.http.messages import InferResponse
 from modelium.http.openai import merged
-from modelium.http.openai_common import check_task, model_of, model_of_form
+from modelium.http.openai_common import SWITCHES, check_task, model_of, model_of_form
 from modelium.http.openai_embeddings import embedder, embeddings_answer, embeddings_asked
 from modelium.http.openai_text import (
-    SWITCHES,
     Choice,
     TextAnswer,
     TextAsked,

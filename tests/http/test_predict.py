@@ -238,9 +238,9 @@ async def test_the_runtimes_own_errors_keep_their_words(surface: Surface, upstre
 
 
 async def test_a_model_of_a_runtime_that_speaks_otherwise(surface: Surface) -> None:
-    surface.service.runtime("vllm", openai="http://127.0.0.1:1")
-    surface.service.add("m", runtime="vllm")
+    surface.service.runtime("other", kserve_grpc="127.0.0.1:1")
+    surface.service.add("m", runtime="other")
     for path in ("/predict/m", "/v2/models/m/infer"):
         status, answer, _ = await ask(surface, "POST", path, data=b'{"inputs": 1}')
-        assert (status, "which speaks openai, not kserve-http" in json.dumps(answer)) == (400, True)
+        assert (status, "which speaks kserve-grpc, not kserve-http" in json.dumps(answer)) == (400, True)
     assert surface.service.usage.model("m").in_flight == 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 import tritonclient.grpc as sync_client
 import tritonclient.grpc.aio as aio_client
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 from hypothesis import given
 from hypothesis import strategies as st
 from tritonclient.grpc import service_pb2 as pb
@@ -24,35 +23,12 @@ from tritonclient.utils import InferenceServerException
 from modelium.errors import CapacityError, LoadRejected, ModelFailed, QueueFull
 from modelium.http.messages import InferRequest
 from modelium.http.rpc.channels import Channels
-from modelium.http.rpc.server import serving_rpc
 from modelium.http.rpc.wire import text_field
 from modelium.http.settings import HttpSettings
 from modelium.http.streams import Streams
-from modelium.http.upstream import Upstream
+from tests.http.conftest import Rpc
 from tests.http.fakes import FakeService
 from tests.http.tritonserver import NAMES, Triton
-
-
-@dataclass
-class Rpc:
-    address: str
-    stub: Any
-    health: Any
-
-
-@pytest.fixture
-async def rpc(service: FakeService, settings: HttpSettings) -> AsyncIterator[Rpc]:
-    upstream, channels = Upstream(settings), Channels()
-    await upstream.open()
-    serving = serving_rpc(service, settings, upstream, channels, "127.0.0.1", 0, grace_s=0.1)  # type: ignore[arg-type]
-    async with serving as port, grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        yield Rpc(
-            f"127.0.0.1:{port}",
-            service_pb2_grpc.GRPCInferenceServiceStub(channel),
-            health_pb2_grpc.HealthStub(channel),
-        )
-    await upstream.close()
-    await channels.close()
 
 
 def floats(name: str = "identity", *values: float) -> Any:

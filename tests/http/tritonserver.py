@@ -98,9 +98,17 @@ class TritonPythonModel:
 
     def write(self, request, sender):
         given = {tensor.name(): tensor.as_numpy().reshape(-1) for tensor in request.inputs()}
-        stream = bool(given.pop("stream", [False])[0])
-        wanted = decoding({"max_tokens": 4}, text(given.pop("sampling_parameters", [""])[0], "sampling_parameters"), {})
-        (name, value), = given.items()
+        sampling = text(given.pop("sampling_parameters", [""])[0], "sampling_parameters")
+        others = json.loads(request.parameters() or "{}")
+        if "stop" in given:
+            others["stop"] = [text(one, "stop") for one in given.pop("stop")]
+        prompts = {name: given.pop(name) for name in list(given) if name in ("text_input", "messages", "input_ids")}
+        others |= {name: array[0].item() for name, array in given.items()}
+        stream = bool(others.pop("stream", False))
+        wanted = decoding({"max_tokens": 4}, sampling, others)
+        if len(prompts) != 1:
+            raise Refused(f"send one of text_input, messages and input_ids; the request has {sorted(prompts)}")
+        (name, value), = prompts.items()
         if name == "messages":
             words = [f"{m['role']}:{word}" for m in json.loads(value[0]) for word in m["content"].split()]
         else:

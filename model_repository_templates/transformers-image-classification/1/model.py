@@ -70,4 +70,4 @@ class TritonPythonModel:
         pixels = self.torch.cat(jobs).to(self.device, self.model.dtype)
         with self.torch.inference_mode():
             logits = self.model(pixel_values=pixels).logits.float().cpu()
-        return [self.labels.tensors(part.contiguous()) for part in logits.split([len(job) for job in jobs])]
+        return [self.labels.tensors(part.numpy()) for part in logits.split([len(job) for job in jobs])]

@@ -39,4 +39,4 @@ class TritonPythonModel:
     def run(self, jobs: list[Texts]) -> list[list[Any]]:
         with self.torch.inference_mode():
             logits = self.model(**self.reader.tensors(jobs)).logits.float().cpu()
-        return [self.labels.tensors(part.contiguous()) for part in logits.split([len(job) for job in jobs])]
+        return [self.labels.tensors(part.numpy()) for part in logits.split([len(job) for job in jobs])]

@@ -15,6 +15,7 @@ import numpy as np
 import on_torch
 import triton_python_backend_utils as pb_utils
 from decoding import Decoding, Text, decoding
+from prompts import token_ids
 from serving import Refused, cancelled, failure, parameters, strings, text, version_folder
 from turns import Turns
 
@@ -87,9 +88,7 @@ class TritonPythonModel:
         if "stop" in texts:
             others["stop"] = texts["stop"]
         wanted = decoding(self.defaults, single.get("sampling_parameters", ""), others)
-        prompt = self.prompt(single, given.get("input_ids"))
-        if not prompt:
-            raise Refused("the prompt is empty: send at least one token")
+        prompt = token_ids(self.tokenizer, single, given.get("input_ids"))
         if max(prompt) >= self.vocabulary or min(prompt) < 0:
             raise Refused(f"input_ids must be between 0 and {self.vocabulary - 1}")
         if self.longest is not None:
@@ -102,31 +101,6 @@ class TritonPythonModel:
             wanted = Decoding(**{**wanted.__dict__, "max_tokens": min(wanted.max_tokens, room)})
         ids_wanted = self.tokenizer is None or "input_ids" in given
         return Job(sender, prompt, wanted, bool(others.get("stream", False)), ids_wanted)
-
-    def prompt(self, single: dict[str, str], ids: np.ndarray | None) -> list[int]:
-        given = {*single, *(() if ids is None else ("input_ids",))}
-        sources = sorted(given & {"text_input", "messages", "input_ids"})
-        if len(sources) != 1:
-            raise Refused(f"send one of text_input, messages and input_ids; the request has {sources or 'none'}")
-        if ids is not None:
-            return [int(token) for token in ids]
-        if self.tokenizer is None:
-            raise Refused("the model came without a tokenizer: send input_ids")
-        if "text_input" in single:
-            return list(self.tokenizer(single["text_input"], verbose=False)["input_ids"])
-        return self.chat(single["messages"])
-
-    def chat(self, messages: str) -> list[int]:
-        """A list of messages, `[{"role": "user", "content": "..."}]`, as the model's own template writes it."""
-        if not self.tokenizer.chat_template:
-            raise Refused("the model came without a chat template: send text_input instead of messages")
-        try:
-            written = self.tokenizer.apply_chat_template(
-                json.loads(messages), add_generation_prompt=True, tokenize=False
-            )
-        except Exception as error:
-            raise Refused(f"messages don't suit the model's chat template: {type(error).__name__}: {error}") from None
-        return list(self.tokenizer(written, add_special_tokens=False, verbose=False)["input_ids"])
 
     # ------------------------------------------------------------------ in a thread of the pool
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -14,12 +15,14 @@ import grpc.aio
 
 from modelium.engine.admission import Lease
 from modelium.errors import ModeliumError, RuntimeUnavailable
-from modelium.http.admission import DEADLINE, GRPC, acquire, endpoint
+from modelium.http.admission import DEADLINE, GRPC, acquire, endpoint, openai_alone
 from modelium.http.answers import REQUEST_ID, BadRequest, UpstreamFailed, check_process, request_id, unreachable
 from modelium.http.rpc.channels import Channels, lost
+from modelium.http.rpc.composed import Composed
 from modelium.http.rpc.status import end, refuse
 from modelium.http.rpc.wire import text_field
 from modelium.http.settings import HttpSettings
+from modelium.http.streams import InferenceFailed
 
 if TYPE_CHECKING:
     from modelium.engine.service import Service
@@ -29,15 +32,19 @@ Context = Any
 
 _ID = REQUEST_ID.lower()
 
+AT_ONCE = 256
+"""Messages of one stream that are answered here at a time: what vLLM computes at once by default."""
+
 _OF_THE_CONNECTION = ("grpc-", "content-type", "te", "user-agent")
 """Beginnings of metadata that speak of one connection, or that every client sets for itself."""
 
 
 class Passing:
-    def __init__(self, service: Service, settings: HttpSettings, channels: Channels):
+    def __init__(self, service: Service, settings: HttpSettings, channels: Channels, composed: Composed):
         self._service = service
         self._settings = settings
         self._channels = channels
+        self._composed = composed
 
     # ------------------------------------------------------------------ one message for one
 
@@ -49,10 +56,18 @@ class Passing:
             await refuse(context, exc)
         ok = True  # also when the client leaves: that is no failure of the model's
         try:
+            if openai_alone(lease.endpoints):
+                metadata = dict(passed_on(context))
+                answer = await self._composed.answer(method, message, lease, metadata)
+                await context.send_initial_metadata(((_ID, metadata[_ID]),))
+                return answer
             return await self.forward(endpoint(lease, GRPC), method, message, context, lease.model)
         except (UpstreamFailed, RuntimeUnavailable) as exc:
             ok = False
             self._service.poke(lease.runtime)
+            await refuse(context, exc)
+        except InferenceFailed as exc:
+            ok = exc.status < 500
             await refuse(context, exc)
         except ModeliumError as exc:
             await refuse(context, exc)
@@ -96,7 +111,7 @@ class Passing:
     # ------------------------------------------------------------------ streams
 
     async def stream(self, method: str, messages: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
-        """`ModelStreamInfer`: each message names its model; all models of one stream are of one runtime.
+        """`ModelStreamInfer`: each message names its model; all that are passed on are of one runtime.
 
         The models are held until the stream ends. What is wrong with one message is told in band, as Triton does.
         """
@@ -104,6 +119,7 @@ class Passing:
         answers: asyncio.Queue[bytes | BaseException | None] = asyncio.Queue(1)
         incoming: asyncio.Queue[bytes | None] = asyncio.Queue(1)
         upstream: asyncio.Task[None] | None = None
+        here: set[asyncio.Task[None]] = set()
         ok = True
 
         async def pump(address: str) -> None:
@@ -126,17 +142,37 @@ class Passing:
                     raise
                 await answers.put(exc)
 
+        async def answer_here(message: bytes, lease: Lease, number: int) -> None:
+            try:
+                composed = self._composed.responses(message, lease, dict(passed_on(context)), number)
+                async with aclosing(composed) as responses:
+                    async for response in responses:
+                        await answers.put(response)
+            except Exception as exc:
+                await answers.put(exc)
+
         async def read() -> None:
             nonlocal upstream
+            number = 0
             async for message in messages:
                 try:
-                    address = await self._let_in(message, context, leases)
+                    lease = await self._let_in(message, context, leases)
                 except ModeliumError as exc:
                     await answers.put(_in_band(message, exc))
                     continue
+                if openai_alone(lease.endpoints):
+                    while len(here) >= AT_ONCE:
+                        await asyncio.wait(here, return_when=asyncio.FIRST_COMPLETED)
+                    task = asyncio.ensure_future(answer_here(message, lease, number))
+                    here.add(task)
+                    task.add_done_callback(here.discard)
+                    number += 1
+                    continue
                 if upstream is None:
-                    upstream = asyncio.ensure_future(pump(address))
+                    upstream = asyncio.ensure_future(pump(endpoint(lease, GRPC)))
                 await incoming.put(message)
+            if here:
+                await asyncio.wait(here)
             if upstream is None:
                 await answers.put(None)
             else:
@@ -150,7 +186,7 @@ class Passing:
                     return
                 if isinstance(answer, grpc.aio.AioRpcError):
                     ok = not lost(answer)
-                    address = next(iter(leases.values())).endpoints[GRPC]
+                    address = next(lease.endpoints[GRPC] for lease in leases.values() if GRPC in lease.endpoints)
                     await self._failed(answer, address, context, ", ".join(leases))
                 elif isinstance(answer, BaseException):
                     raise answer
@@ -160,7 +196,7 @@ class Passing:
             ok = False
             await refuse(context, exc)
         finally:
-            for task in (reading, upstream):
+            for task in (reading, upstream, *here):
                 if task is not None:
                     task.cancel()
             for lease in leases.values():
@@ -168,25 +204,26 @@ class Passing:
                     self._service.poke(lease.runtime)
                 lease.release(ok=ok)
 
-    async def _let_in(self, message: bytes, context: Context, leases: dict[str, Lease]) -> str:
-        """Where a message of a stream goes. The first that names a model takes hold of it."""
+    async def _let_in(self, message: bytes, context: Context, leases: dict[str, Lease]) -> Lease:
+        """Whose a message of a stream is. The first that names a model takes hold of it."""
         name = name_in(message)
         lease = leases.get(name)
         if lease is None:
-            before = next(iter(leases.values()), None)
+            before = next((one for one in leases.values() if GRPC in one.endpoints), None)
             lease = await self.lease(message, context)
             try:
-                if before is not None and before.endpoints.get(GRPC) != endpoint(lease, GRPC):
-                    raise BadRequest(
-                        f"{name} is served by {lease.runtime}, and this stream began with {before.model} on "
-                        f"{before.runtime}: one stream goes to one runtime, so open another for {name}"
-                    )
-                endpoint(lease, GRPC)
+                if not openai_alone(lease.endpoints):
+                    address = endpoint(lease, GRPC)
+                    if before is not None and before.endpoints[GRPC] != address:
+                        raise BadRequest(
+                            f"{name} is served by {lease.runtime}, and this stream began with {before.model} on "
+                            f"{before.runtime}: one stream goes to one runtime, so open another for {name}"
+                        )
             except ModeliumError:
                 lease.release()
                 raise
             leases[name] = lease
-        return endpoint(lease, GRPC)
+        return lease
 
 
 def name_in(message: bytes) -> str:

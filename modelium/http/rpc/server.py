@@ -16,11 +16,16 @@ from modelium.core.states import State
 from modelium.errors import ConfigError, ModeliumError, ModelNotFound
 from modelium.http.admission import GRPC, deadline_of
 from modelium.http.answers import REQUEST_ID, BadRequest, NotSupported, request_id
+from modelium.http.inference import Inference
+from modelium.http.interfaces import VERSION
+from modelium.http.over_openai import OverOpenAI
 from modelium.http.repository import EXTENSIONS, NOT_SERVABLE, ModelRepository
 from modelium.http.rpc.channels import OPTIONS, Channels
+from modelium.http.rpc.composed import Composed, made, parsed
 from modelium.http.rpc.passing import Context, Passing, metadata_of
 from modelium.http.rpc.status import end, refuse
 from modelium.http.settings import MAX_METADATA_BYTES, SOCKET_MODE, HttpSettings
+from modelium.http.streams import Streams
 from modelium.http.upstream import Upstream
 
 if TYPE_CHECKING:
@@ -43,15 +48,14 @@ _RUNTIMES_OWN = (
 class Rpc(grpc.GenericRpcHandler):  # type: ignore[misc]  # gRPC brings no types
     """Every method of `GRPCInferenceService`, and of the health service."""
 
-    def __init__(self, service: Service, settings: HttpSettings, repository: ModelRepository, channels: Channels):
+    def __init__(self, service: Service, settings: HttpSettings, repository: ModelRepository, passing: Passing):
         from tritonclient.grpc import service_pb2
 
         self._pb: Any = service_pb2
         self._service = service
         self._settings = settings
         self._repository = repository
-        self._channels = channels
-        self._passing = Passing(service, settings, channels)
+        self._passing = passing
         unary: dict[str, Unary] = {
             "ServerLive": self.live,
             "ServerReady": self.ready,
@@ -93,23 +97,27 @@ class Rpc(grpc.GenericRpcHandler):  # type: ignore[misc]  # gRPC brings no types
 
     async def model_ready(self, message: bytes, context: Context) -> bytes:
         """True when a request would be answered, if need be after a load; a version is asked of the runtime."""
-        asked = self._parsed("ModelReadyRequest", message)
+        asked = parsed("ModelReadyRequest", message)
         try:
             model = self._service.view(asked.name)
         except ModelNotFound:
             return self._made("ModelReadyResponse", ready=False)
         if model.state == State.READY and asked.version:
-            address = self._repository.address_of(model.runtime, GRPC)
-            return await self._passing.forward(address, INFERENCE + "ModelReady", message, context, model.name)
+            if (address := self._repository.address_of(model, GRPC)) is not None:
+                return await self._passing.forward(address, INFERENCE + "ModelReady", message, context, model.name)
+            return self._made("ModelReadyResponse", ready=asked.version == VERSION)
         return self._made("ModelReadyResponse", ready=model.state not in NOT_SERVABLE)
 
     async def statistics(self, message: bytes, context: Context) -> bytes:
         method = INFERENCE + "ModelStatistics"
-        asked = self._parsed("ModelStatisticsRequest", message)
+        asked = parsed("ModelStatisticsRequest", message)
         if asked.name:
-            name, address = self._repository.loaded(asked.name, GRPC)
-            return await self._passing.forward(address, method, message, context, name)
-        found = self._pb.ModelStatisticsResponse()
+            model = self._repository.loaded(asked.name)
+            if (address := self._repository.address_of(model, GRPC)) is not None:
+                return await self._passing.forward(address, method, message, context, model.name)
+            counted = [self._repository.counted(model.name, asked.version)]
+            return bytes(made("ModelStatisticsResponse", {"model_stats": counted}).SerializeToString())
+        found = made("ModelStatisticsResponse", {"model_stats": await self._repository.untold(GRPC)})
         for info in self._repository.runtimes(GRPC):
             answer = await self._passing.forward(info.endpoint(GRPC) or "", method, message, context, info.name)
             found.MergeFromString(answer)
@@ -175,16 +183,8 @@ class Rpc(grpc.GenericRpcHandler):  # type: ignore[misc]  # gRPC brings no types
 
     # ------------------------------------------------------------------ messages
 
-    def _parsed(self, kind: str, message: bytes) -> Any:
-        from google.protobuf.message import DecodeError
-
-        try:
-            return getattr(self._pb, kind).FromString(message)
-        except DecodeError as exc:
-            raise BadRequest(f"expected a {kind}, found something else: {exc}") from None
-
     def _about_repository(self, kind: str, message: bytes) -> Any:
-        asked = self._parsed(kind, message)
+        asked = parsed(kind, message)
         if asked.repository_name:
             raise NotSupported("'repository_name' specification is not supported: there is one repository")
         return asked
@@ -264,7 +264,10 @@ async def serving_rpc(
     if settings.max_body_bytes is not None:
         options["grpc.max_receive_message_length"] = min(settings.max_body_bytes, 2**31 - 1)
     server = grpc.aio.server(options=tuple(options.items()))
-    server.add_generic_rpc_handlers((Rpc(service, settings, ModelRepository(service, upstream), channels),))
+    over_openai = OverOpenAI(service, upstream)
+    composed = Composed(Inference(upstream, Streams(channels), over_openai), over_openai)
+    passing = Passing(service, settings, channels, composed)
+    server.add_generic_rpc_handlers((Rpc(service, settings, ModelRepository(service, upstream), passing),))
     try:
         if socket is not None:
             server.add_insecure_port(_address(socket, 0))

@@ -13,6 +13,7 @@ import grpc.aio
 
 from modelium.errors import ModeliumError, ModelLoading
 from modelium.http.answers import retry_after, status_of
+from modelium.http.streams import InferenceFailed
 
 CODES: Mapping[int, grpc.StatusCode] = {
     HTTPStatus.BAD_REQUEST: grpc.StatusCode.INVALID_ARGUMENT,
@@ -31,7 +32,8 @@ https://grpc.io/docs/guides/status-codes/"""
 
 
 def code_of(error: ModeliumError) -> grpc.StatusCode:
-    return CODES.get(status_of(error), grpc.StatusCode.INTERNAL)
+    status = error.status if isinstance(error, InferenceFailed) else status_of(error)
+    return CODES.get(status, grpc.StatusCode.INTERNAL)
 
 
 async def refuse(context: Any, error: ModeliumError) -> NoReturn:

@@ -43,14 +43,19 @@ class Server:
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
     left: asyncio.Event = field(default_factory=asyncio.Event)
     ids: list[str] = field(default_factory=list)
+    connections: list[str] = field(default_factory=list)
+    """What each request said of its connection."""
     address: str = ""
     answer: web.Response | None = None
+    product: str = "uvicorn"
+    """What it calls itself."""
     delay_s: float = 0.0
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         body = await request.read()
         self.seen.append((request.raw_path, request.headers.get("Content-Type", ""), body))
         self.ids.append(request.headers.get("X-Request-ID", ""))
+        self.connections.append(request.headers.get("Connection", ""))
         self.arrived.set()
         await asyncio.sleep(self.delay_s)
         if self.held is not None:
@@ -59,7 +64,7 @@ class Server:
             except asyncio.CancelledError:
                 self.left.set()
                 raise
-        return self.answer or web.json_response({"by": self.name})
+        return self.answer or web.json_response({"by": self.name}, headers={"Server": self.product})
 
     async def start(self, stack: AsyncExitStack, socket: Path | None = None) -> None:
         app = web.Application(client_max_size=2**30)
@@ -246,6 +251,38 @@ async def test_openai_goes_by_the_model_in_the_body(lab: Lab) -> None:
     long = b'{"prompt": "' + b"x" * 300_000 + b'", "model": "my.model"}'
     assert await lab.by("/v1/completions", long) in ("service", "runtime")
     assert long in (lab.service.seen[-1][2], lab.runtime.seen[-1][2])
+
+
+async def test_of_a_runtime_that_speaks_openai_alone_the_service_translates_all_else(lab: Lab) -> None:
+    await lab.driver.admit(lab.route(endpoints={"openai": lab.runtime.address}))
+    for path in ("infer", "generate", "generate_stream", "versions/1/generate", "config"):
+        assert await lab.by(f"/v2/models/m/{path}") == "service"
+    asked = b'{"model": "m"}'
+    for path in ("chat/completions/batch", "completions/", "responses", "rerank", "load_lora_adapter", "../sleep"):
+        async with lab.client.post(URL(f"{lab.url}/v1/{path}", encoded=True), data=asked) as response:
+            assert (await response.json())["by"] == "service"
+    assert await lab.by("/v1/completions", b'{"model": "m:adapter"}') == "service"
+    assert (await lab.rpc.ModelInfer(pb.ModelInferRequest(model_name="m"))).model_version == "service"
+    assert lab.runtime.seen == []
+    for path in ("chat/completions", "completions", "embeddings"):
+        assert await lab.by(f"/v1/{path}", asked) == "runtime"
+
+
+@pytest.mark.parametrize("product", ["uvicorn", "llama.cpp"])
+async def test_a_connection_that_is_closed_without_a_word_is_not_used_again(lab: Lab, product: str) -> None:
+    """As llama.cpp closes it after a stream; the client's own connection stays."""
+    lab.runtime.product = product
+    await lab.driver.admit(lab.route())
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(lab.url.rpartition(":")[2]))
+    for stream in ("false", "true", "0", "true"):
+        body = b'{"model": "m", "stream": %s}' % stream.encode()
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        answer = await reader.readuntil(b'{"by": "runtime"}')
+        assert answer.startswith(b"HTTP/1.1 200") and b"connection: close" not in answer.lower()
+    writer.close()
+    assert lab.runtime.connections == (["", "close", "", "close"] if product == "llama.cpp" else [""] * 4)
+    assert await lab.counted() == {"m": (4, 0)}
 
 
 async def test_grpc_goes_by_the_model_in_the_message(lab: Lab) -> None:

@@ -10,6 +10,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,18 +18,19 @@ import tritonclient.http
 from driver_lab import Lab
 from modelium_plugin_triton import analyzer
 from modelium_plugin_triton.backend import TritonBackend
-from modelium_plugin_triton.install import Environment, install_pack
+from modelium_plugin_triton.install import install_pack
 
 from modelium.api import Analysis, LoadRequest, Plan
+from modelium.api.environments import Environment
 from modelium.api.fakes import silent
-from modelium.builtin import huggingface, onnx, torchscript
+from modelium.builtin import huggingface, onnx, openvino, torchscript
 
 T = TypeVar("T")
 
 
 def analyse(path: Path) -> Analysis:
     """What the host would find: the surest claim of all analyzers."""
-    claims = (m.modelium_analyze(path) for m in (analyzer, huggingface, onnx, torchscript))
+    claims = (m.modelium_analyze(path) for m in (analyzer, huggingface, onnx, openvino, torchscript))
     found: list[Analysis] = [a for a in claims if a]
     return max(found, key=lambda a: a.confidence)
 
@@ -36,20 +38,23 @@ def analyse(path: Path) -> Analysis:
 class Triton:
     """A running server, the driver that runs it on a loop in a thread, and an HTTP client."""
 
-    def __init__(self, root: Path):
+    def __init__(self, root: Path, **settings: Any):
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
         self._lab = Lab(root)
-        self._driver = self._lab.driver()
+        self._driver = self._lab.driver(**settings)
         self._requests: dict[str, LoadRequest] = {}
         self.repository = self._lab.repository
         self.info = self._run(self._driver.start())
-        environment = Environment(Path(self.info.facts["environment"]))
-        self._run(install_pack(environment, "torch", (), silent))
-        self.python = environment.python
-        """An interpreter with torch and transformers, the one that the models run in."""
         self.address = (self.info.endpoint("kserve-http") or "").removeprefix("http://")
         self.client = tritonclient.http.InferenceServerClient(self.address, network_timeout=120, connection_timeout=120)
+
+    @cached_property
+    def python(self) -> Path:
+        """An interpreter with torch and transformers, the one that the models run in."""
+        environment = Environment(Path(self.info.facts["environment"]))
+        self._run(install_pack(environment, "torch", (), silent))
+        return environment.python
 
     def close(self) -> None:
         self.client.close()
@@ -80,6 +85,7 @@ class Triton:
         return folder
 
     def _plan(self, analysis: Analysis, settings: dict[str, Any]) -> Plan:
+        """With Triton's first offer."""
         offer = TritonBackend().offers(analysis, self.info, ())[0]
         return Plan(
             brain="test",
@@ -115,6 +121,18 @@ class Triton:
 
     def unload(self, name: str) -> None:
         self._run(self._driver.unload(name))
+
+    def serving_of(self, name: str) -> str:
+        """How what was installed is served."""
+        return self._requests[name].plan.serving
+
+    def memory(self, name: str) -> int:
+        """Bytes that a loaded model holds now."""
+        seen = self._run(self._driver.observe())
+        return sum(sum(model.memory.values()) for model in seen.models if model.name == name)
+
+    def is_broken(self, name: str) -> bool:
+        return any(model.broken for model in self._run(self._driver.observe()).models if model.name == name)
 
     @contextmanager
     def serving(self, name: str, drop: Path, **settings: Any) -> Iterator[str]:

@@ -15,12 +15,13 @@ import psutil
 import pytest
 import pytest_asyncio
 from driver_lab import Lab, code
-from modelium_plugin_triton import attach, install, locate, server
+from modelium_plugin_triton import attach, elsewhere, install, locate, server
 from modelium_plugin_triton.attach import Epoch, grpc_address
 from modelium_plugin_triton.client import TritonClient
 from modelium_plugin_triton.settings import TritonSettings
 
 from modelium.api.fakes import silent
+from modelium.api.testing import eventually
 from modelium.errors import DriverError, LoadRejected, RuntimeUnavailable
 from modelium.paths import cache_dir
 
@@ -294,3 +295,56 @@ async def test_epoch(tmp_path: Path) -> None:
     assert not epoch.see({}) and Epoch(file, "http://a").instance == "http://a#2"
     assert not epoch.see({"m": 3})
     assert epoch.see({"m": 1})  # its count was set back
+
+
+async def test_the_devices_of_another_machine_are_told_by_its_metrics(
+    lab: Lab, by_hand: ByHand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attach, "_process_of", lambda *_: None)
+    await by_hand.start()
+    metrics = f"http://127.0.0.1:{by_hand.ports['metrics']}/metrics"
+    driver = lab.driver(**by_hand.settings, metrics_endpoint=metrics)
+    info = await driver.start()
+    assert info.external and info.elsewhere
+
+    async def told() -> bool:
+        return bool((await driver.observe()).devices)
+
+    await eventually(told, "the server has looked at its memory")
+    (host,) = (await driver.observe()).devices  # there is no GPU here
+    assert (host.id, host.kind, host.runtime) == (f"{info.name}/cpu:0", "cpu", info.name)
+    assert 0 < host.used_bytes < host.total_bytes
+    await driver.load(lab.model("mine").model_copy(update={"devices": (host.id,)}), silent)
+    assert [m.name for m in (await driver.observe()).models if m.ready] == ["mine"]
+    await driver.close()
+    wrong = lab.driver(**by_hand.settings, metrics_endpoint=f"{by_hand.http}/metrics")
+    await wrong.start()
+    with pytest.raises(RuntimeUnavailable, match="metrics_endpoint"):
+        await wrong.observe()
+    await wrong.close()
+
+
+METRICS = """\
+# TYPE nv_gpu_memory_total_bytes gauge
+nv_gpu_memory_total_bytes{gpu_uuid="GPU-b"} 85899345920
+nv_gpu_memory_total_bytes{gpu_uuid="GPU-a"} 42949672960
+# TYPE nv_gpu_memory_used_bytes gauge
+nv_gpu_memory_used_bytes{gpu_uuid="GPU-a"} 1000
+nv_gpu_memory_used_bytes{gpu_uuid="GPU-b"} 2000
+# TYPE nv_gpu_utilization gauge
+nv_gpu_utilization{gpu_uuid="GPU-b"} 0.5
+"""
+
+
+async def test_gpus_keep_the_servers_own_order() -> None:
+    first, second = elsewhere.told("box", METRICS)
+    assert (first.id, first.kind, first.total_bytes, first.used_bytes, first.utilization) == (
+        "box/cuda:0",
+        "cuda",
+        85899345920,
+        2000,
+        0.5,
+    )
+    assert (second.id, second.used_bytes, second.utilization, second.runtime) == ("box/cuda:1", 1000, None, "box")
+    with pytest.raises(RuntimeUnavailable, match="no metrics"):
+        elsewhere.told("box", "<html>")

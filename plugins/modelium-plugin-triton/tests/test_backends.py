@@ -14,12 +14,12 @@ from driver_lab import CONFIG, Lab, code
 from modelium_plugin_triton import install, locate
 from modelium_plugin_triton.client import TritonClient
 from modelium_plugin_triton.driver import TritonDriver
-from modelium_plugin_triton.measure import HOST_MEMORY
 from modelium_plugin_triton.session import Session
 from modelium_plugin_triton.settings import TritonSettings
 
 from modelium.api import LoadRequest
 from modelium.api.fakes import load_request, silent
+from modelium.api.measuring import HOST_MEMORY
 from modelium.errors import LoadRejected
 from modelium.paths import cache_dir
 

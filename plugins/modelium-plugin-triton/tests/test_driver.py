@@ -13,6 +13,7 @@ import pytest
 import pytest_asyncio
 from driver_lab import Lab, code
 from modelium_plugin_triton.driver import TritonDriver
+from modelium_plugin_triton.install import has_pack
 from modelium_plugin_triton.measure import Stub
 from modelium_plugin_triton.server import SHM, shm_prefix
 
@@ -527,7 +528,7 @@ async def test_packs_are_there_before_the_load(driver: TritonDriver, lab: Lab) -
         plan = request.plan.model_copy(update={"settings": {"packs": ["onnx"]}})
         requests.append(request.model_copy(update={"plan": plan}))
     await asyncio.gather(*(driver.load(request, silent) for request in requests))
-    assert driver._environment is not None and driver._environment.has("onnx")
+    assert driver._environment is not None and has_pack(driver._environment, "onnx")
     unknown = requests[0].plan.model_copy(update={"settings": {"packs": ["nonsense"]}})
     with pytest.raises(DriverError, match="nonsense") as caught:
         await driver.load(requests[0].model_copy(update={"plan": unknown}), silent)

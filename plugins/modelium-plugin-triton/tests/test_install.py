@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import os
 import shutil
 import sys
 import zipfile
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from driver_lab import Lab, code
-from modelium_plugin_triton import install, locate, packs, piprun
-from modelium_plugin_triton.install import STUB, Environment, install_pack, prepare
-from modelium_plugin_triton.locate import Interpreter
+from modelium_plugin_triton import install, locate, packs
+from modelium_plugin_triton.install import STUB, has_pack, install_pack, prepare
 from modelium_plugin_triton.settings import TritonSettings
 
-from modelium.api import Progress
+from modelium.api import Progress, environments
+from modelium.api.environments import Environment, Interpreter, make_environment
 from modelium.api.fakes import silent
-from modelium.api.pip import InstallError, explain
+from modelium.api.pip import InstallError
 from modelium.errors import ConfigError
 from modelium.paths import cache_dir
 
@@ -39,7 +37,7 @@ async def interpreter() -> Interpreter:
 async def environment(tmp_path: Path, interpreter: Interpreter) -> Environment:
     """An empty one of its own."""
     environment = Environment(tmp_path / "env")
-    await install._make_environment(environment, interpreter, silent)
+    await make_environment(environment, interpreter, silent, what="an environment", site_files=packs.SITE_FILES)
     return environment
 
 
@@ -67,7 +65,7 @@ async def main():
     interpreter = await locate.find_interpreter(TritonSettings())
     stages = []
     wheel = await install.prepare(Path({str(tmp_path)!r}), interpreter, (), lambda p: stages.append(p.stage))
-    print(wheel.executable.is_file(), wheel.environment.has("base"), "unpacking Triton" in stages)
+    print(wheel.executable.is_file(), install.has_pack(wheel.environment, "base"), "unpacking Triton" in stages)
 
 asyncio.run(main())
 """
@@ -143,15 +141,6 @@ async def test_a_broken_archive_is_told(tmp_path: Path) -> None:
         install._unpack(whole, tmp_path / "b", "3.13")
 
 
-async def test_what_an_interruption_left_is_cleared(tmp_path: Path) -> None:
-    folder = tmp_path / "thing"
-    (tmp_path / ".thing.new").mkdir()
-    (tmp_path / ".thing.new/half").write_text("half")
-    with install._beside(folder) as fresh:
-        assert list(fresh.iterdir()) == []
-    assert list(tmp_path.iterdir()) == []
-
-
 async def test_a_stub_that_does_not_start_is_told(tmp_path: Path, interpreter: Interpreter) -> None:
     wheel = await prepare(cache_dir(), interpreter, (), silent)
     server = wheel.backends.parents[2]
@@ -167,7 +156,7 @@ async def test_a_stub_that_does_not_start_is_told(tmp_path: Path, interpreter: I
 
 
 async def test_debians_library_is_fetched_without_root(tmp_path: Path) -> None:
-    system = await locate.probe(Path("/usr/bin/python3"))
+    system = await environments.probe(Path("/usr/bin/python3"))
     if system is None or not shutil.which("apt-get") or await can_fetch(tmp_path, system) is None:
         pytest.skip("needs the Python of Debian or Ubuntu, and their package lists and archive")
     told: list[Progress] = []
@@ -201,56 +190,16 @@ async def test_a_pack_never_moves_numpy(environment: Environment, monkeypatch: p
     monkeypatch.setitem(packs.PACKS, "greedy", ("numpy>=2",))
     with pytest.raises(InstallError, match="numpy"):
         await install_pack(environment, "greedy", (), silent)
-    assert not environment.has("greedy")
-
-
-async def test_an_interrupted_installation_is_done_again(
-    environment: Environment, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(packs.PACKS, "small", ("idna",))
-    told: list[Progress] = []
-    task = asyncio.create_task(install_pack(environment, "small", (), told.append))
-    async with asyncio.timeout(60):
-        while not told:
-            await asyncio.sleep(0.01)
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-    assert not environment.has("small")
-    await install_pack(environment, "small", (), told.append)
-    assert environment.has("small")
-    assert await run(environment.python, "-c", "import idna; print(idna.encode('x').decode())") == "x\n"
-    told.clear()
-    await install_pack(environment, "small", (), told.append)
-    assert told == []
-    monkeypatch.setitem(packs.PACKS, "small", ("idna", "attrs"))
-    assert not environment.has("small")  # other pins: not the same pack any more
+    assert not has_pack(environment, "greedy")
+    environment.mark("greedy", ("numpy>=2",), packs.CONSTRAINTS)
+    assert has_pack(environment, "greedy")
+    monkeypatch.setitem(packs.PACKS, "greedy", ("numpy>=3",))
+    assert not has_pack(environment, "greedy")  # other pins: not the same pack any more
 
 
 async def test_an_unknown_pack(environment: Environment) -> None:
     with pytest.raises(InstallError, match="there are base, onnx, torch"):
         await install_pack(environment, "nonsense", (), silent)
-
-
-async def test_pip_holds_the_lock_for_as_long_as_it_runs(environment: Environment, tmp_path: Path) -> None:
-    """Were we killed, the next one must not start beside a pip that still writes."""
-    lock = os.open(tmp_path / "lock", os.O_RDWR | os.O_CREAT)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    gate = tmp_path / "gate"
-    os.mkfifo(gate)
-    requirements = asyncio.create_task(
-        piprun.run_pip(["install", "-r", str(gate)], what="x", report=silent, python=environment.python, lock=lock)
-    )
-    writer = await asyncio.to_thread(os.open, gate, os.O_WRONLY)  # pip has opened it: it runs
-    os.close(lock)
-    other = os.open(tmp_path / "lock", os.O_RDWR)
-    with pytest.raises(BlockingIOError):
-        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    os.write(writer, b"# nothing\n")
-    os.close(writer)
-    await asyncio.wait([requirements])
-    fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    os.close(other)
 
 
 @pytest.mark.parametrize("python", [None, *SYSTEM_PYTHONS])
@@ -301,70 +250,9 @@ async def test_backends_are_the_folders_with_a_library(tmp_path: Path) -> None:
     assert locate.list_backends(tmp_path / "nowhere") == ()
 
 
-async def test_interpreters(tmp_path: Path) -> None:
-    ours = await locate.probe(Path(sys.executable))
-    assert ours is not None and ours.full_version == ".".join(map(str, sys.version_info[:3]))
-    assert await locate.probe(tmp_path / "nothing") is None
+async def test_a_configured_python_that_is_none(tmp_path: Path) -> None:
     not_python = tmp_path / "python3"
     not_python.write_text("#!/bin/sh\necho hello\n")
     not_python.chmod(0o755)
-    with pytest.raises(ConfigError, match="does not run as a Python"):
+    with pytest.raises(ConfigError, match=r"triton\.python is .* does not run as a Python"):
         await locate.find_interpreter(TritonSettings(python=not_python))
-
-
-# --------------------------------------------------------------------------- pip
-
-
-@pytest.mark.parametrize(
-    "said, reason",
-    [
-        ("ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device", "disk is full"),
-        ("WARNING: Retrying (Retry(total=0)) after connection broken by 'NewConnectionError()'", "can't be reached"),
-        ("ERROR: No matching distribution found for nvidia-pytriton==0.7.0", "glibc 2.35"),
-        ("ERROR: Could not install: [Errno 13] Permission denied: '/x'", "can't be written"),
-        ("ERROR: Cannot install a and b because these package versions have conflicting dependencies.", "conflicting"),
-        ("", "said nothing"),
-    ],
-)
-async def test_why_pip_failed(said: str, reason: str) -> None:
-    assert reason in explain("installing x", ["Collecting x", said] if said else []).message
-
-
-async def test_the_cpu_index_is_used_when_it_answers_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def no_index() -> bool:
-        return False
-
-    monkeypatch.setattr(piprun, "_names_an_index", no_index)
-    monkeypatch.setattr(piprun, "CPU_INDEX_WITHIN_S", 0.5)
-    async for url in answering(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"):
-        monkeypatch.setattr(piprun, "CPU_INDEX", url)
-        assert await piprun.cpu_index_args() == ["--extra-index-url", url]
-    assert await piprun.cpu_index_args() == []  # it has closed
-    async for url in answering(b""):  # takes the connection and says nothing
-        monkeypatch.setattr(piprun, "CPU_INDEX", url)
-        assert await piprun.cpu_index_args() == []
-
-
-async def answering(what: bytes) -> AsyncIterator[str]:
-    done = asyncio.Event()
-
-    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"\r\n\r\n")
-        writer.write(what)
-        await writer.drain()
-        if not what:
-            await done.wait()
-        writer.close()
-
-    server = await asyncio.start_server(answer, "127.0.0.1", 0)
-    port = server.sockets[0].getsockname()[1]
-    yield f"http://127.0.0.1:{port}/whl/cpu"
-    done.set()
-    server.close()
-    await server.wait_closed()
-
-
-async def test_an_index_of_the_users_own_stays_the_only_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PIP_INDEX_URL", "https://mirror.invalid/simple")
-    assert await piprun._names_an_index()
-    assert await piprun.cpu_index_args() == []

@@ -7,12 +7,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import psutil
 import pytest
-from modelium_plugin_triton.measure import HOST_MEMORY, Gpus, Measurer, added, less, stub_of
+from modelium_plugin_triton.measure import Measurer, kill, stub_of
+
+from modelium.api.measuring import HOST_MEMORY, Gpus
 
 REPOSITORY = Path("/models")
 STUB = "/opt/tritonserver/backends/python/triton_python_backend_stub"
@@ -55,11 +55,6 @@ def test_whose_stub_it_is(file: str, name: str, model: str, completing: bool) ->
 )
 def test_what_is_no_stub(argv: list[str]) -> None:
     assert stub_of((1, 2), argv, REPOSITORY) is None
-
-
-def test_sizes() -> None:
-    assert added([{"cpu:0": 1, "cuda:0": 2}, {"cpu:0": 3}, {}]) == {"cpu:0": 4, "cuda:0": 2}
-    assert less({"cpu:0": 5, "cuda:0": 2, "cuda:1": 1}, {"cpu:0": 1, "cuda:0": 2}) == {"cpu:0": 4, "cuda:1": 1}
 
 
 # --------------------------------------------------------------------------- real processes
@@ -106,7 +101,11 @@ def test_a_family(family: tuple[subprocess.Popen[bytes], Path], monkeypatch: pyt
     assert [s.key for s in seen.by_model()["m"]] == [stub.key] and seen.of("n") == []
     monkeypatch.delattr(psutil.Process, "memory_full_info")
     assert measurer.look() == seen  # asked again, nothing is measured anew
-    os.kill(stub.key[0], 9)
+    started = [psutil.Process(key[0]) for key in (stub.key, *stub.others)]
+    assert len(started) == 2, "the stub's child is its own"
+    kill(stub)
+    psutil.wait_procs(started, timeout=30)
+    assert not [p for p in started if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
 
 def test_what_has_ended_has_nothing(family: tuple[subprocess.Popen[bytes], Path]) -> None:
@@ -115,59 +114,15 @@ def test_what_has_ended_has_nothing(family: tuple[subprocess.Popen[bytes], Path]
     assert measurer.look().stubs == () and measurer.look().server == {}
 
 
-# --------------------------------------------------------------------------- GPUs, as NVML shows them
-
-
-class Nvml:
-    """What `Gpus` asks of NVML, for two GPUs."""
-
-    class NVMLError(Exception):
-        pass
-
-    uuids = ("GPU-aaa", "GPU-bbb")
-
-    def __init__(self, processes: dict[str, list[tuple[int, int | None]]]):
-        self._processes = processes
-
-    def nvmlInit(self) -> None:
-        pass
-
-    def nvmlDeviceGetCount(self) -> int:
-        return len(self.uuids)
-
-    def nvmlDeviceGetHandleByIndex(self, index: int) -> str:
-        return self.uuids[index]
-
-    def nvmlDeviceGetUUID(self, handle: str) -> str:
-        return handle
-
-    def nvmlDeviceGetComputeRunningProcesses(self, handle: str) -> list[Any]:
-        if handle not in self._processes:
-            raise self.NVMLError("lost")
-        return [SimpleNamespace(pid=pid, usedGpuMemory=size) for pid, size in self._processes[handle]]
-
-
-def test_gpu_memory_by_process() -> None:
-    nvml = Nvml({"GPU-aaa": [(1, 10), (2, None)], "GPU-bbb": [(1, 5), (3, 7)]})
-    assert Gpus(nvml, {}).by_process() == {1: {"cuda:0": 10, "cuda:1": 5}, 3: {"cuda:1": 7}}
-
-
-def test_a_lost_gpu_hides_only_itself() -> None:
-    assert Gpus(Nvml({"GPU-bbb": [(3, 7)]}), {}).by_process() == {3: {"cuda:1": 7}}
-
-
-@pytest.mark.parametrize(
-    "visible, order",
-    [("1,0", ["GPU-bbb", "GPU-aaa"]), ("GPU-b", ["GPU-bbb"]), ("", []), ("0,7,1", ["GPU-aaa"]), ("-1", [])],
-)
-def test_gpus_are_numbered_as_cuda_does(visible: str, order: list[str]) -> None:
-    gpus = Gpus(Nvml({}), {"CUDA_VISIBLE_DEVICES": visible})
-    assert gpus.handles == {f"cuda:{number}": uuid for number, uuid in enumerate(order)}
-
-
 def test_gpu_memory_counts_for_its_model(family: tuple[subprocess.Popen[bytes], Path]) -> None:
     server, repository = family
     [stub] = Measurer(server.pid, repository).look().stubs
-    nvml = Nvml({"GPU-aaa": [(stub.key[0], 1000), (server.pid, 7)], "GPU-bbb": []})
-    seen = Measurer(server.pid, repository, Gpus(nvml, {})).look()
+
+    class Known(Gpus):
+        def __init__(self) -> None: ...
+
+        def by_process(self) -> dict[int, dict[str, int]]:
+            return {stub.key[0]: {"cuda:0": 1000}, server.pid: {"cuda:0": 7}}
+
+    seen = Measurer(server.pid, repository, Known()).look()
     assert seen.stubs[0].memory["cuda:0"] == 1000 and seen.server["cuda:0"] == 7

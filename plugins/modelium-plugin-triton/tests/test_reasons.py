@@ -54,6 +54,38 @@ def test_what_may_be_tried_again(said: str, code: str, rejected: bool) -> None:
     assert error.code == code and isinstance(error, LoadRejected) == rejected
 
 
+ENGINE = f"{REFUSED}RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): "
+ENGINE_LOG = """\
+I1128 17:48:12.959680 8987 model_lifecycle.cc:472] "loading: m:1"
+(EngineCore pid=10088) INFO 11-28 17:48:35 [core.py:402] init engine
+(EngineCore pid=10088) ERROR 11-28 17:48:36 [core.py:1510] EngineCore failed to start.
+(EngineCore pid=10088) ERROR 11-28 17:48:36 [core.py:1510] Traceback (most recent call last):
+(EngineCore pid=10088) ERROR 11-28 17:48:36 [core.py:1510]     raise ValueError(
+(EngineCore pid=10088) ERROR 11-28 17:48:36 [core.py:1510] {}
+(EngineCore pid=10088) ERROR 11-28 17:48:36 [core.py:1510] RuntimeError: what came of it
+Process EngineCore:
+"""
+
+
+@pytest.mark.parametrize(
+    ("wrote", "code"),
+    [
+        ("ValueError: To serve at least one request with the model's max seq len (512), 8 GiB", "load_rejected"),
+        ("ValueError: Free memory on device cuda:0 (3.2/80 GiB) on startup is less than desired", "out_of_memory"),
+        ("torch.OutOfMemoryError: CUDA out of memory.", "out_of_memory"),
+    ],
+)
+def test_the_cause_is_found_where_vllms_engine_has_written_it(wrote: str, code: str) -> None:
+    error = failure("m", f"{ENGINE}{{}};\n", log=ENGINE_LOG.format(wrote).splitlines())
+    assert (error.message, error.code) == (f"m: vLLM's engine did not start: {wrote}", code)
+
+
+def test_an_engine_that_was_killed() -> None:
+    error = failure("m", f"{ENGINE}{{'EngineCore_DP0': -9}};\n")
+    assert error.code == "process_died" and "killed" in error.message
+    assert "the log may tell more" in failure("m", f"{ENGINE}{{}};\n").message
+
+
 def test_a_missing_backend() -> None:
     said = (
         "load failed for model 'm': version 1 is at UNAVAILABLE state: Invalid argument: unable to find backend "

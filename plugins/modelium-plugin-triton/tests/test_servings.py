@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 from modelium_plugin_triton.backend import TritonBackend
-from modelium_plugin_triton.install import Environment
 from modelium_plugin_triton.modelconfig import parse_config, placed
+from modelium_plugin_triton.packs import CONSTRAINTS, PACKS
 from modelium_plugin_triton.servings import SERVINGS
 
 from modelium.api import Analysis, Device, Offer, Plan, RuntimeInfo, Tensor
+from modelium.api.environments import Environment
 from modelium.api.templates import render, template_names
 from modelium.errors import ModelError, PluginError
 
@@ -98,6 +99,24 @@ class TestOffers:
         assert [o.serving for o in offers(unknown, triton("pytorch", "python"))] == ["torchscript-python"]
         assert [o.serving for o in offers(known, triton("pytorch", "python"))] == ["torchscript", "torchscript-python"]
 
+    def test_openvino_computes_on_the_cpu_and_its_backend_wants_names_and_dimensions(self) -> None:
+        have = triton("openvino", "python")
+        named = ONNX.model_copy(update={"format": "openvino", "facts": {"batch_dim": True, "packed_bytes": 500}})
+        native, template = offers(named, have, (CPU, GPU))
+        assert (native.serving, template.serving) == ("openvino", "openvino-python")
+        assert {native.device_kinds, template.device_kinds} == {("cpu",)}
+        assert native.settings.get("max_batch_size") is None and template.settings["max_batch_size"] == 32
+        assert template.memory_bytes - SERVINGS["openvino-python"].overhead_bytes == 1500
+        assert TritonBackend().layout("m", named, plan(native)).files == {"1": "."}
+        assert TritonBackend().layout("m", named, plan(template)).files == {"1/model": "."}
+        for change in (
+            {"facts": {"unnamed": ["x"]}},
+            {"inputs": (Tensor(name="x", datatype="FP32", shape=()),)},
+        ):
+            assert [o.serving for o in offers(named.model_copy(update=change), have)] == ["openvino-python"]
+        with pytest.raises(ModelError, match="keeps a state"):
+            offers(named.model_copy(update={"facts": {"unsupported": "it keeps a state"}}), have)
+
     def test_bfloat16_tensors_need_the_native_backend(self) -> None:
         half = ONNX.model_copy(update={"inputs": (Tensor(name="x", datatype="BF16", shape=(-1, 4)),)})
         assert [o.serving for o in offers(half, triton("onnxruntime", "python"))] == ["onnx"]
@@ -116,7 +135,7 @@ class TestOffers:
         llm, somebody_elses = model("huggingface", task="text-generation"), triton("python")
         ours = somebody_elses.model_copy(update={"facts": {"environment": str(tmp_path)}})
         assert [offers(llm, t)[0].requires for t in (None, somebody_elses, ours)] == [("torch",), (), ("torch",)]
-        Environment(tmp_path).mark("torch")
+        Environment(tmp_path).mark("torch", PACKS["torch"], CONSTRAINTS)
         assert offers(llm, ours)[0].requires == ()
 
     @pytest.mark.parametrize(
@@ -197,13 +216,14 @@ class TestLayouts:
         task = serving.removeprefix("transformers-") if format == "huggingface" else None
         base = LLM if format == "huggingface" else ONNX
         analysis = base.model_copy(update={"format": format, "task": task})
-        have = triton("onnxruntime", "pytorch", "python")
+        have = triton("onnxruntime", "openvino", "pytorch", "python")
         for devices, kind in (((CPU,), "KIND_CPU"), ((CPU, GPU), "KIND_GPU")):
             offer = next(o for o in offers(analysis, have, devices) if o.serving == serving)
             made = texts(analysis, offer, 'a "quoted" \\ name', instances=2, threads=3)
             config = parse_config(made["config.pbtxt"])
             assert config.name == 'a "quoted" \\ name'
             (group,) = config.instance_group
+            kind = "KIND_CPU" if SERVINGS[serving].cpu_only else kind
             assert (type(group).Kind.Name(group.kind), group.count, list(group.gpus)) == (kind, 2, [])
             assert config.backend == SERVINGS[serving].backend
             assert ("1/model.py" in made) == (config.backend == "python")
@@ -212,8 +232,31 @@ class TestLayouts:
                 if name.endswith(".py"):
                     compile(text, name, "exec")
 
-    def test_there_is_a_serving_for_every_template(self) -> None:
-        assert template_names() == sorted(SERVINGS)
+    @pytest.mark.parametrize(
+        ("setting", "parameters"),
+        [
+            ("tensorrt", {}),
+            (
+                {"name": "tensorrt", "parameters": {"precision_mode": "FP16", "max_workspace_size_bytes": 1 << 30}},
+                {"precision_mode": "FP16", "max_workspace_size_bytes": "1073741824"},
+            ),
+        ],
+    )
+    def test_onnxruntime_s_accelerator_is_a_setting(self, setting: Any, parameters: dict[str, str]) -> None:
+        have = triton("onnxruntime")
+        for devices, expected in (((CPU, GPU), [("tensorrt", parameters)]), ((CPU,), [])):
+            offer = next(o for o in offers(ONNX, have, devices) if o.serving == "onnx")
+            config = parse_config(texts(ONNX, offer, accelerator=setting)["config.pbtxt"])
+            used = config.optimization.execution_accelerators.gpu_execution_accelerator
+            assert [(one.name, dict(one.parameters)) for one in used] == expected
+
+    def test_an_accelerator_that_is_none_is_refused(self) -> None:
+        offer = next(o for o in offers(ONNX, triton("onnxruntime"), (CPU, GPU)) if o.serving == "onnx")
+        with pytest.raises(ModelError, match=r"accelerator is \['tensorrt'\]"):
+            texts(ONNX, offer, accelerator=["tensorrt"])
+
+    def test_there_is_a_template_for_every_serving(self) -> None:
+        assert set(SERVINGS) <= set(template_names())
 
     def test_a_file_is_put_where_triton_looks(self) -> None:
         alone = ONNX.model_copy(update={"entry": ""})

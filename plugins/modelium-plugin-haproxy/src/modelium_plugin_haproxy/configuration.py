@@ -137,7 +137,7 @@ defaults
     timeout tunnel 3600s
 
 backend {TABLE}
-    stick-table type string len 201 size 100k expire {EXPIRE_S}s store http_req_cnt,gpc0,conn_cur
+    stick-table type string len 201 size 100k expire {EXPIRE_S}s store http_req_cnt,gpt0,gpc0,conn_cur
 
 backend {ORGANISATIONS}
     stick-table type string len 300 size 100k expire {EXPIRE_S}s store http_req_cnt,gpc0,conn_cur
@@ -257,6 +257,11 @@ def _backends(front: Front) -> Iterable[str]:
         yield from told(502, RUNTIME_LOST)
         yield from told(503, DOWN)
         if protocol == "http":
+            # llama.cpp closes a connection after a stream without saying so, and the next request would be lost with
+            # it: once a model is known to be served by it (gpt0), its streams have connections of their own.
+            yield "    http-response sc-set-gpt0(0) 1 if { res.hdr(server) -m str llama.cpp }"
+            streams = "{ sc0_get_gpt0 gt 0 } { req.body,json_query('$.stream') -m bool }"
+            yield f"    http-request set-header connection close if {streams}"
             yield from _mended(front)
             yield from _counted()
         yield ""

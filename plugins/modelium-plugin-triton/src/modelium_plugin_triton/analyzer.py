@@ -2,13 +2,14 @@
 
 `Analysis.facts` of format `triton` holds: `backend` (empty for an ensemble), `ensemble`, `versions` (all that are
 there), `served` (those that the version policy loads), `max_batch_size`, `decoupled`, `sequence`, `dynamic_batching`,
-`instances` (a list of `{"kind", "count", "gpus"}`, empty where Triton decides), and `imports` (top-level modules that
-a Python model names).
+`instances` (a list of `{"kind", "count", "gpus"}`, empty where Triton decides), `imports` (top-level modules that a
+Python model names), and `takes`, the fields of `engines.Gpus`, for language models' own backends.
 """
 
 from __future__ import annotations
 
 import ast
+import dataclasses
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from modelium.api import Analysis, Completeness, Finding, Severity, hookimpl
 from modelium.api.units import human
 from modelium.errors import ModelError
-from modelium_plugin_triton import modelconfig
+from modelium_plugin_triton import engines, modelconfig
 from modelium_plugin_triton.modelconfig import CONFIG, DEFAULT_FILES, Unfinished
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def modelium_scan(path: Path) -> Iterable[Finding]:
         folder = find(path)
     except ModelError:
         return []
-    return [] if folder is None else list(_code(folder))
+    return [] if folder is None else [*_code(folder), *_unseen(folder)]
 
 
 @hookimpl
@@ -152,6 +153,22 @@ def _code(folder: Folder) -> Iterator[Finding]:
         )
 
 
+def _unseen(folder: Folder) -> Iterator[Finding]:
+    if folder.config is not None and (path := engines.unseen(folder.config, _served(folder))):
+        yield Finding(
+            severity=Severity.WARN,
+            code="engine_unseen",
+            path=CONFIG,
+            message=f"config.pbtxt says that the engine lies in {path}, which can't be seen from here: what the model "
+            "takes is known after its first load. If that folder is not there for Triton either, correct "
+            f"`{engines.ENGINE_PATH}`",
+        )
+
+
+def _served(folder: Folder) -> list[Path]:
+    return [folder.versions[version] for version in folder.served if version in folder.versions]
+
+
 def _analyze(folder: Folder) -> Analysis:
     config = folder.config
     if config is not None:
@@ -166,6 +183,9 @@ def _analyze(folder: Folder) -> Analysis:
         )
     served = folder.served
     weights = sum(_bytes_in(folder.versions[version]) for version in served)
+    takes = engines.gpus_of(config, backend, _served(folder)) if config is not None else None
+    if takes is not None:
+        weights = max(weights, takes.weights_bytes)
     known = config is not None
     return Analysis(
         analyzer="triton",
@@ -176,7 +196,7 @@ def _analyze(folder: Folder) -> Analysis:
         weights_bytes=weights,
         inputs=modelconfig.tensors(config, "input") if config is not None else (),
         outputs=modelconfig.tensors(config, "output") if config is not None else (),
-        depends_on=_parts(config) if config is not None else (),
+        depends_on=_parts(folder, config) if config is not None else (),
         facts={
             "backend": backend,
             "ensemble": folder.ensemble,
@@ -188,6 +208,7 @@ def _analyze(folder: Folder) -> Analysis:
             "dynamic_batching": config is not None and config.HasField("dynamic_batching"),
             "instances": _instances(config) if config is not None else [],
             "imports": _imports(folder, served) if backend == "python" else [],
+            **({"takes": dataclasses.asdict(takes)} if takes is not None else {}),
         },
     )
 
@@ -202,6 +223,8 @@ def _check(folder: Folder, config: ModelConfig) -> None:
             expected=config.name,
             found=name,
         )
+    if reason := engines.unfilled(config):
+        raise ModelError(f"{name} is not finished: {reason}", code="unfilled")
     if config.max_batch_size < 0:
         raise ModelError(f"{name}: max_batch_size is {config.max_batch_size}, and must be 0 (no batching) or more")
     for direction, tensors in (("input", config.input), ("output", config.output)):
@@ -218,9 +241,10 @@ def _check(folder: Folder, config: ModelConfig) -> None:
             raise ModelError(f"{name} is an ensemble that has itself as a part: remove that step")
 
 
-def _parts(config: ModelConfig) -> tuple[str, ...]:
-    """The models that an ensemble is made of, each once."""
-    return tuple(dict.fromkeys(step.model_name for step in config.ensemble_scheduling.step))
+def _parts(folder: Folder, config: ModelConfig) -> tuple[str, ...]:
+    """The models that an ensemble is made of, each once, or that TensorRT-LLM's business logic calls."""
+    steps = dict.fromkeys(step.model_name for step in config.ensemble_scheduling.step)
+    return tuple(steps) or engines.parts(config, _served(folder))
 
 
 def _instances(config: ModelConfig) -> list[dict[str, Any]]:
@@ -233,7 +257,7 @@ def _instances(config: ModelConfig) -> list[dict[str, Any]]:
 def _summary(folder: Folder, backend: str, weights: int) -> str:
     config = folder.config
     if config is not None and folder.ensemble:
-        return f"Triton ensemble of {', '.join(_parts(config))}"
+        return f"Triton ensemble of {', '.join(_parts(folder, config))}"
     served = ", ".join(map(str, folder.served))
     of_all = f" of {len(folder.versions)}" if len(folder.versions) > len(folder.served) else ""
     word = "versions" if len(folder.served) > 1 else "version"

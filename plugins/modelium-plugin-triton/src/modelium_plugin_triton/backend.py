@@ -8,13 +8,14 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from modelium.api import Analysis, Device, Layout, Offer, Plan, RuntimeContext, RuntimeDriver, RuntimeInfo
+from modelium.api.environments import Environment
 from modelium.errors import ModelError
-from modelium_plugin_triton import servings
-from modelium_plugin_triton.install import Environment
+from modelium_plugin_triton import engines, servings, vllm
+from modelium_plugin_triton.install import has_pack
 from modelium_plugin_triton.servings import AS_IS, RUNTIME, SERVINGS
 from modelium_plugin_triton.settings import TritonSettings
 
-PACK_OF = {"onnxruntime": "onnx", "torch": "torch", "transformers": "torch"}
+PACK_OF = {"onnxruntime": "onnx", "openvino": "openvino", "torch": "torch", "transformers": "torch"}
 """The pack that brings a module which a person's own Python model imports."""
 
 ALWAYS = ("python",)
@@ -37,6 +38,15 @@ class TritonBackend:
         serves, and this Triton, or this model, is not such that it could."""
         if analysis.format == "triton":
             return [as_is(analysis, runtime, devices)]
+        in_vllm = vllm.offers(analysis, runtime, devices)
+        try:
+            return [*in_vllm, *self._templates(analysis, runtime, devices)]
+        except ModelError:
+            if in_vllm:
+                return in_vllm
+            raise
+
+    def _templates(self, analysis: Analysis, runtime: RuntimeInfo | None, devices: Sequence[Device]) -> Sequence[Offer]:
         possible = servings.servings_for(analysis)
         if not possible:
             return []
@@ -51,6 +61,8 @@ class TritonBackend:
     def layout(self, name: str, analysis: Analysis, plan: Plan) -> Layout:
         if plan.serving == AS_IS:
             return Layout(files={".": "."})
+        if plan.serving in vllm.SERVINGS:
+            return vllm.layout(name, analysis, plan)
         return servings.layout(name, analysis, plan)
 
 
@@ -65,17 +77,22 @@ def as_is(analysis: Analysis, runtime: RuntimeInfo | None, devices: Sequence[Dev
             "`triton.executable` or `triton.endpoint` to a Triton that has it"
             + (f", or drop {_alone(backend)} alone, which Modelium serves on any" if _alone(backend) else "")
         )
-    kinds = _wanted_kinds(facts["instances"], _device_kinds(runtime, devices))
+    takes = engines.Gpus(**facts["takes"]) if facts.get("takes") else None
+    kinds = _device_kinds(runtime, devices)
+    kinds = _wanted_kinds(facts["instances"], kinds) if takes is None else _gpus_alone(backend, kinds)
     packs = sorted({PACK_OF[module] for module in facts["imports"] if module in PACK_OF})
     like = _like(backend, packs)
     count = sum(group["count"] for group in facts["instances"]) or 1
     # A part of an ensemble is loaded, and counted, for itself.
     memory = 0 if facts["ensemble"] else (like.overhead_bytes + analysis.weights_bytes) * count
+    if takes is not None:
+        memory = takes.bytes([device for device in devices if device.kind == "cuda"], engines.OVERHEAD_BYTES)
     return Offer(
         runtime=RUNTIME,
         serving=AS_IS,
         native=True,
         device_kinds=kinds,
+        devices=takes.devices if takes is not None else 1,
         memory_bytes=memory,
         load_s=like.load_s + analysis.weights_bytes / servings.READ_BYTES_PER_S,
         requires=_missing(packs, runtime),
@@ -96,7 +113,7 @@ def _missing(packs: Iterable[str], runtime: RuntimeInfo | None) -> tuple[str, ..
     if runtime is None:
         return tuple(packs)
     folder = runtime.facts.get("environment")
-    return tuple(pack for pack in packs if not Environment(Path(folder)).has(pack)) if folder else ()
+    return tuple(pack for pack in packs if not has_pack(Environment(Path(folder)), pack)) if folder else ()
 
 
 def _alone(backend: str) -> str:
@@ -107,7 +124,7 @@ def _like(backend: str, packs: Collection[str]) -> servings.Serving:
     """The way of serving that takes most nearly as much."""
     if backend == "python":
         return SERVINGS["transformers-feature-extraction" if "torch" in packs else "onnx-python"]
-    return SERVINGS["torchscript" if backend == "pytorch" else "onnx"]
+    return SERVINGS[{"pytorch": "torchscript", "openvino": "openvino"}.get(backend, "onnx")]
 
 
 def _device_kinds(runtime: RuntimeInfo | None, devices: Sequence[Device]) -> tuple[str, ...]:
@@ -128,6 +145,12 @@ def _wanted_kinds(instances: Sequence[Mapping[str, object]], kinds: tuple[str, .
             )
         return ("cuda",)
     return kinds
+
+
+def _gpus_alone(backend: str, kinds: tuple[str, ...]) -> tuple[str, ...]:
+    if "cuda" not in kinds:
+        raise ModelError(f"Triton's {backend} backend computes on GPUs alone, and there is none that Triton can use")
+    return ("cuda",)
 
 
 def _listed(backends: Sequence[str]) -> str:

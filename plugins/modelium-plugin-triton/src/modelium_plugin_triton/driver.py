@@ -20,10 +20,12 @@ from modelium.api import (
     RuntimeInfo,
     UnloadOutcome,
 )
+from modelium.api.environments import Environment
+from modelium.api.measuring import Gpus, key_of
+from modelium.api.ports import HOST
 from modelium.errors import RuntimeUnavailable
-from modelium_plugin_triton import attach, install, locate, reasons, server
+from modelium_plugin_triton import attach, elsewhere, install, locate, reasons, server, vllm, vllm_environment
 from modelium_plugin_triton.client import TritonClient
-from modelium_plugin_triton.install import Environment
 from modelium_plugin_triton.measure import Measurer
 from modelium_plugin_triton.session import Attempt, Session
 from modelium_plugin_triton.settings import TritonSettings
@@ -167,14 +169,17 @@ class TritonDriver:
             pid=record.pid,
             backends=backends,
             endpoints=(
-                Endpoint(protocol="kserve-http", address=f"http://{server.HOST}:{ports['http']}"),
-                Endpoint(protocol="kserve-grpc", address=f"{server.HOST}:{ports['grpc']}"),
-                Endpoint(protocol="metrics", address=f"http://{server.HOST}:{ports['metrics']}/metrics"),
+                Endpoint(protocol="kserve-http", address=f"http://{HOST}:{ports['http']}"),
+                Endpoint(protocol="kserve-grpc", address=f"{HOST}:{ports['grpc']}"),
+                Endpoint(protocol="metrics", address=f"http://{HOST}:{ports['metrics']}/metrics"),
             ),
             facts={
                 "executable": record.argv[0],
                 "gpu": self._gpus is not None,
                 "environment": facts["environment"],
+                "repository": str(self._repository),
+                "vllm_environment": str(self._vllm_place),
+                "vllm_takes_devices": await asyncio.to_thread(vllm.takes_devices, folder),
                 "log": str(record.log),
             },
         )
@@ -193,6 +198,7 @@ class TritonDriver:
         repository = self._repository
         local_backends: tuple[str, ...] = ()
         python_based = frozenset({"python"})
+        seen_facts: dict[str, Any] = {}
         if process is not None:
             instance = _identity(process.pid)
             argv = tuple(process.cmdline())
@@ -204,6 +210,8 @@ class TritonDriver:
             seen = Path(f"/proc/{process.pid}/root{folder}") if folder.startswith("/") else Path(process.cwd()) / folder
             local_backends = await asyncio.to_thread(locate.list_backends, seen)
             python_based |= await asyncio.to_thread(locate.python_based, seen)
+            takes_devices = await asyncio.to_thread(vllm.takes_devices, seen)
+            seen_facts = {"gpu": self._gpus is not None, "vllm_takes_devices": takes_devices}
         else:
             self._epoch = attach.Epoch(self._context.state_dir / "external.json", endpoint)
             instance = self._epoch.instance
@@ -232,13 +240,14 @@ class TritonDriver:
             instance=instance,
             adopted=True,
             external=True,
+            elsewhere=self._settings.metrics_endpoint is not None,
             pid=process.pid if process else None,
             backends=session.backends,
             endpoints=(
                 Endpoint(protocol="kserve-http", address=found.http),
                 Endpoint(protocol="kserve-grpc", address=found.grpc),
             ),
-            facts={"backends_known": bool(known)} | ({"gpu": self._gpus is not None} if process else {}),
+            facts={"backends_known": bool(known), "repository": str(repository), **seen_facts},
         )
         return self._info
 
@@ -262,6 +271,9 @@ class TritonDriver:
         observation = await session.observe()
         if self._settings.endpoint is not None and self._present(session, observation) != session.instance:
             raise RuntimeUnavailable("the attached Triton was started anew")
+        if self._settings.endpoint is not None and self._settings.metrics_endpoint is not None:
+            there = await elsewhere.devices(self._context.name, self._settings.metrics_endpoint)
+            observation = observation.model_copy(update={"devices": there})
         return observation
 
     def _present(self, session: Session, observation: Observation) -> str:
@@ -279,8 +291,15 @@ class TritonDriver:
         on. Raises `LoadRejected`, `RuntimeUnavailable`, or another `DriverError` where trying again may help.
         """
         session = self._need()
+        environment = None
         for pack in request.plan.settings.get("packs") or ():
-            await self._pack(str(pack), report)
+            if pack == vllm.PACK:
+                environment = await self._vllm_environment(report)
+            else:
+                await self._pack(str(pack), report)
+        if request.plan.serving in vllm.SERVINGS:
+            parameters = await asyncio.to_thread(vllm.load_parameters, request, session.repository, environment)
+            request = request.model_copy(update={"parameters": parameters})
         if self._epoch is not None:
             self._epoch.expect(request.name)
         attempt = Attempt()
@@ -300,10 +319,21 @@ class TritonDriver:
             self._epoch.expect(name)
         return await session.unload(name)
 
+    async def _vllm_environment(self, report: Report) -> Path | None:
+        """What models that run in vLLM run in; None where Triton is not the wheel's, and has what it has."""
+        if self._environment is None:
+            return None
+        cache, pip_args = self._context.cache_dir, self._settings.pip_args
+        return (await vllm_environment.prepare(self._vllm_place, self._environment, cache, pip_args, report)).folder
+
+    @property
+    def _vllm_place(self) -> Path:
+        return self._settings.vllm_environment or self._context.cache_dir / vllm_environment.FOLDER
+
     async def _pack(self, pack: str, report: Report) -> None:
         """Have a pack in the environment; several loads wait for one installation, which goes on when they give up."""
         environment = self._environment
-        if environment is None or await asyncio.to_thread(environment.has, pack):
+        if environment is None or await asyncio.to_thread(install.has_pack, environment, pack):
             return  # another server than the wheel's has an environment of its own
         listeners = [report, self._context.report]
 
@@ -380,4 +410,4 @@ def _identity(pid: int) -> str:
 def _grpc(facts: dict[str, object]) -> str:
     ports = facts["ports"]
     assert isinstance(ports, dict)
-    return f"{server.HOST}:{ports['grpc']}"
+    return f"{HOST}:{ports['grpc']}"

@@ -25,6 +25,8 @@ from modelium_plugin_triton.packs import BASE, CONSTRAINTS, PACKS, SERVER, SITE_
 STUB = "triton_python_backend_stub"
 FETCH_WITHIN_S = 120.0
 """apt-get has no bound of its own where nothing answers."""
+MACHINES = "Linux on x86-64 with glibc 2.35 or newer"
+"""Those that the wheel is built for."""
 _SERVER_PARTS = ("pytriton/tritonserver/bin/", "pytriton/tritonserver/backends/", "nvidia_pytriton.libs/")
 """Of the wheel. Its libraries find each other by paths relative to themselves, so the layout is kept."""
 
@@ -70,7 +72,7 @@ async def prepare(cache: Path, interpreter: Interpreter, pip_args: Sequence[str]
 
 def has_pack(environment: Environment, pack: str) -> bool:
     """Whether Triton's environment has it."""
-    return environment.has(pack, PACKS[pack], CONSTRAINTS)
+    return pack in PACKS and environment.has(pack, PACKS[pack], CONSTRAINTS)
 
 
 async def install_pack(environment: Environment, pack: str, pip_args: Sequence[str], report: Report) -> None:
@@ -101,7 +103,7 @@ async def _server(cache: Path, interpreter: Interpreter, report: Report) -> Path
             return folder
         with beside(folder) as fresh:
             args = ["download", "--no-deps", "--only-binary", ":all:", "--dest", str(fresh), SERVER]
-            await run_pip(args, what="downloading Triton", report=report, lock=lock)
+            await run_pip(args, what="downloading Triton", report=report, lock=lock, builds_for=MACHINES)
             wheel = next(fresh.glob("*.whl"))
             report(Progress(stage="unpacking Triton"))
             await asyncio.to_thread(_unpack, wheel, fresh / "unpacked", interpreter.version)

@@ -1,4 +1,4 @@
-"""Finds what is there already: a tritonserver, an interpreter that the wheel's server can use, its shared library."""
+"""Finds what is there already: a tritonserver and its backends, an interpreter that the wheel's server can use."""
 
 from __future__ import annotations
 

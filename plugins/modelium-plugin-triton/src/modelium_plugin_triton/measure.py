@@ -30,6 +30,8 @@ class Stub:
     """It only completes the configuration, before the instances are made. Triton waits for it without end."""
     memory: Mapping[str, int] = field(default_factory=dict)
     """By device, with what processes of the model's own that it started hold."""
+    others: tuple[Key, ...] = ()
+    """Those processes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +101,7 @@ class Measurer:
         self._sizes.begin()
         seen = {server.key}
         parts: dict[Key, list[Mapping[str, int]]] = {}
+        others: dict[Key, list[Key]] = {}
         stubs: list[Stub] = []
         left: list[tuple[Process, Key | None]] = [(child, None) for child in children.get(self.pid, ())]
         while left:
@@ -111,13 +114,17 @@ class Measurer:
                 owner = process.key
             if owner is not None:  # a model may have started processes of its own
                 parts.setdefault(owner, []).append(self._sizes.of(process))
+                if owner != process.key:
+                    others.setdefault(owner, []).append(process.key)
             left += [(child, owner) for child in children.get(process.key[0], ())]
         own = self._sizes.of(server)
         self._stubs = {key: self._stubs[key] for key in self._stubs.keys() & seen}
         self._sizes.keep(seen)
         return Family(
             server=own,
-            stubs=tuple(replace(stub, memory=added(parts[stub.key])) for stub in stubs),
+            stubs=tuple(
+                replace(stub, memory=added(parts[stub.key]), others=tuple(others.get(stub.key, ()))) for stub in stubs
+            ),
             zombies=tuple(child.key[0] for child in children.get(self.pid, ()) if child.zombie),
         )
 
@@ -132,7 +139,8 @@ class Measurer:
 
 
 def kill(stub: Stub) -> None:
-    """End a stub, unless its number is another process's by now."""
-    if key_of(stub.key[0]) == stub.key:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(stub.key[0], signal.SIGKILL)
+    """End a stub with all that it started, save processes whose number is another's by now."""
+    for key in (stub.key, *stub.others):
+        if key_of(key[0]) == key:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(key[0], signal.SIGKILL)

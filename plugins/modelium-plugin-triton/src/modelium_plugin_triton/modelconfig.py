@@ -7,6 +7,7 @@ the first configuration is read.
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Sequence
 from functools import lru_cache
@@ -42,6 +43,10 @@ DEFAULT_FILES = {
     "model.xml": "openvino",
 }
 """The file, or folder, by which Triton knows a backend when the configuration names none (model_config_utils.cc)."""
+
+_PLACEHOLDER = re.compile(r"\$\{\w+\}")
+"""What templates of directories leave to be filled in."""
+_QUOTED = re.compile(r'"[^"\n]*"|#[^\n]*')
 
 _NO_FIELD = re.compile(r'Message type "([\w.]+)" has no field named "(\w+)"')
 
@@ -86,6 +91,14 @@ def _explain(exc: Any, text: str, name: str) -> ModelError:
     lines = text.rstrip().splitlines()
     shown = lines[line - 1].strip() if 0 < line <= len(lines) else ""
     fields: dict[str, Any] = {"line": line, "column": column}
+    if _PLACEHOLDER.search(shown):
+        left = sorted(set(_PLACEHOLDER.findall(_QUOTED.sub("", text))))
+        return ModelError(
+            f"{name} line {line} ({shown[:80]!r}) is still to be filled in, as are all of: {', '.join(left)}. For "
+            "TensorRT-LLM's models the tensorrtllm backend's tools/fill_template.py does it",
+            code="unfilled",
+            **fields,
+        )
     at_the_end = line > len(lines) or (line == len(lines) and not shown.endswith(("}", "]")))
     if at_the_end and not unknown:
         return Unfinished(f"{name} ends in the middle, at line {line}: {message}", **fields)
@@ -179,12 +192,41 @@ def placed(config_text: str, gpus: Sequence[int]) -> str:
 
     A configuration on disk names no GPU, since which one has room is known at the load.
     """
-    from google.protobuf import json_format
-    from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
+    config = copy(parse_config(config_text))
+    place(config, gpus)
+    return to_json(config)
 
-    config = ModelConfig()
-    config.CopyFrom(parse_config(config_text))
+
+def copy(config: ModelConfig) -> ModelConfig:
+    """One that may be changed: those that were read are kept."""
+    changed = type(config)()
+    changed.CopyFrom(config)
+    return changed
+
+
+def place(config: ModelConfig, gpus: Sequence[int]) -> None:
+    """Put its GPU instances on these GPUs."""
+    from tritonclient.grpc.model_config_pb2 import ModelInstanceGroup
+
     for group in config.instance_group:
         if group.kind == ModelInstanceGroup.KIND_GPU:
             group.gpus[:] = gpus
+
+
+def to_json(config: ModelConfig) -> str:
+    """As the load request's parameter `config` takes it."""
+    from google.protobuf import json_format
+
     return str(json_format.MessageToJson(config, preserving_proto_field_name=True, indent=None))
+
+
+def from_json(given: Any) -> ModelConfig:
+    """A client's `config`, JSON text or what it stands for. Raises `ModelError` when it is not one."""
+    from google.protobuf import json_format
+    from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+    try:
+        values = json.loads(given) if isinstance(given, str) else given
+        return json_format.ParseDict(values, ModelConfig())
+    except (ValueError, json_format.ParseError) as exc:
+        raise ModelError(f"the load parameter `config` should be a Triton configuration in JSON: {exc}") from exc

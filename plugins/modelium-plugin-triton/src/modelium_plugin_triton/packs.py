@@ -15,6 +15,7 @@ BASE = "base"
 PACKS: dict[str, tuple[str, ...]] = {
     BASE: ("numpy==1.26.4",),
     "onnx": ("onnxruntime==1.31.1",),
+    "openvino": ("openvino==2026.4.1",),
     "torch": ("torch==2.13.0", "transformers==5.23.0", "safetensors==0.8.0", "pillow==13.0.0"),
 }
 

@@ -20,6 +20,11 @@ _MEMORY = re.compile(
     re.IGNORECASE,
 )
 _DIED = re.compile(r"Stub process '[^']*' is not healthy")
+_ENGINE = "Engine core initialization failed"
+"""What vLLM's frontend says of an engine that did not start, whose process has written why."""
+_ENGINE_SAID = re.compile(r"^\((?:EngineCore|\w*Worker)\S* pid=\d+\) ERROR [^\]]*\] (\w[\w.]*(?:Error|Exception): .+)")
+_ENGINE_MEMORY = re.compile(r"(?:Available|Free) memory on (?:node|device)|No available memory for the cache blocks")
+_ENGINE_KILLED = re.compile(r"Failed core proc\(s\): \{.*?: -9\b")
 POLL_FAILED = "failed to poll from model repository"
 FRAMES = 12
 """How many lines of a traceback are kept; those nearest to the error."""
@@ -45,6 +50,8 @@ def failure(name: str, said: str, *, backends: Sequence[str] = (), log: Sequence
             f"{name}: Triton can't use its folder: "
             + (reason or "it is not in its repository, or its config.pbtxt is wrong; Triton's log says which")
         )
+    if _ENGINE in said:
+        return _engine_failure(name, said, log)
     if _DIED.search(said):
         output = [line for line in log if not _ENTRY.match(line)][-FRAMES:]
         return DriverError(
@@ -53,6 +60,19 @@ def failure(name: str, said: str, *, backends: Sequence[str] = (), log: Sequence
         )
     message = "\n".join([f"{name}: {reason}", *frames])
     if _MEMORY.search(said):
+        return DriverError(message, code="out_of_memory", reason=reason)
+    return LoadRejected(message, reason=reason)
+
+
+def _engine_failure(name: str, said: str, log: Sequence[str]) -> DriverError:
+    """Of vLLM; its first error is the cause of the others."""
+    reason = next((match[1] for line in log if (match := _ENGINE_SAID.match(line))), "")
+    if _ENGINE_KILLED.search(said):
+        return DriverError(
+            f"{name}: vLLM's engine was killed while it was loading, perhaps for lack of memory", code="process_died"
+        )
+    message = f"{name}: vLLM's engine did not start: {reason or 'it did not say why; the log may tell more'}"
+    if _MEMORY.search(reason) or _ENGINE_MEMORY.search(reason):
         return DriverError(message, code="out_of_memory", reason=reason)
     return LoadRejected(message, reason=reason)
 

@@ -23,6 +23,9 @@ DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int8": 
 READ_BYTES_PER_S = 500 * MIB
 """How fast weights come from disk into memory, a cautious figure for a laptop's SSD; used for the first load only."""
 
+STANDARD_FILES = {"onnx": "model.onnx", "openvino": "model.xml", "torchscript": "model.pt"}
+"""What Triton's backends call a model's file unless told otherwise."""
+
 LONGEST_CACHE_TOKENS = 4096
 """Tokens of all generations together for which a first estimate keeps room: more are rarely alive at once."""
 
@@ -44,6 +47,8 @@ class Serving:
     """What can be set, with its defaults."""
     decoupled: bool = False
     """Answers one request with many responses."""
+    cpu_only: bool = False
+    """It knows no GPU of the kind that Triton does."""
 
     @property
     def native(self) -> bool:
@@ -61,14 +66,18 @@ _LABELS: Mapping[str, Any] = {**_BATCHED, "dtype": "auto", "top_k": 5}
 # to that stands for the native backend, which runs in the server's own process. On a GPU the same figure stands for the
 # CUDA context until a load was measured.
 _ONNX, _ONNX_NATIVE = 50 * MIB, 30 * MIB
+_OPENVINO, _OPENVINO_NATIVE = 80 * MIB, 60 * MIB
 _TORCH, _TORCH_NATIVE = 260 * MIB, 240 * MIB
 _TORCH_AND_TRANSFORMERS = 385 * MIB
 
 SERVINGS: Mapping[str, Serving] = {
     serving.name: serving
     for serving in (
-        Serving("onnx", "onnxruntime", (), _ONNX_NATIVE, 0.5, _BATCHED),
+        Serving("onnx", "onnxruntime", (), _ONNX_NATIVE, 0.5, {**_BATCHED, "accelerator": ""}),
         Serving("onnx-python", "python", ("onnx",), _ONNX, 1.6, _BATCHED),
+        # Not batched: what the backend then does with fewer requests than the most depends on its version.
+        Serving("openvino", "openvino", (), _OPENVINO_NATIVE, 0.5, _COMMON, cpu_only=True),
+        Serving("openvino-python", "python", ("openvino",), _OPENVINO, 1.6, _BATCHED, cpu_only=True),
         Serving("torchscript", "pytorch", (), _TORCH_NATIVE, 0.5, _BATCHED),
         Serving("torchscript-python", "python", ("torch",), _TORCH, 5, _COMMON),
         Serving(
@@ -89,6 +98,8 @@ def servings_for(analysis: Analysis) -> tuple[Serving, ...]:
     """The templates for a model, native ones first. Raises `ModelError` when it is one that none can serve."""
     if analysis.format == "onnx":
         return _onnx(analysis)
+    if analysis.format == "openvino":
+        return _openvino(analysis)
     if analysis.format == "torchscript":
         return _torchscript(analysis)
     if analysis.format == "huggingface":
@@ -101,6 +112,17 @@ def _onnx(analysis: Analysis) -> tuple[Serving, ...]:
     if any(tensor.datatype == "BF16" for tensor in (*analysis.inputs, *analysis.outputs)):
         return (SERVINGS["onnx"],)
     return SERVINGS["onnx"], SERVINGS["onnx-python"]
+
+
+def _openvino(analysis: Analysis) -> tuple[Serving, ...]:
+    if analysis.facts.get("unsupported"):
+        raise ModelError(str(analysis.facts["unsupported"]))
+    if any(tensor.datatype == "BF16" for tensor in (*analysis.inputs, *analysis.outputs)):
+        return (SERVINGS["openvino"],)
+    # The native backend knows tensors by names of their own, and takes no scalars.
+    if analysis.facts.get("unnamed") or any(not tensor.shape for tensor in analysis.inputs):
+        return (SERVINGS["openvino-python"],)
+    return SERVINGS["openvino"], SERVINGS["openvino-python"]
 
 
 def _torchscript(analysis: Analysis) -> tuple[Serving, ...]:
@@ -131,6 +153,8 @@ def _huggingface(analysis: Analysis) -> tuple[Serving, ...]:
 def memory_bytes(serving: Serving, analysis: Analysis, device_kind: str) -> int:
     """A first estimate for all instances; measured memory replaces it after the first load."""
     weights = analysis.weights_bytes
+    if analysis.format == "openvino":
+        weights += int(analysis.facts.get("packed_bytes") or 0)
     if analysis.format == "huggingface":
         if device_kind == "cpu":
             # There the templates compute in FP32, whatever the checkpoint's own type.
@@ -156,6 +180,8 @@ def _cache_bytes(analysis: Analysis, device_kind: str) -> int:
 
 def offer(serving: Serving, analysis: Analysis, device_kinds: Sequence[str], requires: tuple[str, ...] = ()) -> Offer:
     """`requires` are the packs that are not installed yet."""
+    if serving.cpu_only:
+        device_kinds = ("cpu",)
     return Offer(
         runtime=RUNTIME,
         serving=serving.name,
@@ -203,7 +229,7 @@ def layout(name: str, analysis: Analysis, plan: Plan) -> Layout:
             "width": analysis.facts.get("hidden_size") or -1,
         }
         return Layout(files={"1/model": "."}, texts=render(serving.name, values))
-    standard = "model.onnx" if analysis.format == "onnx" else "model.pt"
+    standard = STANDARD_FILES[analysis.format]
     if not analysis.entry:
         files, model_file = {f"1/{standard}": "."}, standard
     elif serving.native:
@@ -220,8 +246,25 @@ def layout(name: str, analysis: Analysis, plan: Plan) -> Layout:
         "max_batch_size": settings.get("max_batch_size", 0),
         "inputs": [] if untold else [_tensor(tensor, batched) for tensor in analysis.inputs],
         "outputs": [] if untold else [_tensor(tensor, batched) for tensor in analysis.outputs],
+        "accelerator": _accelerator(settings.get("accelerator"), plan.device_kind),
     }
     return Layout(files=files, texts=render(serving.name, values))
+
+
+def _accelerator(setting: object, device_kind: str) -> dict[str, Any] | None:
+    """What onnxruntime uses on a GPU in place of its own kernels: `tensorrt`, or `{name: tensorrt, parameters: {...}}`
+    with parameters as https://github.com/triton-inference-server/onnxruntime_backend lists them. Raises `ModelError`.
+    """
+    if not setting or device_kind != "cuda":
+        return None
+    given = {"name": setting} if isinstance(setting, str) else setting
+    parameters = given.get("parameters", {}) if isinstance(given, Mapping) else None
+    if not isinstance(given, Mapping) or not isinstance(given.get("name"), str) or not isinstance(parameters, Mapping):
+        raise ModelError(
+            f"the plan's setting accelerator is {setting!r:.200}: expected a name, such as tensorrt, or a name with "
+            "parameters, such as {name: tensorrt, parameters: {precision_mode: FP16}}"
+        )
+    return {"name": given["name"], "parameters": {str(key): str(value) for key, value in parameters.items()}}
 
 
 def _tensor(tensor: Tensor, batched: bool) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from modelium.api import (
     Report,
     UnloadOutcome,
 )
+from modelium.api.measuring import added, less
 from modelium.errors import DriverError, LoadRejected, ModelError, RuntimeStuck
 from modelium_plugin_triton import modelconfig, reasons
 from modelium_plugin_triton.client import CallFailed, Counted, TritonClient
@@ -376,7 +377,8 @@ class Session:
         return backend
 
     def _parameters(self, request: LoadRequest) -> Mapping[str, Any]:
-        gpus = [int(device.partition(":")[2]) for device in request.devices if device.startswith("cuda:")]
+        here = [device.rpartition("/")[2] for device in request.devices]  # as that machine itself calls them
+        gpus = [int(device.partition(":")[2]) for device in here if device.startswith("cuda:")]
         config = request.path / modelconfig.CONFIG
         # A folder of somebody's own says for itself where it runs.
         if not gpus or "config" in request.parameters or request.analysis.format == "triton" or not config.exists():

@@ -29,6 +29,9 @@ class TritonSettings(BaseModel):
     grpc_endpoint: str | None = None
     """Its gRPC address, as `127.0.0.1:8001`, or `grpcs://host:port` with TLS; by default the endpoint's host at its
     port plus one, as Triton itself numbers them."""
+    metrics_endpoint: str | None = None
+    """URL of the metrics of a server on another machine, as `http://10.0.0.5:8002/metrics`: with it, that machine's
+    memory and GPUs are devices of their own, on which only this server's models are placed."""
     backends: tuple[str, ...] = ()
     """Backends that it has, where they can't be found out from here (a server in another container)."""
 
@@ -56,6 +59,10 @@ class TritonSettings(BaseModel):
     pip_args: tuple[str, ...] = ()
     """Further arguments of `pip install`, such as `--extra-index-url URL`; with any, none is added by itself."""
 
+    vllm_environment: Path | None = None
+    """An environment with vLLM, of the same version of Python as Triton's own, for language models that the wheel's
+    server runs in vLLM; by default the one that `modelium runtimes install vllm` makes."""
+
     # Models
 
     load_timeout_s: float = Field(default=900, gt=0)
@@ -63,7 +70,7 @@ class TritonSettings(BaseModel):
     unload_timeout_s: float = Field(default=120, gt=0)
     """An unload that takes longer (requests are still running) is reported as stuck."""
 
-    @field_validator("endpoint")
+    @field_validator("endpoint", "metrics_endpoint")
     @classmethod
     def _base_url(cls, value: str | None) -> str | None:
         if value is not None and not value.startswith(("http://", "https://")):

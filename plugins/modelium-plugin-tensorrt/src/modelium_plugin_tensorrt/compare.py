@@ -1,0 +1,67 @@
+"""Whether what was made answers like the original: the largest difference, and how large it may be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from modelium.errors import ModelError
+
+Samples = Mapping[str, Mapping[str, np.ndarray]]
+"""Arrays by the number of a sample and by their name."""
+
+TOLERANCE: Mapping[str, float] = {"fp32": 1e-3, "fp16": 1e-2, "bf16": 5e-2, "int8": 1e-1}
+"""What an output may differ by, as a share of its largest value. FP32 leaves room for TF32, which TensorRT computes in
+(a mantissa of 10 bits, as FP16 has), BF16 has 8 bits; INT8 loses about a hundredth in each of several layers."""
+
+
+def read(file: Path, part: str) -> dict[str, dict[str, np.ndarray]]:
+    """The arrays `part/NUMBER/NAME` of a file of the programs. Runs in a thread."""
+    found: dict[str, dict[str, np.ndarray]] = {}
+    with np.load(file, allow_pickle=False) as stored:
+        for key in stored.files:
+            kind, number, name = key.split("/", 2)
+            if kind == part:
+                found.setdefault(number, {})[name] = stored[key]
+    return found
+
+
+def largest_difference(expected: Samples, found: Samples, precision: str, what: str) -> float:
+    """The largest of any output, as a share of its largest value. Raises `ModelError` when it is too large."""
+    allowed = TOLERANCE[precision]
+    worst = 0.0
+    for number, outputs in expected.items():
+        for name, array in outputs.items():
+            other = found.get(number, {}).get(name)
+            if other is None:
+                raise ModelError(f"{what} has no output {name}")
+            if other.shape != array.shape:
+                raise ModelError(
+                    f"{what} gives {name} the shape {list(other.shape)}, and the original {list(array.shape)}"
+                )
+            difference = _difference(array, other)
+            if not difference <= allowed:
+                raise ModelError(
+                    f"{what} does not answer like the original: {name} differs by {difference:.3g} of its largest "
+                    f"value in sample {number}, and {allowed:g} is allowed in {precision}"
+                )
+            worst = max(worst, difference)
+    return worst
+
+
+def _difference(array: np.ndarray, other: np.ndarray) -> float:
+    """Of whole numbers the share that is another; infinite where one of both is no number."""
+    if array.size == 0:
+        return 0.0
+    if array.dtype.kind != "f":
+        return float(np.mean(array != other))
+    one, two = array.astype(np.float64), other.astype(np.float64)
+    finite = np.isfinite(one)
+    if not np.array_equal(finite, np.isfinite(two)) or not np.array_equal(one[~finite], two[~finite], equal_nan=True):
+        return float("inf")
+    if not finite.any():
+        return 0.0
+    scale = max(float(np.abs(one[finite]).max()), 1e-6)
+    return float(np.abs(one[finite] - two[finite]).max()) / scale

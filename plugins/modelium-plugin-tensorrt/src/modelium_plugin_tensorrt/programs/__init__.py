@@ -1,0 +1,1 @@
+"""What runs in other Pythons than Modelium's, as programs of their own: nothing here imports anything of it."""

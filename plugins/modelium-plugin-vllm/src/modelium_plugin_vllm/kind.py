@@ -1,0 +1,167 @@
+"""What `modelium.api.servers.ModelServers` has to know of vLLM's server."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from modelium.api import LoadRequest, Progress, RuntimeContext
+from modelium.api.measuring import Gpus
+from modelium.api.servers import LOG_LINES, Server, ServerCommand
+from modelium.errors import ConfigError, DriverError
+from modelium_plugin_vllm import arguments, memory, reasons
+from modelium_plugin_vllm.environment import FOLDER, INSTALL, Vllm, find
+from modelium_plugin_vllm.registry import known
+from modelium_plugin_vllm.settings import ModelSettings, VllmSettings, model_settings
+
+LAUNCHER = Path(__file__).with_name("launcher") / "serve.py"
+
+SHORTEST = 256
+"""Tokens that a request must at least have when a smaller cache is tried."""
+DIES_WITHIN_S = 10.0
+"""A server whose engine has died ends within this."""
+
+
+class VllmKind:
+    """`modelium.api.servers.ServerKind`."""
+
+    protocol = "openai"
+    health = "/health"
+
+    def __init__(self, context: RuntimeContext, settings: VllmSettings):
+        self._context = context
+        self._settings = settings
+        self._vllm: Vllm | None = None
+        self._gpus: Gpus | None = None
+        self._changed: dict[str, dict[str, Any]] = {}
+        """What is set otherwise than planned in the tries at a load, by model."""
+        self._tried: dict[str, set[str]] = {}
+        """Codes of failures after which another try was made, by model."""
+
+    async def prepare(self) -> tuple[str, Mapping[str, Any]]:
+        """Raises `ConfigError` where there is no vLLM, unless `enabled` is `auto`."""
+        self._vllm = vllm = await find(self._context.cache_dir, self._settings)
+        if vllm is None:
+            if self._settings.enabled is True:
+                raise ConfigError(
+                    f"vLLM is not installed: `{INSTALL}`, or name an interpreter that has it: vllm.python"
+                )
+            return "not installed", {"installed": False, "install": INSTALL}
+        self._gpus = await asyncio.to_thread(Gpus.open)
+        await asyncio.to_thread(known, vllm.package)
+        return vllm.version, {
+            "installed": True,
+            "kind": vllm.kind,
+            "python": str(vllm.python),
+            "package": str(vllm.package),
+            "bf16": await asyncio.to_thread(arguments.computes_bf16),
+            "repository": str(self._context.repository),
+            "default_settings": self._settings.default_settings.model_dump(mode="json", exclude_unset=True),
+        }
+
+    # ------------------------------------------------------------------ starting one
+
+    async def command(self, request: LoadRequest, port: int, former: DriverError | None) -> ServerCommand | None:
+        """Once more for each reason: with a smaller cache, shorter requests, or another port."""
+        if self._vllm is None:
+            raise DriverError(f"{request.name} is to be served by vLLM, which is not installed: `{INSTALL}`")
+        name = request.name
+        settings = model_settings(request.plan.settings)
+        note = ""
+        if former is None:
+            self._changed[name], self._tried[name] = {}, set()
+        elif former.code in self._tried[name]:
+            return None
+        else:
+            self._tried[name].add(former.code)
+            change, note = _otherwise(request, settings.model_copy(update=self._changed[name]), former)
+            if not change and former.code != reasons.NO_PORT:
+                return None
+            self._changed[name] |= change
+        settings = settings.model_copy(update=self._changed[name])
+        kind = request.plan.device_kind
+        engine = arguments.engine_args(request.analysis, settings, kind, len(request.devices))
+        env = arguments.environment(self._vllm, settings, kind, self._context.cache_dir / FOLDER / "cache")
+        if kind == "cuda":
+            least = min(request.device_bytes[device] for device in request.devices)
+            engine["gpu_memory_utilization"] = arguments.share(request.memory_bytes / len(request.devices), least)
+            env["CUDA_VISIBLE_DEVICES"] = self._visible(request)
+        model = arguments.model_folder(request.path, request.analysis)
+        argv = await asyncio.to_thread(
+            arguments.command_line, self._vllm, LAUNCHER, engine, settings, name=name, model=model, port=port
+        )
+        return ServerCommand(argv, env=env, exclusive=request.devices if kind == "cuda" else (), note=note)
+
+    def _visible(self, request: LoadRequest) -> str:
+        """The GPUs that it may see, by names that mean the same in whatever order they are counted."""
+        if self._gpus is None:
+            raise DriverError(f"{request.name} is to be loaded on {', '.join(request.devices)}, and NVML shows no GPU")
+        return ",".join(self._gpus.uuid(device) for device in request.devices)
+
+    # ------------------------------------------------------------------ following it
+
+    def progress(self, lines: Sequence[str]) -> Progress | None:
+        return reasons.progress(lines)
+
+    def settled(self, lines: Sequence[str]) -> bool:
+        return reasons.settled(lines)
+
+    def failure(self, request: LoadRequest, lines: Sequence[str]) -> DriverError:
+        return reasons.failure(request.name, lines)
+
+    async def check(self, server: Server, request: LoadRequest, http: aiohttp.ClientSession) -> None:
+        """A first token, or a first embedding, under the model's name."""
+        path, body = "/v1/completions", {"prompt": "Hello", "max_tokens": 1, "temperature": 0}
+        if request.analysis.task == "feature-extraction":
+            path, body = "/v1/embeddings", {"input": "Hello"}
+        body["model"] = request.name
+        try:
+            # However long the first token takes: the load as a whole has a bound.
+            timeout = aiohttp.ClientTimeout(total=None)
+            async with http.post(server.base + path, json=body, timeout=timeout) as answer:
+                text = await answer.text()
+        except aiohttp.ClientError as error:
+            raise await self._no_answer(server, request, str(error)) from error
+        if answer.status != 200:
+            raise await self._no_answer(server, request, f"{answer.status} {text}")
+
+    async def _no_answer(self, server: Server, request: LoadRequest, said: str) -> DriverError:
+        """A server whose engine died of the question says why in its log, and then ends."""
+        processes = self._context.processes
+        try:
+            async with asyncio.timeout(DIES_WITHIN_S if said.startswith("5") else 0):
+                while processes.find(server.record.name) is not None:
+                    await asyncio.sleep(0.1)
+        except TimeoutError:
+            return DriverError(f"{request.name} has no first answer: {said:.300}", code="no_answer")
+        return reasons.failure(request.name, processes.tail(server.record.name, LOG_LINES, this_run=True))
+
+
+def _otherwise(request: LoadRequest, settings: ModelSettings, former: DriverError) -> tuple[dict[str, Any], str]:
+    """What to set after a failure, and what a person should know of it; nothing where no other setting would help."""
+    kind, count = request.plan.device_kind, len(request.devices)
+    length = memory.length(request.analysis, settings, kind)
+    if former.code in (reasons.TOO_LONG, reasons.SHORT_CACHE):
+        fits = int(former.fields.get("fits") or 0)
+        if not min(SHORTEST, length) <= fits < length:
+            return {}, ""
+        why = "the model takes no more" if former.code == reasons.TOO_LONG else "its cache has room for no more"
+        return {"max_model_len": fits}, f"with requests of {fits} instead of {length} tokens, since {why}"
+    if former.code != reasons.NO_MEMORY or not settings.kv_cache_memory_bytes:
+        return {}, ""
+    cache = settings.kv_cache_memory_bytes
+    wanted = min(cache // 2, int(former.fields.get("free_bytes") or cache))
+    one = memory.requests(request.analysis, settings, kind, count, 1)
+    if one <= wanted:
+        return {"kv_cache_memory_bytes": wanted}, "with a smaller cache, since memory was short: fewer requests at once"
+    shorter = length * wanted // one // memory.BLOCK_TOKENS * memory.BLOCK_TOKENS
+    if shorter < SHORTEST:
+        return {}, ""
+    changed = settings.model_copy(update={"max_model_len": shorter})
+    cache = memory.requests(request.analysis, changed, kind, count, 1)
+    note = f"with requests of {shorter} instead of {length} tokens, since memory was short"
+    return {"max_model_len": shorter, "kv_cache_memory_bytes": cache}, note

@@ -1,0 +1,61 @@
+"""Runs vLLM's OpenAI server, in vLLM's own interpreter: `python serve.py [arguments of vllm serve]`.
+
+Not `vllm serve`, which asks for a distribution of the name `vllm`, and its build for CPUs bears another. On a CPU its
+processes are forked rather than spawned: each would import the same libraries again, which is most of a start, and
+would have them in memory for itself. `MODELIUM_VLLM_FORK=1` asks for that. In a folder of its own, since Python looks
+for modules beside a script first.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import signal
+from typing import Any
+
+PR_SET_PDEATHSIG = 1  # prctl(2)
+
+
+def main() -> None:
+    os.register_at_fork(after_in_child=end_with_parent)
+    # What is imported stays: to look through it for garbage again and again takes seconds.
+    gc.disable()
+    if os.environ.get("MODELIUM_VLLM_FORK") == "1":
+        fork_on_cpu()
+    from vllm.entrypoints.launchers.api_server.entry import main as serve
+
+    gc.enable()
+    gc.freeze()
+    serve()
+
+
+def fork_on_cpu() -> None:
+    """vLLM sets `spawn` there as it checks its configuration, since threads of the worker are bound to cores by the
+    environment in which it is started; Modelium leaves them to the kernel, and tells their number before."""
+    from vllm.platforms import current_platform
+
+    platform: Any = type(current_platform)
+    checked = platform.check_and_update_config
+
+    def check_and_update_config(cls: Any, vllm_config: Any) -> None:
+        checked(vllm_config)
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+
+    platform.check_and_update_config = classmethod(check_and_update_config)
+
+    # Elsewhere a process of its own finds out what a class of models is like, lest CUDA begin in this one.
+    from vllm.model_executor.models import registry
+
+    registry._run_in_subprocess = lambda find_out: find_out()
+
+
+def end_with_parent() -> None:
+    """Its children would go on without it, and keep what they hold."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()
+elif __name__ == "__mp_main__":  # spawned by multiprocessing, which imports the script for its functions
+    end_with_parent()

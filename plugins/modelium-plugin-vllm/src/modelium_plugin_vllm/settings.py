@@ -1,0 +1,145 @@
+"""The `vllm:` section of the configuration, and what a plan may set for one model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from modelium.errors import ModelError
+
+Count = Annotated[int, Field(ge=1)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+LoadFormat = Literal["auto", "safetensors", "fastsafetensors", "runai_streamer"]
+
+MODULE_OF: Mapping[str, str] = {"fastsafetensors": "fastsafetensors", "runai_streamer": "runai_model_streamer"}
+"""The package that a load format takes beside vLLM."""
+
+REPOSITORY, DEVICE_BYTES = "repository", "device_bytes"
+"""What a plan carries beside these settings, for the files that Triton would read."""
+
+OURS = frozenset(
+    {
+        "model", "host", "port", "uds", "served-model-name", "gpu-memory-utilization", "root-path", "api-server-count",
+        "data-parallel-size", "headless", "config", "grpc", "omni",
+    }
+)  # fmt: skip
+"""Arguments of vLLM's server that are not a user's to give: they say what is served where, and with how much."""
+
+
+class ModelSettings(BaseModel):
+    """How one model is served. A brain's rule may set each of these, and `default_settings` all of them at once."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    dtype: Dtype = "auto"
+    """Of weights that are not quantised, and of what is computed. `auto`: the checkpoint's own in two bytes; float32 on
+    a CPU that has no arithmetic for them."""
+    quantization: str | None = None
+    """vLLM's name of a method; by default as the checkpoint says. `fp8` has a GPU quantise plain weights as they come.
+    """
+    max_model_len: Count | None = None
+    """Tokens of one request, prompt and answer together; by default what the model was trained for, at most 8192 on a
+    GPU and 4096 on a CPU."""
+    max_num_seqs: Count | None = None
+    """Requests that are computed at once; more wait. By default as vLLM thinks best."""
+    max_num_batched_tokens: Count | None = None
+    """Tokens that are computed at once. By default as vLLM thinks best."""
+    concurrent: Count = 4
+    """Requests of `max_model_len` tokens that the cache of keys and values has room for; shorter ones are more."""
+    kv_cache_memory_bytes: Count | None = None
+    """Of the cache on all devices together; by default what `concurrent` requests take, or less where less is there."""
+    kv_cache_dtype: str = "auto"
+    """`fp8` halves the cache where vLLM can; `auto` is as the model computes."""
+    tensor_parallel_size: Count | None = None
+    """GPUs that each layer is divided over. By default as many as it takes for the weights to fit."""
+    pipeline_parallel_size: Count = 1
+    """Groups of GPUs that the layers are divided over."""
+    load_format: LoadFormat = "auto"
+    """How weights are read. `fastsafetensors` (GPUDirect Storage) and `runai_streamer` take packages of these names in
+    vLLM's environment."""
+    enforce_eager: bool | None = None
+    """Compute without compiling first. By default so on a CPU, where compiling takes minutes and a compiler."""
+    threads: int = Field(default=0, ge=0)
+    """On a CPU: 0 is one for each core but one, which is the server's own."""
+    lora_adapters: Mapping[str, str] = Field(default_factory=dict)
+    """Adapters by name, asked for as `MODEL:NAME`: folders in the one that was dropped, or absolute paths."""
+    max_lora_rank: Count = 16
+    """The largest rank among the adapters: 8, 16, 32, 64, 128, 256, 320 or 512."""
+    sleep: bool = False
+    """Whether it can be put to sleep: its weights go to host memory, or away, and its GPU's memory is free. It takes
+    a GPU."""
+    args: tuple[str, ...] = ()
+    """Further arguments of vLLM's server, such as `--enable-auto-tool-choice`."""
+    env: Mapping[str, str] = Field(default_factory=dict)
+    """Further environment of vLLM's server, such as `VLLM_LOGGING_LEVEL`."""
+
+    @field_validator("args")
+    @classmethod
+    def _not_ours(cls, args: tuple[str, ...]) -> tuple[str, ...]:
+        for arg in args:
+            word = arg.lstrip("-").partition("=")[0].replace("_", "-")
+            if arg.startswith("-") and word in OURS:
+                raise ValueError(f"{arg.partition('=')[0]} is Modelium's to say: leave it out")
+        return args
+
+    @field_validator("lora_adapters")
+    @classmethod
+    def _plain_names(cls, adapters: Mapping[str, str]) -> Mapping[str, str]:
+        for name, path in adapters.items():
+            if not name or "=" in name or any(c.isspace() for c in name):
+                raise ValueError(f"an adapter can't be called {name!r}: use letters, digits, '-', '_' and '.'")
+            if not path or ".." in Path(path).parts:
+                raise ValueError(
+                    f"the adapter {name} lies at {path!r}, and an absolute path or one in the model was meant"
+                )
+        return adapters
+
+
+class VllmSettings(BaseModel):
+    """How vLLM is found and run: a server process for each model, or somebody else's server by its URL."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    enabled: bool | Literal["auto"] = "auto"
+    """Whether models are served by vLLM; `auto`: where it is installed."""
+    python: Path | None = None
+    """An interpreter that has vLLM; by default that of the environment that `modelium runtimes install vllm` makes."""
+    base_interpreter: Path | None = None
+    """The Python of which that environment is made; by default Modelium's own kind."""
+    pip_args: tuple[str, ...] = ()
+    """Further arguments of `pip install`, such as `--index-url URL`; with any, none is added by itself."""
+    endpoint: str | None = None
+    """URL of a vLLM that somebody else runs, as `http://10.0.0.5:8000`: its models are used as they are, and none is
+    started here."""
+    base_port: Port = 8100
+    """The first port on loopback to try for a model's server; 0: any free one."""
+    load_timeout_s: float = Field(default=1800, gt=0)
+    """A load that takes longer is given up."""
+    default_settings: ModelSettings = ModelSettings()
+    """For every model whose plan says nothing else."""
+
+    @field_validator("endpoint")
+    @classmethod
+    def _base_url(cls, value: str | None) -> str | None:
+        if value is not None and not value.startswith(("http://", "https://")):
+            raise ValueError(f"expected a URL such as http://127.0.0.1:8000, found {value!r}")
+        return value.rstrip("/") if value else None
+
+
+def model_settings(settings: Mapping[str, Any]) -> ModelSettings:
+    """The settings of a plan. Raises `ModelError` naming those that are wrong."""
+    try:
+        return ModelSettings.model_validate(
+            {key: value for key, value in settings.items() if key not in (REPOSITORY, DEVICE_BYTES)}
+        )
+    except ValidationError as exc:
+        problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']} (found {e['input']!r:.60})" for e in exc.errors()[:4]]
+        known = ", ".join(ModelSettings.model_fields)
+        raise ModelError(
+            f"its settings for vLLM are not right: {'; '.join(problems)}; there are: {known}", code="bad_settings"
+        ) from exc

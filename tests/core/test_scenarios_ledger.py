@@ -1,0 +1,157 @@
+"""What takes too long, and what does not come back: told, and mended by the mildest means."""
+
+from __future__ import annotations
+
+import pytest
+
+from modelium.core import instructions as i
+from modelium.core.states import RuntimeState, State
+from tests.core.sim import Sim
+from tests.core.test_scenarios import booked, make
+
+
+def tellings(sim: Sim, name: str) -> list[str]:
+    told = [o.transition for _, out in sim.history for o in out if isinstance(o, i.Tell)]
+    return [t.reason for t in told if t.subject == name and t.before == t.after]
+
+
+def loaded_once(sim: Sim, took: float) -> None:
+    """`a` was loaded in `took` seconds, and is COLD again."""
+    sim.accept("a")
+    sim.ask("a")
+    sim.complete(sim.pending[-1], took)
+    sim.end("a")
+    sim.unload("a")
+    sim.run()
+    assert sim.state("a") is State.COLD
+
+
+def test_a_load_that_is_late_is_told_once_and_then_begun_anew_while_requests_wait() -> None:
+    sim = make()
+    loaded_once(sim, 30)
+    ticket = sim.ask("a", deadline_s=3000)
+    sim.wait(119)
+    assert not tellings(sim, "a")
+    sim.wait(2)
+    assert [t.partition(",")[0] for t in tellings(sim, "a")] == ["late: its slowest load took 30 s"]
+    sim.wait(100)
+    assert sim.state("a") is State.LOADING and len(tellings(sim, "a")) == 1
+    sim.wait(20)
+    assert sim.state("a") is State.UNLOADING
+    assert sim.answer(ticket) == "waits"
+    sim.complete(sim.pending[-1])
+    assert (sim.state("a"), sim.world.models["a"].late) == (State.LOADING, 1)
+    sim.wait(239)
+    assert len(tellings(sim, "a")) == 1  # the next one gets twice the time
+    sim.complete(sim.pending[-1])
+    assert sim.answer(ticket) == "granted"
+    assert (sim.state("a"), sim.world.models["a"].late) == (State.READY, 0)
+
+
+def test_a_load_without_a_history_has_the_whole_time() -> None:
+    sim = make()
+    sim.accept("a")
+    sim.ask("a", deadline_s=3000)
+    sim.wait(899)
+    assert sim.state("a") is State.LOADING and not tellings(sim, "a")
+    sim.wait(2)
+    assert sim.state("a") is State.UNLOADING
+
+
+def test_a_load_that_takes_a_few_seconds_more_is_not_late() -> None:
+    sim = make()
+    loaded_once(sim, 1)
+    sim.ask("a")
+    sim.wait(59)
+    assert not tellings(sim, "a")
+
+
+def test_an_unload_that_is_late_is_told_and_left_to_its_limit() -> None:
+    sim = make()
+    loaded_once(sim, 1)
+    sim.load("a")
+    sim.unload("a")
+    sim.complete(sim.pending[-1])
+    sim.wait(2)
+    sim.complete(sim.pending[-1])
+    sim.load("a")
+    sim.unload("a")
+    sim.complete(sim.pending[-1])
+    sim.wait(61)
+    assert [t.partition(" took")[0] for t in tellings(sim, "a")] == ["late: its slowest unload"]
+    assert sim.state("a") is State.UNLOADING
+
+
+def test_what_could_not_be_unloaded_goes_with_its_runtime_once_others_wait_for_its_room() -> None:
+    sim = make(unload_timeout_s=60)
+    sim.accept("a", memory=60)
+    sim.accept("used", memory=20)
+    sim.accept("b", memory=60)
+    sim.load("a")
+    sim.load("used")
+    sim.unload("a")
+    sim.complete(sim.pending[-1])
+    sim.wait(61)
+    assert sim.state("a") is State.FAILED
+    sim.wait(120)
+    assert not sim.world.runtimes["r"].recycle  # it is in nobody's way
+    ticket = sim.ask("b")
+    sim.wait(11)
+    assert "others wait for its room" in sim.world.runtimes["r"].recycle
+    sim.run()
+    sim.wait(1)
+    sim.run()
+    assert sim.real["r"].instance == 2
+    assert sim.answer(ticket) == "granted"
+    assert sim.state("a") is State.COLD
+
+
+@pytest.mark.parametrize("kept, in_use, anew", [(39, False, False), (41, False, True), (41, True, False)])
+def test_a_runtime_that_keeps_too_much_is_started_anew_when_it_is_idle(kept: int, in_use: bool, anew: bool) -> None:
+    sim = make(max_residue_bytes=40)
+    sim.accept("a", memory=20)
+    sim.accept("b", memory=20)
+    sim.kept["a"] = (("cpu:0", kept),)
+    sim.load("a")
+    sim.load("b")
+    sim.wait(31)
+    if in_use:
+        sim.use("b")
+    sim.unload("a")
+    sim.run()
+    assert sim.world.runtimes["r"].residue == (("cpu:0", kept),)
+    sim.wait(31)
+    sim.run()
+    assert (sim.real["r"].instance == 2) is anew
+    if anew:
+        sim.wait(1)
+        sim.run()
+        assert sim.world.runtimes["r"].state is RuntimeState.UP
+        assert not sim.world.runtimes["r"].residue
+    if in_use:
+        sim.end("b")
+        sim.wait(41)
+        sim.run()
+        assert sim.real["r"].instance == 2
+        sim.wait(1)
+        sim.run()
+        assert sim.state("b") is State.READY  # it had been used: it is back
+
+
+def test_residue_adds_up_and_a_much_too_large_one_does_not_wait_for_quiet() -> None:
+    sim = make(max_residue_bytes=40)
+    sim.accept("a", memory=20)
+    sim.accept("b", memory=20)
+    sim.kept["a"] = (("cpu:0", 30),)
+    for _ in range(3):
+        sim.load("a")
+        sim.load("b")
+        sim.unload("a")
+        sim.run()
+    assert sim.world.runtimes["r"].residue == (("cpu:0", 90),)
+    sim.use("b")
+    sim.end("b")
+    sim.wait(11)
+    sim.run()
+    assert sim.real["r"].instance == 2
+    assert booked(sim)[0] <= 20

@@ -92,6 +92,7 @@ class Effects:
                     if not waiter.done():
                         waiter.set_result(None)
                 self._engine.usage.forget(name)
+                self._engine.readahead.forget(name)
                 self._engine.journal.forget(name)
                 self._engine.progress.pop(name, None)
                 self._measured_as.pop(name, None)
@@ -119,6 +120,7 @@ class Effects:
     def _tell(self, transition: Transition) -> None:
         self._engine.journal.add(transition)
         self._engine.usage.observe(transition)
+        self._engine.readahead.observe(transition)
         self._engine.host.transition(transition)
         name = transition.subject
         if transition.after != State.LOADING:

@@ -32,6 +32,7 @@ from modelium.engine.loop import Clock, Loop
 from modelium.engine.optimizing import Optimizing
 from modelium.engine.planner import Planner, budgets
 from modelium.engine.processes import ProcessSupervisor
+from modelium.engine.readahead import ReadAhead
 from modelium.engine.repository import Repository
 from modelium.engine.runtimes import Running, Runtimes
 from modelium.engine.store import Quarantined, Store
@@ -140,6 +141,7 @@ class Orchestrator:
             self.running[name] = Running(backend, backend.create(context))
         self._sections = sections
         self.fast = self._chosen_path()
+        self.readahead = ReadAhead(self)
         self.effects = Effects(self)
         world = World(next_id=self.journal.last_decision + 1)
         self.loop = Loop(world, policy_of(config, host), self.usage, self.effects.execute, clock)
@@ -300,6 +302,7 @@ class Orchestrator:
         self._every(JOURNAL_EVERY_S, self._keep_house)
         self._every(LOADED_EVERY_S, self._look_at_loaded)
         self._background(self.inspector.start())
+        self._background(self.readahead.run())
         self._background(self._reread())
         for name in self.running:
             self._background(self.runtimes.watch(name))
@@ -326,6 +329,7 @@ class Orchestrator:
             task.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=10)
+        self.readahead.close()
         if self.ingest is not None:
             await self.ingest.close()
         if self.fast is not None:

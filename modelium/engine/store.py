@@ -115,8 +115,10 @@ class Store:
             self._touch("measurements")
 
     def measure_parked(self, key: str, level: int, host_bytes: int, device_bytes: int) -> None:
-        """Take in what a model holds while it is parked."""
-        self._measure_standby(key, level, host_bytes=host_bytes, device_bytes=device_bytes)
+        """Take in what a model holds while it is parked; the largest seen is kept."""
+        old = self.measured.get(key, Measured()).standby.get(level, MeasuredStandby())
+        most = {"host_bytes": max(old.host_bytes, host_bytes), "device_bytes": max(old.device_bytes, device_bytes)}
+        self._measure_standby(key, level, **most)
 
     def measure_wake(self, key: str, level: int, wake_s: float) -> None:
         before = self.measured.get(key, Measured()).standby.get(level, MeasuredStandby()).wake_s

@@ -215,14 +215,20 @@ async def rig(
     converters: Sequence[Converter] = (),
     optimizers: Sequence[Optimizer] = (),
     clock: Clock | None = None,
+    standby: tuple[int, ...] = (),
+    host_bytes: int = 100 * MB,
     **policies: Any,
 ) -> AsyncIterator[Rig]:
+    """With levels of `standby` models are on a GPU of `budget`, and can be parked on a host of `host_bytes`."""
     runtime = runtime or FakeRuntime()
     clock = clock or Clock()
-    devices = [Device(id="cpu:0", kind="cpu", name="host", total_bytes=budget, used_bytes=0)]
+    kind = "cuda" if standby else "cpu"
+    devices = [Device(id=f"{kind}:0", kind=kind, name="device", total_bytes=budget, used_bytes=0)]
+    if standby:
+        devices.append(Device(id="cpu:0", kind="cpu", name="host", total_bytes=host_bytes, used_bytes=0))
     toys = SimpleNamespace(
         MODELIUM_HOOKSPEC_VERSION=HOOKSPEC_VERSION,
-        modelium_runtime_backends=hookimpl(lambda: [FakeBackend(runtime)]),
+        modelium_runtime_backends=hookimpl(lambda: [FakeBackend(runtime, (kind,), standby)]),
         modelium_devices=hookimpl(lambda: devices),
         modelium_brains=hookimpl(lambda settings: [First()]),
         modelium_optimizers=hookimpl(lambda: list(optimizers)),

@@ -287,7 +287,6 @@ class Optimizing:
         now = judged.optimization
         if (why := self._why_it_does_not_load(judged.name)) is not None:
             self._fail(record.key, why)
-        if (why := self._failed.get(record.key)) is not None:
             await self._put_back(judged, f"{record.what} failed: {why}")
         elif judged.optimizer is None or (now is None and judged.reason):
             return  # nobody can tell

@@ -323,6 +323,23 @@ async def test_what_was_made_once_is_made_for_all_of_that_content(tmp_path: Path
         assert 'name: "b"' in (folder(r, "b") / "config.pbtxt").read_text()
 
 
+async def test_one_that_does_not_load_says_nothing_of_one_that_does(tmp_path: Path) -> None:
+    packer = Packer()
+    async with optimized(tmp_path, packer) as r:
+        await r.add("a")
+        await quiet(r)
+        await r.until(lambda: is_packed(r, "a"))
+        first = r.runtime.hold("load", "b")
+        r.runtime.fail("load", LoadRejected("a bad copy"), "b")
+        r.drop("b", size=MB)
+        first.release()
+        await r.until(lambda: "it stays as it was dropped" in said(r, "b"))
+        assert as_dropped(r, "b") and is_packed(r, "a")
+        await quiet(r)
+        await asyncio.sleep(0.02)
+        assert is_packed(r, "a")
+
+
 async def test_one_that_answers_otherwise_is_not_taken_up(tmp_path: Path) -> None:
     packer = Packer()
     packer.making = ModelError("it differs by 0.3, and 0.001 is allowed")

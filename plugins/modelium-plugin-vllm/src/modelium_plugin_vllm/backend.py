@@ -34,6 +34,8 @@ CPU_HEADS = frozenset({32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512})
 request fails."""
 CPU_QUANTIZATION = frozenset({"awq", "gptq", "compressed-tensors"})
 """Methods that it computes on CPUs (docs.vllm.ai, supported hardware of quantization)."""
+INT4 = frozenset({"awq", "gptq"})
+"""Those of four bits."""
 COUNTS = (1, 2, 4, 8, 16)
 """Of GPUs that the layers of a model are divided over."""
 
@@ -74,7 +76,8 @@ class VllmBackend:
         here = [device for device in devices if device.kind == kind and not device.runtime]
         if not here:
             return []
-        if refused := _refusal(analysis, known(Path(runtime.facts["package"])), kind, embed=embed):
+        vllm = known(Path(str(runtime.facts["package"])))
+        if refused := _refusal(analysis, vllm, kind, embed=embed, int4=bool(runtime.facts.get("int4", True))):
             raise ModelError(f"vLLM {runtime.version} can't serve it: {refused}")
         defaults = ModelSettings.model_validate(runtime.facts.get("default_settings") or {})
         found = _offers(analysis, defaults, here, embed=embed, packs=bool(runtime.facts.get("bf16", True)))
@@ -107,7 +110,7 @@ def _task(analysis: Analysis) -> bool:
     return analysis.task in ("text-generation", "feature-extraction") and not analysis.facts.get("unsupported")
 
 
-def _refusal(analysis: Analysis, vllm: Known, kind: str, *, embed: bool) -> str:
+def _refusal(analysis: Analysis, vllm: Known, kind: str, *, embed: bool, int4: bool) -> str:
     """Why it can't be served, for a person; empty when it can."""
     facts = analysis.facts
     architecture, method = analysis.architecture, facts.get("quantization")
@@ -123,6 +126,8 @@ def _refusal(analysis: Analysis, vllm: Known, kind: str, *, embed: bool) -> str:
     if kind == "cpu":
         if method and method not in CPU_QUANTIZATION:
             return f"weights that are quantised with {method} take a GPU"
+        if method in INT4 and not int4:
+            return f"weights that are quantised with {method} take a processor with AVX-512, or a GPU"
         if (head := memory.head_size(analysis)) not in CPU_HEADS and not facts.get("kv_lora_rank"):
             return f"its heads have {head} numbers, and on CPUs {', '.join(map(str, sorted(CPU_HEADS)))} are computed"
     return ""

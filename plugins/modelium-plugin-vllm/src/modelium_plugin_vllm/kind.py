@@ -13,7 +13,7 @@ from modelium.api import LoadRequest, Progress, RuntimeContext
 from modelium.api.measuring import Gpus
 from modelium.api.servers import LOG_LINES, Server, ServerCommand
 from modelium.errors import ConfigError, DriverError
-from modelium_plugin_vllm import arguments, memory, reasons
+from modelium_plugin_vllm import arguments, cpu, memory, reasons
 from modelium_plugin_vllm.environment import FOLDER, INSTALL, Vllm, find
 from modelium_plugin_vllm.registry import known
 from modelium_plugin_vllm.settings import ModelSettings, VllmSettings, model_settings
@@ -52,13 +52,15 @@ class VllmKind:
                 )
             return "not installed", {"installed": False, "install": INSTALL}
         self._gpus = await asyncio.to_thread(Gpus.open)
+        found = await asyncio.to_thread(cpu.features)
         await asyncio.to_thread(known, vllm.package)
         return vllm.version, {
             "installed": True,
             "kind": vllm.kind,
             "python": str(vllm.python),
             "package": str(vllm.package),
-            "bf16": await asyncio.to_thread(arguments.computes_bf16),
+            "bf16": cpu.computes_bf16(found),
+            "int4": cpu.computes_int4(found),
             "repository": str(self._context.repository),
             "default_settings": self._settings.default_settings.model_dump(mode="json", exclude_unset=True),
         }
@@ -130,10 +132,11 @@ class VllmKind:
             raise await self._no_answer(server, request, f"{answer.status} {text}")
 
     async def _no_answer(self, server: Server, request: LoadRequest, said: str) -> DriverError:
-        """A server whose engine died of the question says why in its log, and then ends."""
+        """A server whose engine died of the question says why in its log, and then ends; so does one whose port another
+        has, who answered in its place."""
         processes = self._context.processes
         try:
-            async with asyncio.timeout(DIES_WITHIN_S if said.startswith("5") else 0):
+            async with asyncio.timeout(DIES_WITHIN_S):
                 while processes.find(server.record.name) is not None:
                     await asyncio.sleep(0.1)
         except TimeoutError:
@@ -147,14 +150,16 @@ def _otherwise(request: LoadRequest, settings: ModelSettings, former: DriverErro
     length = memory.length(request.analysis, settings, kind)
     if former.code in (reasons.TOO_LONG, reasons.SHORT_CACHE):
         fits = int(former.fields.get("fits") or 0)
-        if not min(SHORTEST, length) <= fits < length:
+        least = 1 if former.code == reasons.TOO_LONG else min(SHORTEST, length)
+        if not least <= fits < length:
             return {}, ""
         why = "the model takes no more" if former.code == reasons.TOO_LONG else "its cache has room for no more"
         return {"max_model_len": fits}, f"with requests of {fits} instead of {length} tokens, since {why}"
     if former.code != reasons.NO_MEMORY or not settings.kv_cache_memory_bytes:
         return {}, ""
     cache = settings.kv_cache_memory_bytes
-    wanted = min(cache // 2, int(former.fields.get("free_bytes") or cache))
+    free = int(former.fields.get("free_bytes") or cache)
+    wanted = min(cache // 2, int(free * memory.USABLE))
     one = memory.requests(request.analysis, settings, kind, count, 1)
     if one <= wanted:
         return {"kv_cache_memory_bytes": wanted}, "with a smaller cache, since memory was short: fewer requests at once"

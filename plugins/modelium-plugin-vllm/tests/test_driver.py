@@ -89,12 +89,7 @@ class TestContract(DriverContract):
 
     @pytest.fixture
     def crash(self, lab: Lab) -> Callable[[], None]:
-        def crash() -> None:
-            for name in lab.processes.names():
-                if (record := lab.processes.find(name)) is not None:
-                    os.killpg(record.pid, signal.SIGKILL)
-
-        return crash
+        return lab.crash
 
 
 async def test_it_answers_under_its_name_and_those_of_its_adapters(

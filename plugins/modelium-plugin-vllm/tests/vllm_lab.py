@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
 from modelium_plugin_vllm.backend import VllmBackend
 from modelium_plugin_vllm.settings import VllmSettings
 
-from modelium.api import Analysis, Device, LoadRequest, Plan, RuntimeContext, RuntimeInfo
+from modelium.api import Analysis, Device, LoadRequest, Plan, RuntimeContext, RuntimeDriver, RuntimeInfo
 from modelium.api.fakes import silent
 from modelium.api.servers import ModelServers
 from modelium.builtin.devices import host_device
@@ -41,6 +43,9 @@ class Lab:
         assert isinstance(driver, ModelServers)
         return driver
 
+    def external(self) -> RuntimeDriver:
+        return VllmBackend().create(self.context)
+
     def model(self, name: str, drop: Path, info: RuntimeInfo, **settings: Any) -> LoadRequest:
         """Lay a copy of the drop out; `settings` are put over those of the first offer."""
         analysis = analyse(drop)
@@ -65,6 +70,13 @@ class Lab:
         for to, text in layout.texts.items():
             (folder / to).write_text(text)
         return request(name, folder, plan, analysis, device)
+
+    def crash(self) -> None:
+        """kill -9 for all servers with what they started; returns when they have ended."""
+        for name in self.processes.names():
+            if (record := self.processes.find(name)) is not None:
+                os.killpg(record.pid, signal.SIGKILL)
+                os.waitid(os.P_PID, record.pid, os.WEXITED | os.WNOWAIT)
 
     async def end(self) -> None:
         for name in self.processes.names():

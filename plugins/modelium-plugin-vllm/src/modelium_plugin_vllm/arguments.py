@@ -29,6 +29,8 @@ SAFE = {
     "VLLM_LOOPBACK_IP": HOST,
     "GLOO_SOCKET_IFNAME": "lo",
     "NCCL_SOCKET_IFNAME": "lo",
+    # Its processes call themselves something else, and would write that over the marks by which they are found.
+    "SPT_NOENV": "1",
     # Output is read as it comes.
     "PYTHONUNBUFFERED": "1",
 }

@@ -16,7 +16,7 @@ from modelium_plugin_vllm import memory
 from modelium_plugin_vllm.arguments import engine_args, model_folder, share
 from modelium_plugin_vllm.environment import INSTALL
 from modelium_plugin_vllm.registry import Known, known
-from modelium_plugin_vllm.settings import DEVICE_BYTES, REPOSITORY, ModelSettings, VllmSettings, model_settings
+from modelium_plugin_vllm.settings import DEVICE_BYTES, LEVELS, REPOSITORY, ModelSettings, VllmSettings, model_settings
 
 RUNTIME = "vllm"
 GENERATE, EMBED = "generate", "embed"
@@ -49,13 +49,15 @@ class VllmBackend:
     def create(self, context: RuntimeContext) -> RuntimeDriver:
         from modelium.api.servers import ExternalServer, ModelServers
         from modelium_plugin_vllm.kind import VllmKind
+        from modelium_plugin_vllm.sleeping import SleepingServers
 
         settings = context.settings
         assert isinstance(settings, VllmSettings)
         if settings.endpoint is not None:
             return ExternalServer(context, settings.endpoint, name="vLLM")
+        servers = SleepingServers if settings.default_settings.sleep else ModelServers
         kind = VllmKind(context, settings)
-        return ModelServers(context, kind, base_port=settings.base_port, load_timeout_s=settings.load_timeout_s)
+        return servers(context, kind, base_port=settings.base_port, load_timeout_s=settings.load_timeout_s)
 
     async def install(self, cache_dir: Path, settings: BaseModel, report: Report) -> str:
         """`modelium.api.Installable`."""
@@ -194,6 +196,7 @@ def _offer(
         devices=count,
         memory_bytes=size.total,
         load_s=START_S[kind] + analysis.weights_bytes / READ_BYTES_PER_S,
+        standby=LEVELS if kind == "cuda" and settings.sleep else (),
         settings={**settings.model_dump(mode="json", exclude_unset=True), "dtype": settings.dtype, **own},
         note=_note(analysis, settings, kind, count, size, embed=embed),
     )

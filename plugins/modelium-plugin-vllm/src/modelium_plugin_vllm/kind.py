@@ -117,21 +117,33 @@ class VllmKind:
 
     async def check(self, server: Server, request: LoadRequest, http: aiohttp.ClientSession) -> None:
         """A first token, or a first embedding, under the model's name."""
-        path, body = "/v1/completions", {"prompt": "Hello", "max_tokens": 1, "temperature": 0}
-        if request.analysis.task == "feature-extraction":
-            path, body = "/v1/embeddings", {"input": "Hello"}
-        body["model"] = request.name
         try:
-            # However long the first token takes: the load as a whole has a bound.
-            timeout = aiohttp.ClientTimeout(total=None)
-            async with http.post(server.base + path, json=body, timeout=timeout) as answer:
-                text = await answer.text()
-        except aiohttp.ClientError as error:
-            raise await self._no_answer(server, request, str(error)) from error
-        if answer.status != 200:
-            raise await self._no_answer(server, request, f"{answer.status} {text}")
+            await self.first_answer(server, http)
+        except DriverError as error:
+            raise await self._explained(server, error) from error
 
-    async def _no_answer(self, server: Server, request: LoadRequest, said: str) -> DriverError:
+    async def first_answer(self, server: Server, http: aiohttp.ClientSession) -> None:
+        """Which of the two it gives, it knows itself. Raises `DriverError` when it gives none."""
+        asked = {"model": server.model}
+        # However long the first token takes: the load as a whole has a bound.
+        timeout = aiohttp.ClientTimeout(total=None)
+        said = ""
+        for path, body in (
+            ("/v1/completions", {**asked, "prompt": "Hello", "max_tokens": 1, "temperature": 0}),
+            ("/v1/embeddings", {**asked, "input": "Hello"}),
+        ):
+            try:
+                async with http.post(server.base + path, json=body, timeout=timeout) as answer:
+                    if answer.status == 200:
+                        return
+                    said = f"{answer.status} {await answer.text()}"
+            except (aiohttp.ClientError, OSError) as error:
+                said = str(error) or type(error).__name__
+            if not said.startswith("404"):
+                break
+        raise DriverError(f"{server.model} has no first answer: {said:.300}", code="no_answer")
+
+    async def _explained(self, server: Server, error: DriverError) -> DriverError:
         """A server whose engine died of the question says why in its log, and then ends; so does one whose port another
         has, who answered in its place."""
         processes = self._context.processes
@@ -140,8 +152,8 @@ class VllmKind:
                 while processes.find(server.record.name) is not None:
                     await asyncio.sleep(0.1)
         except TimeoutError:
-            return DriverError(f"{request.name} has no first answer: {said:.300}", code="no_answer")
-        return reasons.failure(request.name, processes.tail(server.record.name, LOG_LINES, this_run=True))
+            return error
+        return reasons.failure(server.model, processes.tail(server.record.name, LOG_LINES, this_run=True))
 
 
 def _otherwise(request: LoadRequest, settings: ModelSettings, former: DriverError) -> tuple[dict[str, Any], str]:

@@ -270,6 +270,27 @@ async def test_one_that_fails_when_it_is_loaded_later_is_put_back_and_loads(tmp_
         assert as_dropped(r)
 
 
+async def test_what_does_not_load_is_put_back_while_another_is_made(tmp_path: Path) -> None:
+    packer = Packer()
+    async with optimized(tmp_path, packer) as r:
+        await r.add("a")
+        await quiet(r)
+        await r.until(lambda: is_packed(r, "a"))
+        await r.service.unload("a")
+        packer.arrived.clear()
+        packer.held = asyncio.Event()  # never set
+        await r.add("b", size=2 * MB)
+        await quiet(r)
+        await packer.arrived.wait()
+        r.runtime.fail("load", LoadRejected("made for another GPU"), "a")
+        with pytest.raises(DriverError, match="another GPU"):
+            await r.service.acquire("a")
+        await r.until(lambda: not r.engine.catalog.known["a"].optimized)
+        (await r.service.acquire("a")).release()
+        assert packer.cancelled == 0
+    assert packer.cancelled == 1, "what is being made ends with the engine"
+
+
 async def test_a_key_that_no_longer_fits_puts_it_back_and_it_is_made_anew(tmp_path: Path) -> None:
     packer, runtime = Packer(), FakeRuntime()
     async with optimized(tmp_path, packer, runtime=runtime) as r:

@@ -9,6 +9,7 @@ import pytest
 from modelium_plugin_tensorrt.optimizer import TensorRTOptimizer
 from modelium_plugin_tensorrt.settings import TensorRTSettings
 from modelium_plugin_tensorrt.tools import Tool
+from modelium_plugin_triton.modelconfig import parse_config
 
 from modelium.api import Analysis, Device, Inspection, Optimization, OptimizerContext, Plan, RuntimeInfo, Served
 from modelium.errors import ConfigError, ModelError
@@ -127,6 +128,8 @@ class TestOnACpu:
         assert made.proposes(served(tmp_path, "torchscript-python", settings={"tensorrt": False})) is None
         assert made.proposes(served(tmp_path, "torchscript-python", runtime="ray_serve")) is None
         assert made.proposes(served(tmp_path, "torchscript-python", devices=2)) is None
+        text = served(tmp_path, "transformers-text-classification", settings={"dtype": "bfloat16"})
+        assert made.proposes(text) is None, "it is to be computed in BF16"
 
 
 class TestOnAGpu:
@@ -207,3 +210,33 @@ class TestOnAGpu:
         ]
         assert len(set(keys)) == len(keys)
         assert await of() == keys[0]
+
+    async def test_a_model_of_texts_is_served_around_its_engine(self, tmp_path: Path) -> None:
+        environment = tmp_path / "triton-env"
+        (environment / "lib/python3.11/site-packages/tensorrt-10.9.0.dist-info").mkdir(parents=True)
+        made = await optimizer(tmp_path, None, HOPPER)
+        model = served(
+            tmp_path, "transformers-text-classification", GPU, environment=environment,
+            settings={"instances": 1, "threads": 0, "dtype": "float16", "top_k": 5},
+        )  # fmt: skip
+        optimization = made.proposes(model)
+        assert optimization is not None and optimization.depends_on["precision"] == "fp16"
+        (model.path / "1/model").mkdir(parents=True)
+        (model.path / "1/model/tokenizer.json").write_text("{}")
+        facts = {
+            "inputs": [], "outputs": [], "longest": 128, "kept": ["1/model/tokenizer.json", "1/model/gone.json"],
+            "files": ["network.plan"], "memory_bytes": 7, "difference": 0.004, "speed": None, "precision": "fp16",
+        }  # fmt: skip
+        form = made.layout(model, optimization, facts)
+        config = parse_config(form.texts["config.pbtxt"])
+        assert config.backend == "python" and config.max_batch_size == 32
+        (group,) = config.instance_group
+        assert type(group).Kind.Name(group.kind) == "KIND_GPU"
+        told = {key: value.string_value for key, value in config.parameters.items()}
+        assert (told["network"], told["task"], told["longest"]) == ("network.plan", "text-classification", "128")
+        assert form.made == {"1/network.plan": "network.plan"}
+        assert form.kept == {"1/model/tokenizer.json": "1/model/tokenizer.json"}
+        assert form.settings["packs"] == ["torch"] and "0.004" in form.note
+        for name, text in form.texts.items():
+            if name.endswith(".py"):
+                compile(text, name, "exec")

@@ -159,10 +159,10 @@ def test_embeddings(vllm: Made, tmp_path: Path) -> None:
     encoder = analyse(bert(tmp_path / "words"))
     (offer,) = VllmBackend().offers(encoder, vllm.info(), [CPU])
     assert offer.serving == "embed"
-    assert not {"kv_cache_memory_bytes", "max_model_len"} & offer.settings.keys()
+    assert "max_model_len" not in offer.settings and offer.settings["kv_cache_memory_bytes"] == memory.NO_CACHE_BYTES
     decoder = encoder.model_copy(update={"architecture": "Qwen2ForCausalLM", "facts": {**encoder.facts, "kv_heads": 2}})
     (offer,) = VllmBackend().offers(decoder, vllm.info(), [CPU])
-    assert offer.serving == "embed" and offer.settings["kv_cache_memory_bytes"]
+    assert offer.serving == "embed" and offer.settings["kv_cache_memory_bytes"] == 2 * 2 * 2 * 32 * 2 * 256
 
 
 @pytest.mark.parametrize(

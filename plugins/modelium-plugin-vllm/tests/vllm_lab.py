@@ -57,7 +57,7 @@ class Lab:
             runtime=offer.runtime,
             serving=offer.serving,
             device_kind=offer.device_kinds[0],
-            settings={**offer.settings, **SMALL, **settings},
+            settings={**offer.settings, **(SMALL if offer.serving == "generate" else {}), **settings},
             memory_bytes=offer.memory_bytes,
             load_s=offer.load_s,
             reason="a test wants it",

@@ -189,8 +189,9 @@ class RayServeDriver:
         return found is not None and (found.pid, found.created_at) == (record.pid, record.created_at)
 
     def _last_words(self) -> str:
+        """What the controller said of an error, else what it said last."""
         lines = self._context.processes.tail(self._context.name, 200, this_run=True)
-        said = [line for line in lines if "Error" in line or "error" in line] or lines
+        said = [line for line in lines if "Error" in line] or lines
         return said[-1] if said else "it said nothing"
 
     # ------------------------------------------------------------------ observing
@@ -232,7 +233,7 @@ class RayServeDriver:
         if self._client is None or self._record is None:
             raise RuntimeUnavailable("Ray was not started")
         if not self._alive(self._record):
-            raise RuntimeUnavailable(f"the Ray cluster has ended: {self._last_words()}")
+            raise RuntimeUnavailable(f"Ray's controller (process {self._record.pid}) has ended")
         return await self._client.status(within_s)
 
     async def _measure(
@@ -438,6 +439,7 @@ class RayServeDriver:
 
     async def _end(self) -> None:
         self._let_go()
+        self._record = None
         await self._context.processes.stop(self._context.name, grace_s=GRACE_S)
         await asyncio.to_thread(launch.sweep, self._context.state_dir)
 

@@ -182,8 +182,7 @@ def _offer(
     least = min(device.total_bytes for device in devices)
     size = memory.size(analysis, settings, kind, count, least, embed=embed, packs=packs)
     own: dict[str, Any] = {DEVICE_BYTES: least} if kind == "cuda" else {}
-    if size.cache:
-        own["kv_cache_memory_bytes"] = size.cache
+    own["kv_cache_memory_bytes"] = size.cache
     if not embed:
         own["max_model_len"] = memory.length(analysis, settings, kind)
     if count > 1:

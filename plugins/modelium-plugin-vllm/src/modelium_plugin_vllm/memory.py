@@ -23,6 +23,9 @@ BLOCK_TOKENS = 128
 """Of a block of the cache on a CPU (vLLM's platforms/cpu.py), where one more than requests need is kept; on GPUs blocks
 are smaller."""
 
+NO_CACHE_BYTES = MIB
+"""For a model that keeps nothing: vLLM would lay claim to nearly all memory if nothing were said."""
+
 USABLE = 0.9
 """Of a device: what models may have, unless a person says otherwise."""
 
@@ -115,7 +118,8 @@ def size(
         least, wanted = (requests(analysis, settings, kind, devices, n) for n in (1, count))
         room = int(devices * device_bytes * USABLE) - weights - rest
         # An encoder, which has no heads for keys alone, sees a text at once and keeps nothing of it.
-        cache = 0 if embed and not analysis.facts.get("kv_heads") else min(wanted, max(least, room))
+        encoder = embed and not analysis.facts.get("kv_heads")
+        cache = NO_CACHE_BYTES if encoder else min(wanted, max(least, room))
     return Size(weights, cache, rest)
 
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import logging
 import os
 import socket
 import socketserver
@@ -276,6 +277,7 @@ def main() -> None:
     """Its one argument is JSON: `socket`, `address`, `http_port`, `num_cpus`, `object_store_bytes`, `temp_dir`."""
     settings = json.loads(sys.argv[1])
     began = time.monotonic()
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # it tells of each order
     try:
         Handler.cluster = Cluster(settings)
     except Exception as error:

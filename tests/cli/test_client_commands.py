@@ -55,7 +55,7 @@ class TestListing:
         assert ran.code == 0
         lines = [line.split() for line in ran.out.splitlines()]
         device, *foreign = [words for words in lines if words[:1] == ["cpu:0"]]
-        assert device[:6] == ["cpu:0", "host", "10.0", "MB", "2.0", "MB"]
+        assert device[:6] == ["cpu:0", "device", "10.0", "MB", "2.0", "MB"]
         assert device[-1] == "a.toy"
         assert "UNEXPLAINED" in ran.out and all(words[1].isdecimal() for words in foreign)
         assert ["fake", "UP"] in [words[:2] for words in lines]

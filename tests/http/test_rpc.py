@@ -327,9 +327,10 @@ async def test_what_is_composed_here_has_its_headers_along() -> None:
 async def test_a_model_that_no_stream_can_reach_is_let_go_of(rpc: Rpc, service: FakeService) -> None:
     service.runtime(kserve_http="http://127.0.0.1:1")
     service.add("m")
-    (answer,) = await rest(rpc.stub.ModelStreamInfer(iter([pb.ModelInferRequest(model_name="m")])))
-    assert "kserve-grpc" in answer.error_message
-    assert service.usage.model("m").in_flight == 0
+    with pytest.raises(grpc.aio.AioRpcError, match="can't be reached") as caught:
+        await rest(rpc.stub.ModelStreamInfer(iter([pb.ModelInferRequest(model_name="m")])))
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert (service.poked, service.usage.model("m").in_flight) == (["triton"], 0)
 
 
 class TestStalled:

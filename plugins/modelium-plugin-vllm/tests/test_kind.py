@@ -194,6 +194,15 @@ async def test_a_second_try_with_less(kind: VllmKind, folder: Path) -> None:
     assert options["--max-model-len"] == "128" and "the model takes no more" in note
 
 
+async def test_a_second_try_lays_claim_to_what_is_free(kind: VllmKind, folder: Path) -> None:
+    request = asked(folder, 0)
+    assert (await started(kind, request))[0]["--gpu-memory-utilization"] == "0.2"
+    little = DriverError("short", code=reasons.NO_MEMORY, free_bytes=4 * GIB)
+    options, _, _ = await started(kind, request, little)
+    assert options["--gpu-memory-utilization"] == "0.09"
+    assert (await started(kind, request))[0]["--gpu-memory-utilization"] == "0.2"
+
+
 async def test_no_further_try_where_none_would_help(kind: VllmKind, folder: Path) -> None:
     request = asked(folder)
     for error in (

@@ -41,6 +41,8 @@ class VllmKind:
         """What is set otherwise than planned in the tries at a load, by model."""
         self._tried: dict[str, set[str]] = {}
         """Codes of failures after which another try was made, by model."""
+        self._free: dict[str, int] = {}
+        """Bytes that the last try found free on a device, by model."""
 
     async def prepare(self) -> tuple[str, Mapping[str, Any]]:
         """Raises `ConfigError` where there is no vLLM, unless `enabled` is `auto`."""
@@ -76,6 +78,7 @@ class VllmKind:
         note = ""
         if former is None:
             self._changed[name], self._tried[name] = {}, set()
+            self._free.pop(name, None)
         elif former.code in self._tried[name]:
             return None
         else:
@@ -84,13 +87,18 @@ class VllmKind:
             if not change and former.code != reasons.NO_PORT:
                 return None
             self._changed[name] |= change
+            if "free_bytes" in former.fields:
+                self._free[name] = int(former.fields["free_bytes"])
         settings = settings.model_copy(update=self._changed[name])
         kind = request.plan.device_kind
         engine = arguments.engine_args(request.analysis, settings, kind, len(request.devices))
         env = arguments.environment(self._vllm, settings, kind, self._context.cache_dir / FOLDER / "cache")
         if kind == "cuda":
             least = min(request.device_bytes[device] for device in request.devices)
-            engine["gpu_memory_utilization"] = arguments.share(request.memory_bytes / len(request.devices), least)
+            each = request.memory_bytes / len(request.devices)
+            if name in self._free:  # vLLM does not begin where less is free than its share
+                each = min(each, self._free[name] * memory.USABLE)
+            engine["gpu_memory_utilization"] = arguments.share(each, least)
             env["CUDA_VISIBLE_DEVICES"] = self._visible(request)
         model = arguments.model_folder(request.path, request.analysis)
         argv = await asyncio.to_thread(

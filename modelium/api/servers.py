@@ -36,7 +36,10 @@ from modelium.errors import DriverError, LoadRejected, RuntimeUnavailable
 log = logging.getLogger(__name__)
 
 POLL_S = 0.2
-"""How often a starting server is looked at."""
+"""How often a starting server is looked at, at the least."""
+FIRST_POLL_S = 0.01
+POLLS_PER_START = 25
+"""Looks are closer together in the beginning: what a quick start waits for them stays a small part of it."""
 ANSWERS_WITHIN_S = 5.0
 """A living server that does not answer its health route within this missed a look."""
 MISSES = 5
@@ -309,7 +312,7 @@ class ModelServers:
             self._ports.discard(port)
 
     async def _until_up(self, server: Server, request: LoadRequest, report: Report, settled: asyncio.Event) -> None:
-        slot = server.record.name
+        slot, began = server.record.name, time.monotonic()
         told: Progress | None = None
         try:
             async with asyncio.timeout(self._load_timeout_s):
@@ -325,7 +328,8 @@ class ModelServers:
                         settled.set()
                     if await self._answers(server):
                         break
-                    await asyncio.sleep(POLL_S)
+                    since = time.monotonic() - began
+                    await asyncio.sleep(min(POLL_S, max(FIRST_POLL_S, since / POLLS_PER_START)))
                 report(Progress(stage="asking for a first answer"))
                 assert self._http is not None
                 try:

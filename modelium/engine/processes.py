@@ -111,7 +111,8 @@ class ProcessSupervisor:
         """
         _check_name(name)
         async with self._turn(name):
-            await self._end(name, grace_s=30)
+            if self._record_of(name).exists():  # it is there before the process is, and until all of it has gone
+                await self._end(name, grace_s=30)
             return await _to_the_end(self._spawn, name, tuple(argv), dict(env or {}), cwd, dict(facts or {}))
 
     def _spawn(
@@ -159,13 +160,12 @@ class ProcessSupervisor:
         return record
 
     def _write(self, record: ProcessRecord) -> None:
+        """Not synced to the disk: after a crash of the machine there is no process to tell of."""
         path = self._record_of(record.name)
         fresh = path.with_suffix(".new")
         value = asdict(record) | {"log": str(record.log), "boot_id": boot_id()}
         with open(fresh, "w", encoding="utf-8", opener=lambda p, f: os.open(p, f, 0o600)) as file:
             json.dump(value, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
         os.replace(fresh, path)
 
     # ------------------------------------------------------------------ finding

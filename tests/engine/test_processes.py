@@ -68,10 +68,10 @@ async def children_of_parent(supervisor: ProcessSupervisor, name: str) -> list[i
 async def test_it_leads_its_own_session_and_writes_its_log(supervisor: ProcessSupervisor) -> None:
     record = await supervisor.spawn("a", python(WAITS), env={"EXTRA": "1"}, facts={"port": 12})
     assert record.pid != os.getpid() and os.getsid(record.pid) == record.pid == os.getpgid(record.pid)
+    await until(lambda: supervisor.tail("a", this_run=True) == ["here"])
     environ = Path(f"/proc/{record.pid}/environ").read_bytes().split(b"\0")
     assert b"EXTRA=1" in environ
     assert f"{ROOT_MARK}={supervisor.root_id}".encode() in environ and f"{NAME_MARK}=a".encode() in environ
-    await until(lambda: supervisor.tail("a", this_run=True) == ["here"])
     assert supervisor.find("a") == record
 
 

@@ -1,6 +1,6 @@
 """`make bench`: measures, prints a table, judges nothing. Timings are of this machine in this minute: compare ratios.
 
-python -m tests.bench [core] [startup] [drops] [front] [openai] [restart] [herd] [crowd] [swaps]
+python -m tests.bench [core] [startup] [drops] [front] [openai] [restart] [herd] [crowd] [swaps] [estimates]
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-PARTS = ("core", "startup", "drops", "front", "openai", "restart", "herd", "crowd", "swaps")
+PARTS = ("core", "startup", "drops", "front", "openai", "restart", "herd", "crowd", "swaps", "estimates")
 
 
 def main(parts: list[str]) -> int:

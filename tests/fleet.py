@@ -16,6 +16,9 @@ from typing import Any
 from tests.models import onnx_linear
 from tests.service import Served
 
+sys.path += [str(Path(__file__).parents[1] / f"plugins/modelium-plugin-{n}/tests") for n in ("llamacpp", "vllm")]
+"""Their tests know how to make small models."""
+
 Ask = Callable[[Served], bool]
 
 SMALL_VLLM = {"max_model_len": 256, "kv_cache_memory_bytes": 16 * 2**20, "threads": 1}

@@ -96,8 +96,7 @@ class Sizes:
 
     def of(self, process: Process) -> dict[str, int]:
         """Empty for one that has gone."""
-        before, size = self._sizes.get(process.key, (-self.TOLERANCE_BYTES, 0))
-        if abs(process.resident - before) >= self.TOLERANCE_BYTES:
+        if self._has_changed(process):
             try:
                 size = int(getattr(psutil.Process(process.key[0]).memory_full_info(), self._measure))
             except psutil.NoSuchProcess:
@@ -105,7 +104,19 @@ class Sizes:
             except psutil.AccessDenied:  # somebody else's
                 size = process.resident
             self._sizes[process.key] = (process.resident, size)
-        return {HOST_MEMORY: size, **self._on_gpus.get(process.key[0], {})}
+        return {HOST_MEMORY: self._sizes[process.key][1], **self._on_gpus.get(process.key[0], {})}
+
+    def together(self, family: Sequence[Process]) -> dict[str, int]:
+        """Of processes that share libraries: when one has changed, so have the others, of whom it may have taken a part
+        of what was theirs alone."""
+        if any(self._has_changed(process) for process in family):
+            for process in family:
+                self._sizes.pop(process.key, None)
+        return added(self.of(process) for process in family)
+
+    def _has_changed(self, process: Process) -> bool:
+        before, _ = self._sizes.get(process.key, (-self.TOLERANCE_BYTES, 0))
+        return abs(process.resident - before) >= self.TOLERANCE_BYTES
 
     def keep(self, seen: Iterable[Key]) -> None:
         """Forget all others."""
@@ -138,12 +149,12 @@ class Trees:
         for pid, process in found.items():
             owners[pid] = leaders.get(pid) or owners.get(pid) or leaders.get(process.session)
         self._sizes.begin()
-        held: dict[str, list[Mapping[str, int]]] = {name: [] for name, pid in roots.items() if pid in found}
+        families: dict[str, list[Process]] = {name: [] for name, pid in roots.items() if pid in found}
         for pid, owner in owners.items():
-            if owner is not None and owner in held:
-                held[owner].append(self._sizes.of(found[pid]))
+            if owner is not None and owner in families:
+                families[owner].append(found[pid])
         self._sizes.keep(found[pid].key for pid, owner in owners.items() if owner is not None)
-        return {name: added(parts) for name, parts in held.items()}
+        return {name: self._sizes.together(family) for name, family in families.items()}
 
 
 class Gpus:

@@ -44,13 +44,16 @@ def check(engine: Orchestrator, status: StatusView) -> list[CheckView]:
     if not status.runtimes:
         advice = "pip install modelium-plugin-triton"
         rows.append(CheckView(name="runtimes", ok=False, found="none is installed", advice=advice))
+    disabled = engine.config.plugins.disable
     for plugin in status.plugins:
+        # What a person left out is as it should be.
+        ok = plugin.error is None or plugin.name in disabled or plugin.distribution in disabled
         rows.append(
             CheckView(
                 name=f"plugin {plugin.name}",
-                ok=plugin.error is None,
+                ok=ok,
                 found=plugin.error or f"{plugin.distribution} {plugin.version}",
-                advice="" if plugin.error is None else "mend or uninstall it, or name it in plugins: {disable: [...]}",
+                advice="" if ok else "mend or uninstall it, or name it in plugins: {disable: [...]}",
             )
         )
     bad = status.models.get("INVALID", 0) + status.models.get("FAILED", 0)

@@ -68,6 +68,7 @@ class Optimizing:
         self._later: dict[str, float] = {}
         """Keys that are not tried before a time."""
         self._said: dict[str, str] = {}
+        self._making: asyncio.Task[None] | None = None
 
     @property
     def wanted(self) -> bool:
@@ -89,12 +90,17 @@ class Optimizing:
             return
         await engine.runtimes_known()
         await engine.catalog.read_once.wait()
-        while True:
-            try:
-                await self._look()
-            except Exception:
-                log.exception("looking for what could be served faster failed; it goes on")
-            await asyncio.sleep(LOOK_EVERY_S)
+        try:
+            while True:
+                try:
+                    await self._look()
+                except Exception:
+                    log.exception("looking for what could be served faster failed; it goes on")
+                await asyncio.sleep(LOOK_EVERY_S)
+        finally:
+            if self._making is not None:
+                self._making.cancel()
+                await asyncio.wait([self._making])
 
     async def _begin(self) -> None:
         self._failed = await asyncio.to_thread(self._read_failed)
@@ -132,12 +138,16 @@ class Optimizing:
                 self._say(judged.name, f"it stays as it was dropped, and not {wanted.what}: {why}")
             elif (facts := await asyncio.to_thread(self._made, wanted)) is not None:
                 await self._take_up(judged, wanted, facts)
-            elif self._later.get(wanted.key, 0.0) <= self._engine.clock():
+            else:
                 waiting.append((judged, wanted))
+        if self._making is not None and not self._making.done():
+            return
         waiting.sort(key=lambda item: -self._requests(item[0].name))
         for judged, wanted in waiting:
+            if wanted.key in self._failed or self._later.get(wanted.key, 0.0) > self._engine.clock():
+                continue
             if not self._who_waits() and not self._in_use(wanted.devices, QUIET_S, others=True):
-                await self._make(judged, wanted)
+                self._making = asyncio.get_running_loop().create_task(self._make(judged, wanted), name="optimizing")
                 return
 
     def _requests(self, name: str) -> int:
@@ -165,7 +175,7 @@ class Optimizing:
         return others and any((d.utilization or 0.0) > BUSY_UTILIZATION for d in engine.devices if d.id in wanted)
 
     async def _make(self, judged: Judged, optimization: Optimization) -> None:
-        """Make it while nobody is hindered by that, and take it up."""
+        """Make it while nobody is hindered by that; the next round takes it up."""
         name, key, what = judged.name, optimization.key, optimization.what
         self._say(name, f"{what} is being made of it, while {' and '.join(optimization.devices)} is idle")
         job = Job(self._engine.processes.root_id, lambda progress: self._engine.tell_progress(name, progress))
@@ -176,7 +186,7 @@ class Optimizing:
             if waiting:
                 self._say(name, f"making {what} was given up: {waiting} waits for room")
                 return
-            facts = task.result()
+            task.result()
         except ModelError as exc:
             if self._as_judged(judged):  # else it is no wonder
                 self._fail(key, exc.message)
@@ -194,7 +204,6 @@ class Optimizing:
                 task.cancel()
                 await asyncio.wait([task])
             self._engine.progress.pop(name, None)
-        await self._take_up(judged, optimization, facts)
 
     async def _guard(self, task: asyncio.Task[Any], optimization: Optimization, job: Job) -> str:
         """Until it is made, or given up; then for whom."""
@@ -207,16 +216,15 @@ class Optimizing:
             job.pause(self._in_use(optimization.devices, REST_S))
         return ""
 
-    async def _produce(self, judged: Judged, optimization: Optimization, job: Job) -> Mapping[str, Any]:
+    async def _produce(self, judged: Judged, optimization: Optimization, job: Job) -> None:
         """Into the cache, whole or not at all."""
         assert judged.optimizer is not None
         folder = self._folder / optimization.key
         fresh = folder.with_name(f".{folder.name}.new")
         await asyncio.to_thread(self._folder.mkdir, parents=True, exist_ok=True)
         async with locked(folder, job.report, f"making {optimization.what}"):
-            facts = await asyncio.to_thread(self._made, optimization)
-            if facts is not None:
-                return facts
+            if await asyncio.to_thread(self._made, optimization) is not None:
+                return
             try:
                 await asyncio.to_thread(shutil.rmtree, fresh, True)
                 await asyncio.to_thread((fresh / "files").mkdir, parents=True)
@@ -224,7 +232,6 @@ class Optimizing:
                 await asyncio.to_thread(_finish, fresh, facts, folder)
             finally:
                 await asyncio.to_thread(shutil.rmtree, fresh, True)
-        return facts
 
     def _made(self, optimization: Optimization) -> Mapping[str, Any] | None:
         """What is known of it when it was made before. Runs in a thread."""
@@ -287,7 +294,6 @@ class Optimizing:
         now = judged.optimization
         if (why := self._why_it_does_not_load(judged.name)) is not None:
             self._fail(record.key, why)
-        if (why := self._failed.get(record.key)) is not None:
             await self._put_back(judged, f"{record.what} failed: {why}")
         elif judged.optimizer is None or (now is None and judged.reason):
             return  # nobody can tell
@@ -297,7 +303,9 @@ class Optimizing:
             await self._put_back(judged, f"{record.what} does not fit any more: {difference(record, now)}")
 
     def _why_it_does_not_load(self, name: str) -> str | None:
-        model = self._engine.loop.world.models[name]
+        model = self._engine.loop.world.models.get(name)
+        if model is None:
+            return None
         if model.rejected is not None and model.rejected == model.spec:
             return model.reason
         if model.state is State.FAILED and model.failure is not None and not model.blameless:

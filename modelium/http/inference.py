@@ -10,6 +10,7 @@ from urllib.parse import quote
 
 from modelium.api import Tensor
 from modelium.engine.admission import Lease
+from modelium.http import over_generate
 from modelium.http.admission import GRPC, HTTP, endpoint, openai_alone
 from modelium.http.answers import BadRequest, UpstreamFailed, check_process
 from modelium.http.bodies import HEADER_LENGTH
@@ -54,6 +55,8 @@ class Inference:
             responses = self._over_openai.responses(lease, request)
         elif lease.decoupled and GRPC in lease.endpoints:
             responses = self._streams.stream(lease.endpoints[GRPC], lease.model, "", request)
+        elif lease.decoupled:
+            responses = over_generate.responses(self._upstream, lease, (await self.signature(lease))[1], request)
         else:
             yield await self.infer(lease, request)
             return
@@ -66,20 +69,27 @@ class Inference:
         if openai_alone(lease.endpoints):
             interface = self._over_openai.interface(lease)
             return list(interface.inputs), list(interface.outputs)
-        metadata = await self._get(lease, "")
+        metadata = await self.metadata(lease)
         return [_tensor(value) for value in metadata["inputs"]], [_tensor(value) for value in metadata["outputs"]]
+
+    async def metadata(self, lease: Lease) -> dict[str, Any]:
+        """The model's metadata, as KServe has them."""
+        if openai_alone(lease.endpoints):
+            return self._over_openai.interface(lease).metadata(lease.model, lease.runtime)
+        metadata: dict[str, Any] = await self._get(lease, "")
+        return metadata
 
     async def optional_inputs(self, lease: Lease) -> frozenset[str]:
         """Names of inputs that may be left out, where the runtime tells by Triton's model configuration."""
-        config = await self._config(lease)
+        config = await self.config(lease)
         return frozenset(value["name"] for value in config.get("input", []) if value.get("optional"))
 
     async def max_batch_size(self, lease: Lease) -> int | None:
         """Where the runtime tells by Triton's model configuration; 0 is a model without batches."""
-        size = (await self._config(lease)).get("max_batch_size")
+        size = (await self.config(lease)).get("max_batch_size")
         return size if isinstance(size, int) else None
 
-    async def _config(self, lease: Lease) -> dict[str, Any]:
+    async def config(self, lease: Lease) -> dict[str, Any]:
         """Triton's model configuration; empty where the runtime has none."""
         if openai_alone(lease.endpoints):
             return self._over_openai.interface(lease).config(lease.model, lease.runtime)

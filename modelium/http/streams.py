@@ -92,14 +92,14 @@ class Streams:
             call.cancel()  # when the client left; else it is over
         if failure:
             check_process(failure.encode(), model)
-            raise InferenceFailed(failure, _status(failure))
+            raise InferenceFailed(failure, status_in_band(failure))
 
 
 async def _one(message: bytes) -> AsyncIterator[bytes]:
     yield message
 
 
-def _status(message: str) -> int:
+def status_in_band(message: str) -> int:
     """For an error in band, which has no code: as Triton's generate answers, but for what is plainly no 400."""
     if message.startswith("Request for unknown model"):
         return 404 if message.endswith("is not found") else 503

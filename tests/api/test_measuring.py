@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -161,6 +162,23 @@ def test_a_size_is_measured_anew_when_it_has_changed(monkeypatch: pytest.MonkeyP
     assert size(11 * MIB)[HOST_MEMORY] == 2000
     sizes.keep([])
     assert size(11 * MIB)[HOST_MEMORY] == 3000
+
+
+def test_when_one_of_a_family_has_changed_all_are_measured_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[int] = []
+
+    def info(of: psutil.Process) -> Any:
+        measured.append(of.pid)
+        return SimpleNamespace(uss=1)
+
+    monkeypatch.setattr(psutil.Process, "memory_full_info", info)
+    sizes = Sizes("uss")
+    own, other = process_of(os.getpid()), process_of(os.getppid())
+    assert own is not None and other is not None
+    grown = replace(own, resident=own.resident + MIB)
+    assert sizes.together([own, other]) == {HOST_MEMORY: 2}
+    assert sizes.together([own, other]) == {HOST_MEMORY: 2} and len(measured) == 2
+    assert sizes.together([grown, other]) == {HOST_MEMORY: 2} and measured[2:] == [own.key[0], other.key[0]]
 
 
 def test_the_size_of_what_has_gone_or_is_somebody_elses(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -200,7 +200,8 @@ def rows(folder: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def _address(service: Served, protocol: str) -> str:
-    endpoints = service.get("/status")["runtimes"][0]["info"]["endpoints"]
+    triton = next(r for r in service.get("/status")["runtimes"] if r["name"] == "triton")
+    endpoints = triton["info"]["endpoints"]
     return next(str(e["address"]) for e in endpoints if e["protocol"] == protocol)
 
 

@@ -464,7 +464,9 @@ def test_a_foreign_repository_is_managed_without_changing_a_file(foreign: Path, 
 
 
 def attached(endpoint: str, grpc: str, **changes: Any) -> dict[str, Any]:
-    return {**CONFIG, "triton": {"endpoint": endpoint, "grpc_endpoint": grpc, "backends": ["python"], **changes}}
+    """A configuration with that Triton and no other runtime."""
+    triton = {"endpoint": endpoint, "grpc_endpoint": grpc, "backends": ["python"], **changes}
+    return {**CONFIG, "triton": triton, "plugins": {"disable": ["llamacpp", "rayserve", "tensorrt", "vllm"]}}
 
 
 def test_attached_to_a_triton_that_somebody_started(wheel: Any, tmp_path: Path) -> None:

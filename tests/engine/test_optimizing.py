@@ -270,6 +270,27 @@ async def test_one_that_fails_when_it_is_loaded_later_is_put_back_and_loads(tmp_
         assert as_dropped(r)
 
 
+async def test_what_does_not_load_is_put_back_while_another_is_made(tmp_path: Path) -> None:
+    packer = Packer()
+    async with optimized(tmp_path, packer) as r:
+        await r.add("a")
+        await quiet(r)
+        await r.until(lambda: is_packed(r, "a"))
+        await r.service.unload("a")
+        packer.arrived.clear()
+        packer.held = asyncio.Event()  # never set
+        await r.add("b", size=2 * MB)
+        await quiet(r)
+        await packer.arrived.wait()
+        r.runtime.fail("load", LoadRejected("made for another GPU"), "a")
+        with pytest.raises(DriverError, match="another GPU"):
+            await r.service.acquire("a")
+        await r.until(lambda: not r.engine.catalog.known["a"].optimized)
+        (await r.service.acquire("a")).release()
+        assert packer.cancelled == 0
+    assert packer.cancelled == 1, "what is being made ends with the engine"
+
+
 async def test_a_key_that_no_longer_fits_puts_it_back_and_it_is_made_anew(tmp_path: Path) -> None:
     packer, runtime = Packer(), FakeRuntime()
     async with optimized(tmp_path, packer, runtime=runtime) as r:
@@ -321,6 +342,23 @@ async def test_what_was_made_once_is_made_for_all_of_that_content(tmp_path: Path
         await r.until(lambda: is_packed(r, "b"))
         assert packer.made == ["a"]
         assert 'name: "b"' in (folder(r, "b") / "config.pbtxt").read_text()
+
+
+async def test_one_that_does_not_load_says_nothing_of_one_that_does(tmp_path: Path) -> None:
+    packer = Packer()
+    async with optimized(tmp_path, packer) as r:
+        await r.add("a")
+        await quiet(r)
+        await r.until(lambda: is_packed(r, "a"))
+        first = r.runtime.hold("load", "b")
+        r.runtime.fail("load", LoadRejected("a bad copy"), "b")
+        r.drop("b", size=MB)
+        first.release()
+        await r.until(lambda: "it stays as it was dropped" in said(r, "b"))
+        assert as_dropped(r, "b") and is_packed(r, "a")
+        await quiet(r)
+        await asyncio.sleep(0.02)
+        assert is_packed(r, "a")
 
 
 async def test_one_that_answers_otherwise_is_not_taken_up(tmp_path: Path) -> None:

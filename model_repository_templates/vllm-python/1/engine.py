@@ -93,7 +93,12 @@ class Engine:
         while not llm.errored:
             await asyncio.sleep(LOOK_EVERY_S)
             for task, answer in list(self._running.items()):
-                if await self._in_turn(answer.is_cancelled):
+                try:
+                    left = await self._in_turn(answer.is_cancelled)
+                except Exception as error:  # one that can't be asked is no reason to watch no longer
+                    pb_utils.Logger.log_error(f"{type(error).__name__}: {error}")
+                    continue
+                if left:
                     task.cancel()
         # Without its engine the process is of no use, and a process that has ended is seen from outside. But Triton
         # waits without end for a response to what a process had taken in: it ends between requests.

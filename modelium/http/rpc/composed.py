@@ -1,4 +1,4 @@
-"""gRPC calls about one model that are answered here, where the model's runtime speaks OpenAI alone."""
+"""gRPC calls about one model that are answered here, where the model's runtime speaks no gRPC."""
 
 from __future__ import annotations
 
@@ -11,16 +11,14 @@ from modelium.http.answers import REQUEST_ID, TRACE, BadRequest
 from modelium.http.inference import Inference
 from modelium.http.interfaces import check_version
 from modelium.http.messages import InferRequest, InferResponse
-from modelium.http.over_openai import OverOpenAI
-from modelium.http.streams import FINAL, InferenceFailed, request_from_proto, response_to_proto
+from modelium.http.streams import FINAL, WANT_FINAL, InferenceFailed, request_from_proto, response_to_proto
 
 
 class Composed:
     """Messages are taken and given as bytes, as where they are passed on."""
 
-    def __init__(self, inference: Inference, over_openai: OverOpenAI):
+    def __init__(self, inference: Inference):
         self._inference = inference
-        self._over_openai = over_openai
 
     async def answer(self, method: str, message: bytes, lease: Lease, metadata: Mapping[str, Any]) -> bytes:
         """To `ModelInfer`, `ModelMetadata` or `ModelConfig`."""
@@ -30,11 +28,10 @@ class Composed:
             return bytes(response_to_proto(response).SerializeToString())
         asked = parsed(f"{name}Request", message)
         check_version(lease.model, asked.version)
-        interface = self._over_openai.interface(lease)
         if name == "ModelMetadata":
-            fields = interface.metadata(lease.model, lease.runtime)
+            fields = await self._inference.metadata(lease)
         else:
-            fields = {"config": interface.config(lease.model, lease.runtime)}
+            fields = {"config": await self._inference.config(lease)}
         return bytes(made(f"{name}Response", fields).SerializeToString())
 
     async def responses(
@@ -48,6 +45,8 @@ class Composed:
                 asked.headers = {**asked.headers, REQUEST_ID: f"{asked.headers[REQUEST_ID]}-{number}"}
             async with aclosing(self._inference.responses(lease, asked)) as responses:
                 async for response in responses:
+                    if response.final and not response.outputs and not asked.parameters.get(WANT_FINAL):
+                        continue
                     response.parameters[FINAL] = response.final
                     yield _streamed("", response)
         except (InferenceFailed, BadRequest) as exc:

@@ -15,7 +15,7 @@ import grpc.aio
 
 from modelium.engine.admission import Lease
 from modelium.errors import ModeliumError, RuntimeUnavailable
-from modelium.http.admission import DEADLINE, GRPC, acquire, endpoint, openai_alone
+from modelium.http.admission import DEADLINE, GRPC, acquire, endpoint
 from modelium.http.answers import REQUEST_ID, BadRequest, UpstreamFailed, check_process, request_id, unreachable
 from modelium.http.rpc.channels import Channels, lost
 from modelium.http.rpc.composed import Composed
@@ -56,7 +56,7 @@ class Passing:
             await refuse(context, exc)
         ok = True  # also when the client leaves: that is no failure of the model's
         try:
-            if openai_alone(lease.endpoints):
+            if GRPC not in lease.endpoints:
                 metadata = dict(passed_on(context))
                 answer = await self._composed.answer(method, message, lease, metadata)
                 await context.send_initial_metadata(((_ID, metadata[_ID]),))
@@ -160,7 +160,7 @@ class Passing:
                 except ModeliumError as exc:
                     await answers.put(_in_band(message, exc))
                     continue
-                if openai_alone(lease.endpoints):
+                if GRPC not in lease.endpoints:
                     while len(here) >= AT_ONCE:
                         await asyncio.wait(here, return_when=asyncio.FIRST_COMPLETED)
                     task = asyncio.ensure_future(answer_here(message, lease, number))
@@ -212,7 +212,7 @@ class Passing:
             before = next((one for one in leases.values() if GRPC in one.endpoints), None)
             lease = await self.lease(message, context)
             try:
-                if not openai_alone(lease.endpoints):
+                if GRPC in lease.endpoints:
                     address = endpoint(lease, GRPC)
                     if before is not None and before.endpoints[GRPC] != address:
                         raise BadRequest(

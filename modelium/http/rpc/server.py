@@ -264,8 +264,7 @@ async def serving_rpc(
     if settings.max_body_bytes is not None:
         options["grpc.max_receive_message_length"] = min(settings.max_body_bytes, 2**31 - 1)
     server = grpc.aio.server(options=tuple(options.items()))
-    over_openai = OverOpenAI(service, upstream)
-    composed = Composed(Inference(upstream, Streams(channels), over_openai), over_openai)
+    composed = Composed(Inference(upstream, Streams(channels), OverOpenAI(service, upstream)))
     passing = Passing(service, settings, channels, composed)
     server.add_generic_rpc_handlers((Rpc(service, settings, ModelRepository(service, upstream), passing),))
     try:

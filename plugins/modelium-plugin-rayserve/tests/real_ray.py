@@ -52,6 +52,9 @@ class Ray:
     def load(self, request: LoadRequest) -> LoadOutcome:
         return self._run(self._driver.load(request, silent))
 
+    def logs(self, name: str) -> list[str]:
+        return self._driver.logs(name, 100)
+
     def unload(self, name: str) -> None:
         self._run(self._driver.unload(name))
 

@@ -7,10 +7,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
-from modelium_plugin_triton.measure import Measurer, kill, stub_of
+from modelium_plugin_triton.measure import Measurer, Stub, kill, stub_of
+from modelium_plugin_triton.session import Session
 
 from modelium.api.measuring import HOST_MEMORY, Gpus
 
@@ -126,3 +128,20 @@ def test_gpu_memory_counts_for_its_model(family: tuple[subprocess.Popen[bytes], 
 
     seen = Measurer(server.pid, repository, Known()).look()
     assert seen.stubs[0].memory["cuda:0"] == 1000 and seen.server["cuda:0"] == 7
+
+
+def test_a_replaced_revision_s_lingering_process_is_not_the_new_one_s(tmp_path: Path) -> None:
+    unused: Any = None
+    session = Session(
+        client=unused,
+        settings=unused,
+        instance="1",
+        repository=tmp_path,
+        memory_file=tmp_path / "n",
+        measurer=Measurer(os.getpid(), tmp_path, None),
+    )
+    old, new = (Stub((pid, pid), "m", False, {"cpu:0": size}) for pid, size in ((10, 400), (20, 80)))
+    session.stubs["m"] = 1
+    assert session._observed("m", [], [new, old]).memory == {"cpu:0": 80}
+    session.busy["m"] = "loading"
+    assert session._observed("m", [], [new, old]).memory == {"cpu:0": 480}, "both are needed while one loads"

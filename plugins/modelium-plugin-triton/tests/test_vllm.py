@@ -35,6 +35,10 @@ LLAMA = LLM.model_copy(
     }
 )
 
+LARGE = LLAMA.model_copy(update={"weights_bytes": 120 * GB})
+"""It takes two of the GPUs."""
+HOST = CPU.model_copy(update={"total_bytes": 256 * GB})
+
 
 def changed(**facts: Any) -> Analysis:
     return LLAMA.model_copy(update={"facts": {**LLAMA.facts, **facts}})
@@ -63,7 +67,7 @@ def named(analysis: Analysis, runtime: RuntimeInfo, *devices: Device) -> list[tu
 
 
 def request(offer: Offer, analysis: Analysis, folder: Path, *devices: str, **changes: Any) -> LoadRequest:
-    """A load of the folder that the offer's plan makes, on devices of 40 GB."""
+    """A load of the folder that the offer's plan makes, on devices of 100 GB."""
     made = plan(offer).model_copy(update={"devices": offer.devices})
     for name, text in TritonBackend().layout(folder.name, analysis, made).texts.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -75,7 +79,7 @@ def request(offer: Offer, analysis: Analysis, folder: Path, *devices: str, **cha
         analysis=analysis,
         devices=devices,
         memory_bytes=offer.memory_bytes,
-        device_bytes=dict.fromkeys(devices, 40 * GB),
+        device_bytes=dict.fromkeys(devices, 100 * GB),
         **changes,
     )
 
@@ -91,12 +95,14 @@ class TestOffers:
         assert named(LLAMA, triton("vllm", "python", gpu=False), CPU, *GPUS)[0][0] == "transformers-text-generation"
 
     def test_over_several_gpus_where_it_can_be_told_which(self) -> None:
-        told = named(LLAMA, triton("vllm", vllm_takes_devices=True, backends_known=True), *GPUS)
-        assert [count for _, count, _ in told] == [1, 2, 4]
-        untold = named(LLAMA, triton("vllm"), *GPUS)
+        large = LLAMA.model_copy(update={"weights_bytes": 200 * GB})
+        told = triton("vllm", vllm_takes_devices=True)
+        assert [count for _, count, _ in named(LLAMA, told, *GPUS)] == [1], "over more it would only take more"
+        assert [count for _, count, _ in named(large, told, *GPUS)] == [1, 2, 4]
+        untold = named(large, triton("vllm"), *GPUS)
         assert [count for _, count, _ in untold] == [1, 4], "an old backend takes the first GPUs: all or none"
-        odd = changed(heads=14, kv_heads=2)
-        assert [count for _, count, _ in named(odd, triton("vllm", vllm_takes_devices=True), *GPUS)] == [1, 2]
+        odd = large.model_copy(update={"facts": {**large.facts, "heads": 14, "kv_heads": 2}})
+        assert [count for _, count, _ in named(odd, told, *GPUS)] == [1, 2]
 
     @pytest.mark.parametrize(
         "facts",
@@ -149,17 +155,27 @@ class TestOffers:
     def test_a_build_for_gpus_is_used_on_gpus(self, in_the_wheel: RuntimeInfo) -> None:
         make_vllm(Path(in_the_wheel.facts["vllm_environment"]), distribution="vllm-0.32.0")
         assert [n for n, *_ in named(LLAMA, in_the_wheel, CPU)] == ["transformers-text-generation"]
-        on_gpus = named(LLAMA, in_the_wheel, CPU, *GPUS[:2])
+        on_gpus = named(LARGE, in_the_wheel, CPU, *GPUS[:2])
         assert on_gpus[:2] == [("vllm-python", 1, ("cuda",)), ("vllm-python", 2, ("cuda",))]
 
 
 class TestEstimates:
+    TOKEN = 32 * 2 * 8 * 128 * 2  # layers, keys and values, heads, head size, bytes
+
     def test_on_a_gpu(self) -> None:
-        one, two, _ = offers(LLAMA, triton("vllm", vllm_takes_devices=True), GPUS)
-        token = 32 * 2 * 8 * 128 * 2  # layers, keys and values, heads, head size, bytes
-        assert 16 * GB + 4 * 8192 * token + OUTSIDE_BYTES < one.memory_bytes < 25 * GB
-        assert two.memory_bytes > one.memory_bytes, "each GPU has its own context and activations"
-        assert two.settings["engine_bytes"] < one.settings["engine_bytes"]
+        (one,) = offers(LLAMA, triton("vllm"), GPUS[:1])
+        assert 16 * GB + 4 * 8192 * self.TOKEN + OUTSIDE_BYTES < one.memory_bytes < 25 * GB
+        assert one.settings["engine_bytes"] == one.memory_bytes - OUTSIDE_BYTES
+        _, two = offers(LARGE, triton("vllm", vllm_takes_devices=True), GPUS)
+        assert two.settings["engine_bytes"] == (two.memory_bytes - 2 * OUTSIDE_BYTES) // 2, "each has its own context"
+
+    def test_a_smaller_gpu_gets_a_smaller_cache(self) -> None:
+        small = GPUS[0].model_copy(update={"total_bytes": 24 * GB})
+        (fitting,) = offers(LLAMA, triton("vllm"), (small,))
+        assert 16 * GB + 8192 * self.TOKEN < fitting.memory_bytes <= 0.9 * 24 * GB
+        smaller = small.model_copy(update={"total_bytes": 12 * GB})
+        (never,) = offers(LLAMA, triton("vllm"), (smaller,))
+        assert never.memory_bytes > 12 * GB, "one generation must have room"
 
     @pytest.mark.parametrize(("half", "dtype", "width"), [(True, "auto", 2), (False, "float32", 4)])
     def test_on_a_cpu_by_what_it_has_arithmetic_for(
@@ -167,13 +183,13 @@ class TestEstimates:
     ) -> None:
         monkeypatch.setattr(vllm, "computes_half", lambda: half)
         make_vllm(Path(in_the_wheel.facts["vllm_environment"]))
-        offer = offers(LLAMA, in_the_wheel, (CPU,))[0]
+        offer = offers(LLAMA, in_the_wheel, (HOST,))[0]
         wide = LLAMA.model_copy(update={"dtype": "float32", "weights_bytes": 32 * GB})
-        assert offers(wide, in_the_wheel, (CPU,))[0].memory_bytes == offer.memory_bytes
-        token = 32 * 2 * 8 * 128 * width
+        assert offers(wide, in_the_wheel, (HOST,))[0].memory_bytes == offer.memory_bytes
+        cache = 4 * (4096 + 128) * (self.TOKEN // 2) * width
         assert offer.settings["dtype"] == dtype
-        assert offer.settings["kv_cache_memory_bytes"] == (4 * 4096 + 128) * token
-        assert 8 * GB * width < offer.memory_bytes - (4 * 4096 + 128) * token < 9.9 * GB * width
+        assert offer.settings["kv_cache_memory_bytes"] == cache
+        assert 8 * GB * width < offer.memory_bytes - cache < 9.9 * GB * width
 
     def test_what_a_cpu_computes(self, tmp_path: Path) -> None:
         known = (("flags\t\t: fpu avx512_bf16", True), ("Features\t: fp bf16", True), ("flags\t\t: avx2", False))
@@ -191,16 +207,15 @@ class TestEstimates:
 
 class TestFolders:
     def test_the_servers_own_backend(self, tmp_path: Path) -> None:
-        analysis = LLAMA.model_copy(update={"entry": "deep/config.json"})
+        analysis = LARGE.model_copy(update={"entry": "deep/config.json"})
         info = triton("vllm", repository="/their/models", vllm_takes_devices=True)
-        one, two, _ = offers(analysis, info, GPUS)
+        one, two = offers(analysis, info, GPUS)
         made = TritonBackend().layout("m", analysis, plan(one, engine_args={"seed": 7}, max_model_len=512))
         assert made.files == {"1/model": "."}
         config, engine = parse_config(made.texts["config.pbtxt"]), json.loads(made.texts["1/model.json"])
         assert (config.name, config.backend) == ("m", "vllm")
         assert [type(g).Kind.Name(g.kind) for g in config.instance_group] == ["KIND_GPU"]
-        share = engine.pop("gpu_memory_utilization")
-        assert share == pytest.approx((one.memory_bytes - OUTSIDE_BYTES) / (80 * GB), abs=1e-4)
+        assert engine.pop("gpu_memory_utilization") == 0.98, "it does not fit, and a load will tell"
         assert engine == {"model": "/their/models/m/1/model/deep", "dtype": "auto", "max_model_len": 512, "seed": 7}
         spread = TritonBackend().layout("m", analysis, plan(two).model_copy(update={"devices": 2})).texts
         config, engine = parse_config(spread["config.pbtxt"]), json.loads(spread["1/model.json"])
@@ -232,7 +247,7 @@ class TestLoads:
         asked = request(offer, LLAMA, tmp_path / "m", "cuda:3", parameters={"priority": 1})
         sent = load_parameters(asked, Path("/seen/by/triton"), None)
         engine = json.loads(sent["file:1/model.json"])
-        share = (offer.memory_bytes - OUTSIDE_BYTES) / (40 * GB)
+        share = (offer.memory_bytes - OUTSIDE_BYTES) / (100 * GB)
         assert engine["gpu_memory_utilization"] == pytest.approx(share, abs=1e-4)
         assert engine["model"] == "/seen/by/triton/m/1/model"
         assert engine["max_model_len"] == 8192 and sent["priority"] == 1
@@ -245,20 +260,20 @@ class TestLoads:
         assert json.loads(sent["file:1/model.json"])["gpu_memory_utilization"] == 0.3
 
     def test_several_gpus(self, tmp_path: Path) -> None:
-        offer = offers(LLAMA, triton("vllm", repository="/models", vllm_takes_devices=True), GPUS)[1]
-        sent = load_parameters(request(offer, LLAMA, tmp_path / "m", "cuda:1", "cuda:3"), tmp_path, None)
+        offer = offers(LARGE, triton("vllm", repository="/models", vllm_takes_devices=True), GPUS)[1]
+        sent = load_parameters(request(offer, LARGE, tmp_path / "m", "cuda:1", "cuda:3"), tmp_path, None)
         assert from_json(sent["config"]).parameters["GPU_DEVICE_IDS"].string_value == "1,3"
         assert json.loads(sent["file:1/model.json"])["tensor_parallel_size"] == 2
 
     def test_the_template_gets_its_environment_and_its_share(self, tmp_path: Path, in_the_wheel: RuntimeInfo) -> None:
         make_vllm(Path(in_the_wheel.facts["vllm_environment"]), distribution="vllm-0.32.0")
-        offer = offers(LLAMA, in_the_wheel, GPUS[:2])[1]
-        asked = request(offer, LLAMA, tmp_path / "m", "cuda:1", "cuda:0")
+        offer = offers(LARGE, in_the_wheel, GPUS[:2])[1]
+        asked = request(offer, LARGE, tmp_path / "m", "cuda:1", "cuda:0")
         config = from_json(load_parameters(asked, tmp_path, Path("/an/environment"))["config"])
         assert config.parameters["EXECUTION_ENV_PATH"].string_value == "/an/environment"
         assert config.parameters["devices"].string_value == "1,0"
         (argument,) = json.loads(config.parameters["engine_args"].string_value).items()
-        assert argument == ("gpu_memory_utilization", round(offer.settings["engine_bytes"] / (40 * GB), 4))
+        assert argument == ("gpu_memory_utilization", round(offer.settings["engine_bytes"] / (100 * GB), 4))
 
     def test_a_clients_own_configuration_is_kept(self, tmp_path: Path, in_the_wheel: RuntimeInfo) -> None:
         make_vllm(Path(in_the_wheel.facts["vllm_environment"]))

@@ -18,7 +18,7 @@ from modelium_plugin_triton import install, locate
 from modelium_plugin_triton.backend import TritonBackend
 from modelium_plugin_triton.driver import TritonDriver
 from modelium_plugin_triton.settings import TritonSettings
-from test_vllm import GB, GPUS, LLAMA, request
+from test_vllm import GB, GPUS, LARGE, request
 
 from modelium.api.fakes import silent
 from modelium.paths import cache_dir
@@ -73,9 +73,9 @@ async def test_the_model_gets_the_share_and_the_devices_that_were_booked(driver:
     info = await driver.start()
     assert "vllm" in info.backends and info.facts["vllm_takes_devices"]
     on_gpus = info.model_copy(update={"facts": {**info.facts, "gpu": True}})
-    offer = next(o for o in TritonBackend().offers(LLAMA, on_gpus, GPUS) if o.devices == 2)
+    offer = next(o for o in TritonBackend().offers(LARGE, on_gpus, GPUS) if o.devices == 2)
     folder = driver._repository / "llm"
-    asked = request(offer, LLAMA, folder, "cuda:2", "cuda:3")
+    asked = request(offer, LARGE, folder, "cuda:2", "cuda:3")
     (folder / "1/model").mkdir()
     (folder / "1/model/config.json").write_text("{}")
     await driver.load(asked, silent)
@@ -92,7 +92,7 @@ async def test_the_model_gets_the_share_and_the_devices_that_were_booked(driver:
             return said
 
     given = await told()
-    share = round(offer.settings["engine_bytes"] / (40 * GB), 4)
+    share = round(offer.settings["engine_bytes"] / (100 * GB), 4)
     assert given["engine"]["gpu_memory_utilization"] == share
     assert given["engine"]["model"] == str(folder / "1/model")
     assert given["engine"]["tensor_parallel_size"] == 2

@@ -38,6 +38,9 @@ class Client:
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="ray-controller")
         self._asking = asyncio.Lock()
         self._status: tuple[float, dict[str, Any]] = (0.0, {})
+        """When it was asked for, and what was told."""
+        self._ordered = 0.0
+        """When something was last ordered: what was told before is not true any more."""
 
     def ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """One question, in this thread."""
@@ -55,14 +58,18 @@ class Client:
         return dict(value)
 
     async def call(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self.ask, method, path, body)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, self.ask, method, path, body)
+        finally:
+            if method != "GET":
+                self._ordered = time.monotonic()
 
     async def status(self, within_s: float = 0.0) -> dict[str, Any]:
         """What `GET /status` tells, at most `within_s` seconds old: many who wait ask once."""
         began = time.monotonic()
         async with self._asking:
             at, status = self._status
-            if at < began - within_s:
+            if at < max(began - within_s, self._ordered):
                 try:
                     at, status = time.monotonic(), await self.call("GET", "/status")
                 except DriverError as error:

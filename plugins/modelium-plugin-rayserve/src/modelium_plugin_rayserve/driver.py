@@ -68,6 +68,10 @@ class RayServeDriver:
         self._instance = ""
         self._loading: dict[str, str] = {}
         """Models that are on their way, and how far they are."""
+        self._broken: dict[str, ObservedModel] = {}
+        """Models that will not come up by themselves, as they were seen: their applications are deleted, since Ray
+        would go on trying for ever."""
+        self._cleaning: dict[str, asyncio.Task[None]] = {}
         self._starting = asyncio.Lock()
         self._measuring = asyncio.Lock()
         self._trees: Trees | None = None
@@ -185,8 +189,9 @@ class RayServeDriver:
         return found is not None and (found.pid, found.created_at) == (record.pid, record.created_at)
 
     def _last_words(self) -> str:
+        """What the controller said of an error, else what it said last."""
         lines = self._context.processes.tail(self._context.name, 200, this_run=True)
-        said = [line for line in lines if "Error" in line or "error" in line] or lines
+        said = [line for line in lines if "Error" in line] or lines
         return said[-1] if said else "it said nothing"
 
     # ------------------------------------------------------------------ observing
@@ -199,26 +204,36 @@ class RayServeDriver:
         nodes = Nodes(status)
         ours = {name: shown for name, shown in status["applications"].items() if shown["ours"]}
         memory, overhead = await self._measure(ours, nodes)
+        seen = {
+            name: _observed(name, shown, nodes, memory[name], self._endpoints(status)) for name, shown in ours.items()
+        }
+        for name, model in seen.items():
+            if model.broken and name not in self._loading:
+                self._give_up(name, model)
+        coming = {
+            name: ObservedModel(name=name, ready=False, reason=stage)
+            for name, stage in self._loading.items()
+            if name not in seen
+        }
         return Observation(
             instance=self._instance,
-            models=tuple(
-                [_observed(name, shown, nodes, memory[name], self._endpoints(status)) for name, shown in ours.items()]
-                + [
-                    ObservedModel(name=name, ready=False, reason=doing)
-                    for name, doing in self._loading.items()
-                    if name not in ours
-                ]
-            ),
+            models=tuple(({**self._broken, **seen, **coming}).values()),
             overhead=overhead,
             devices=nodes.devices(self._context.name),
         )
+
+    def _give_up(self, name: str, model: ObservedModel) -> None:
+        self._broken[name] = model.model_copy(update={"memory": {}})
+        if name not in self._cleaning:
+            task = self._cleaning[name] = asyncio.get_running_loop().create_task(self._clean_up(name))
+            task.add_done_callback(lambda _: self._cleaning.pop(name, None))
 
     async def _status(self, within_s: float = 0.0) -> dict[str, Any]:
         """Raises `RuntimeUnavailable` when the cluster is gone."""
         if self._client is None or self._record is None:
             raise RuntimeUnavailable("Ray was not started")
         if not self._alive(self._record):
-            raise RuntimeUnavailable(f"the Ray cluster has ended: {self._last_words()}")
+            raise RuntimeUnavailable(f"Ray's controller (process {self._record.pid}) has ended")
         return await self._client.status(within_s)
 
     async def _measure(
@@ -263,6 +278,7 @@ class RayServeDriver:
             await self._up(tell)
             python_packs = [str(pack) for pack in request.plan.settings.get("packs") or ()]
             await packs.install(self._context.cache_dir, self._settings, python_packs, tell)
+            await self._forget_broken(name)
             return await self._load(request, tell, began)
         finally:
             del self._loading[name]
@@ -304,7 +320,7 @@ class RayServeDriver:
         try:
             async with asyncio.timeout(self._settings.load_timeout_s):
                 await _to_the_end(self._client.call("POST", "/applications", what))
-                await self._until_running(request, report, shown["deployed_at"] if shown and replacing else 0.0)
+                await self._until_running(request, report, _running(shown) if shown and replacing else set())
                 await self._until_answers(name)
         except BaseException as error:
             if not replacing:
@@ -319,15 +335,15 @@ class RayServeDriver:
             raise
         return await self._outcome(request, began)
 
-    async def _until_running(self, request: LoadRequest, report: Report, before: float) -> None:
-        """`before` is when the application was deployed that is replaced."""
+    async def _until_running(self, request: LoadRequest, report: Report, old: set[str]) -> None:
+        """`old` are the replicas that are to be replaced."""
         name, told = request.name, ""
         while True:
             shown = (await self._status(within_s=POLL_S))["applications"].get(name)
-            if shown is not None and shown["deployed_at"] > before:
-                if shown["status"] == "RUNNING":
+            if shown is not None:
+                if shown["status"] == "RUNNING" and not old & _running(shown):
                     return
-                if shown["status"] in ("DEPLOY_FAILED", "UNHEALTHY"):
+                if _failed(shown):
                     lines = await asyncio.to_thread(self.logs, name, 50)
                     raise reasons.failure(name, shown["message"], lines, own=self._settings.python is None)
                 if (stage := _stage(shown)) != told:
@@ -374,6 +390,7 @@ class RayServeDriver:
     # ------------------------------------------------------------------ ending
 
     async def unload(self, name: str) -> UnloadOutcome:
+        await self._forget_broken(name)
         if self._client is not None:
             shown = (await self._status())["applications"].get(name)
             if shown is not None and shown["ours"]:
@@ -403,9 +420,16 @@ class RayServeDriver:
             ) from error
 
     async def _clean_up(self, name: str) -> None:
-        """After a load that failed or was given up."""
-        with contextlib.suppress(RuntimeUnavailable):
+        """After a load that failed or was given up, or when an application is broken."""
+        try:
             await self._delete(name)
+        except DriverError as error:
+            log.warning("%s could not be cleaned up: %s", name, error.message)
+
+    async def _forget_broken(self, name: str) -> None:
+        if (task := self._cleaning.get(name)) is not None:
+            await asyncio.wait([task])
+        self._broken.pop(name, None)
 
     async def stop(self) -> None:
         """End our cluster with all its models; somebody else's is left alone, with what it serves."""
@@ -415,13 +439,18 @@ class RayServeDriver:
 
     async def _end(self) -> None:
         self._let_go()
+        self._record = None
         await self._context.processes.stop(self._context.name, grace_s=GRACE_S)
         await asyncio.to_thread(launch.sweep, self._context.state_dir)
 
     async def close(self) -> None:
+        for task in list(self._cleaning.values()):
+            task.cancel()
+            await asyncio.wait([task])
         self._let_go()
 
     def _let_go(self) -> None:
+        self._broken.clear()
         client, self._client = self._client, None
         if client is not None:
             client.close()
@@ -454,6 +483,20 @@ def _pids(shown: Shown) -> list[tuple[str, int]]:
     return [(replica["node"], replica["pid"]) for replica in shown["replicas"] if replica["pid"]]
 
 
+def _running(shown: Shown) -> set[str]:
+    """The names of the replicas that serve."""
+    return {replica["id"] for replica in shown["replicas"] if replica["state"] == "RUNNING"}
+
+
+def _failed(shown: Shown) -> bool:
+    """Whether it will not come up by itself. Ray starts one whose process has ended again, and calls it unhealthy until
+    then; when that fails too, the message says why."""
+    if shown["status"] == "DEPLOY_FAILED":
+        return True
+    starting = any(replica["state"] == "STARTING" for replica in shown["replicas"])
+    return shown["status"] == "UNHEALTHY" and (not starting or reasons.tells_why(shown["message"]))
+
+
 def _serves(shown: Shown, nodes: Nodes) -> bool:
     return shown["status"] != "DELETING" and any(
         replica["state"] == "RUNNING" and nodes.alive(replica["node"]) for replica in shown["replicas"]
@@ -469,7 +512,7 @@ def _observed(
         lost = [node for node in shown["nodes"] if not nodes.alive(node)]
         if shown["nodes"] and len(lost) == len(shown["nodes"]):
             broken, reason = True, "the node that it was on has left the Ray cluster"
-        elif shown["status"] in ("DEPLOY_FAILED", "UNHEALTHY"):
+        elif _failed(shown):
             broken, reason = True, reasons.in_short(shown["message"]) or "Ray says that it is unhealthy"
         else:
             reason = _stage(shown)

@@ -62,6 +62,7 @@ def command(settings: RayServeSettings, python: Path, state_dir: Path, instance:
             # Who can talk to Ray can run code as this user: no other user of this machine may.
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(_token(state_dir)),
+            "RAY_worker_niceness": "0",  # as other runtimes' processes: by default replicas would come last
             "RAY_ROTATION_MAX_BYTES": str(16 * 2**20),
             "RAY_ROTATION_BACKUP_COUNT": "2",
             "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # GPUs are numbered as NVML numbers them

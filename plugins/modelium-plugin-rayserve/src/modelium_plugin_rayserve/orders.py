@@ -71,6 +71,7 @@ def _options(wanted: ReplicaSettings, num_gpus: float | None, nodes: int) -> dic
         "max_surge_percent": 0 if nodes > 1 else 100,
         "graceful_shutdown_wait_loop_s": 0.2,
         "graceful_shutdown_timeout_s": GRACE_S,
+        "health_check_period_s": 2,
         "health_check_timeout_s": HEALTHY_WITHIN_S,
     }
     if wanted.most > wanted.replicas:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 from modelium.errors import DriverError, LoadRejected
 
+_ERROR = "Error:\n"
+"""What Ray writes before the error of a replica that did not start."""
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _TRACEBACK = "Traceback (most recent call last):\n"
 _FRAME = re.compile(r'^  File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
@@ -29,7 +31,7 @@ def failure(name: str, said: str, log: Sequence[str] = (), *, own: bool = True) 
     """The error for a deployment that failed saying `said`; `log` is what the model wrote meanwhile, and `own` whether
     its libraries are those that Modelium installs."""
     text = _COLOUR.sub("", said).strip()
-    _, _, error = text.partition("Error:\n")
+    _, _, error = text.partition(_ERROR)
     if _DIED.search(error or text) and _TRACEBACK not in error:
         output = [line for line in log if line.strip()][-OUTPUT:]
         code = "out_of_memory" if _MEMORY.search("\n".join([text, *output])) else "process_died"
@@ -61,8 +63,13 @@ def _read(text: str) -> tuple[str, list[str]]:
     return " ".join(" ".join(words).split()) or "Ray gave no reason", frames[-FRAMES:]
 
 
+def tells_why(said: str) -> bool:
+    """Whether a start has failed, and Ray says why."""
+    return _ERROR in said
+
+
 def in_short(said: str) -> str:
     """One line of what Ray says of an application."""
     text = _COLOUR.sub("", said).strip()
-    _, _, error = text.partition("Error:\n")
+    _, _, error = text.partition(_ERROR)
     return _read(error)[0] if error else text.partition("\n")[0]

@@ -26,6 +26,9 @@ SPREAD = "-spread"
 READ_BYTES_PER_S = 500 * MIB
 """How fast weights come from disk into memory, a cautious figure; used for the first load only."""
 
+LONGEST_CACHE_TOKENS = 4096
+"""Tokens of all generations together for which a first estimate keeps room: more are rarely alive at once."""
+
 DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "uint8": 1}
 FP32_BYTES = 4
 
@@ -47,7 +50,13 @@ class Serving:
     """Its libraries, as they are installed here, compute on a GPU."""
 
 
-_ONNX, _TORCH, _TRANSFORMERS, _PYTHON = 120 * MIB, 300 * MIB, 420 * MIB, 100 * MIB
+# Overheads are the PSS of a replica of a model of a few kilobytes while no other process shares its libraries, and
+# times what its load took on two cores: Ray 2.60, CPython 3.11, onnxruntime 1.31, torch 2.13 for CPUs, transformers
+# 5.23. On a GPU the same figure stands for the CUDA context until a load was measured.
+_PYTHON, _ONNX, _TORCH, _TRANSFORMERS = 92 * MIB, 108 * MIB, 282 * MIB, 385 * MIB
+_LIKE = {"onnxruntime": _ONNX, "torch": _TORCH, "transformers": _TRANSFORMERS}
+"""What a person's own model takes by what it imports."""
+
 _COMMON: Mapping[str, Any] = {"threads": 0}
 _BATCHED: Mapping[str, Any] = {**_COMMON, "max_batch_size": 32}
 _LABELS: Mapping[str, Any] = {**_BATCHED, "dtype": "auto", "top_k": 5}
@@ -132,8 +141,8 @@ def memory_bytes(serving: Serving, analysis: Analysis, device_kind: str) -> int:
     """A first estimate for one replica; measured memory replaces it after the first load."""
     weights, overhead = analysis.weights_bytes, serving.overhead_bytes
     if serving.name in (PYTHON, AS_IS):
-        likes = [_TRANSFORMERS if pack == "torch" else _ONNX for pack in packs_of(analysis.facts.get("imports", ()))]
-        overhead = max([overhead, *likes])
+        imports = analysis.facts.get("imports", ())
+        overhead = max([overhead, *(size for module, size in _LIKE.items() if module in imports)])
     if analysis.format == "huggingface":
         if device_kind == "cpu":
             # There the templates compute in FP32, whatever the checkpoint's own type.
@@ -145,10 +154,6 @@ def memory_bytes(serving: Serving, analysis: Analysis, device_kind: str) -> int:
         if analysis.task == "text-generation":
             weights += _cache_bytes(analysis, device_kind)
     return overhead + weights
-
-
-LONGEST_CACHE_TOKENS = 4096
-"""Tokens of all generations together for which a first estimate keeps room: more are rarely alive at once."""
 
 
 def _cache_bytes(analysis: Analysis, device_kind: str) -> int:

@@ -35,6 +35,9 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".
 
 LOAD_S = 3.0
 
+_COMMON: Mapping[str, Any] = {"instances": 1, "threads": 0}
+"""What every template needs, where a plan leaves it out."""
+
 
 @dataclass(frozen=True, slots=True)
 class Source:
@@ -83,6 +86,7 @@ def exported(served: Served, task: str, network: str, facts: Mapping[str, Any], 
     packs = ["torch"] if gpu else ["torch", "onnx"]
     settings = {**plan.settings, "packs": packs, "network": network}
     values = {
+        **_COMMON,
         **settings,
         "name": served.name,
         "device_kind": plan.device_kind,
@@ -119,6 +123,7 @@ def as_onnx(served: Served, facts: Mapping[str, Any], *, native: bool, note: str
     plan = served.plan
     settings = {**plan.settings, "packs": [] if native else ["onnx"], "decoupled": False}
     values = {
+        **_COMMON,
         **settings,
         **_tensors(facts, settings.get("max_batch_size", 0)),
         "name": served.name,
@@ -141,6 +146,7 @@ def as_plan(served: Served, facts: Mapping[str, Any], *, note: str) -> Optimized
     plan = served.plan
     settings = {**plan.settings, "packs": [], "decoupled": False}
     values = {
+        **_COMMON,
         **settings,
         **_tensors(facts, settings.get("max_batch_size", 0)),
         "name": served.name,

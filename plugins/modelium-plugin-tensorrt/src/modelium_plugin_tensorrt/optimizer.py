@@ -123,6 +123,8 @@ class TensorRTOptimizer:
         source = forms.source_of(served) if own is not None else None
         if own is None or source is None or (source.kind == "onnx" and not on_gpu):
             return None
+        if not on_gpu and plan.settings.get("dtype", "auto") not in ("auto", "float32"):
+            return None  # somebody wants it computed otherwise than ONNX Runtime would
         base = Path(folder) if served.runtime and (folder := served.runtime.facts.get("environment")) else None
         if not on_gpu:
             return Design(source, "fp32", own, base, None)
@@ -133,7 +135,10 @@ class TensorRTOptimizer:
         precision: str = own.precision or self._settings.precision
         if precision == "auto":
             analysis = served.inspection.analysis
-            precision = OWN.get(analysis.dtype or "", "fp32") if analysis else "fp32"
+            own_type = served.plan.settings.get("dtype", "auto")
+            if own_type == "auto":
+                own_type = analysis.dtype if analysis is not None else None
+            precision = OWN.get(str(own_type), "fp32")
         if precision == "int8" and own.calibration is None:
             raise ModelError(
                 "int8 needs a calibration: `tensorrt: {precision: int8, calibration: FILE.npz}` in the plan's settings"

@@ -23,7 +23,7 @@ from modelium.api import (
 from modelium.api.environments import Environment
 from modelium.api.measuring import Gpus, key_of
 from modelium.api.ports import HOST
-from modelium.errors import RuntimeUnavailable
+from modelium.errors import LoadRejected, ModelError, RuntimeUnavailable
 from modelium_plugin_triton import attach, elsewhere, install, locate, reasons, server, vllm, vllm_environment
 from modelium_plugin_triton.client import TritonClient
 from modelium_plugin_triton.measure import Measurer
@@ -298,7 +298,10 @@ class TritonDriver:
             else:
                 await self._pack(str(pack), report)
         if request.plan.serving in vllm.SERVINGS:
-            parameters = await asyncio.to_thread(vllm.load_parameters, request, session.repository, environment)
+            try:
+                parameters = await asyncio.to_thread(vllm.load_parameters, request, session.repository, environment)
+            except (ModelError, OSError, ValueError) as error:
+                raise LoadRejected(f"{request.name}: {error}") from error
             request = request.model_copy(update={"parameters": parameters})
         if self._epoch is not None:
             self._epoch.expect(request.name)

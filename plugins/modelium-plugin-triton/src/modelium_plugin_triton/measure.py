@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from modelium.api.measuring import Gpus, Key, Process, Sizes, added, arguments_of, key_of, processes
+from modelium.api.measuring import Gpus, Key, Process, Sizes, arguments_of, key_of, processes
 from modelium_plugin_triton.install import STUB
 
 _INSTANCE = re.compile(r"_\d+_\d+$")
@@ -100,8 +100,7 @@ class Measurer:
             return Family()
         self._sizes.begin()
         seen = {server.key}
-        parts: dict[Key, list[Mapping[str, int]]] = {}
-        others: dict[Key, list[Key]] = {}
+        families: dict[Key, list[Process]] = {}
         stubs: list[Stub] = []
         left: list[tuple[Process, Key | None]] = [(child, None) for child in children.get(self.pid, ())]
         while left:
@@ -113,17 +112,21 @@ class Measurer:
                 stubs.append(stub)
                 owner = process.key
             if owner is not None:  # a model may have started processes of its own
-                parts.setdefault(owner, []).append(self._sizes.of(process))
-                if owner != process.key:
-                    others.setdefault(owner, []).append(process.key)
+                families.setdefault(owner, []).append(process)
             left += [(child, owner) for child in children.get(process.key[0], ())]
         own = self._sizes.of(server)
         self._stubs = {key: self._stubs[key] for key in self._stubs.keys() & seen}
         self._sizes.keep(seen)
+        memory = {key: self._sizes.together(family) for key, family in families.items()}
         return Family(
             server=own,
             stubs=tuple(
-                replace(stub, memory=added(parts[stub.key]), others=tuple(others.get(stub.key, ()))) for stub in stubs
+                replace(
+                    stub,
+                    memory=memory[stub.key],
+                    others=tuple(process.key for process in families[stub.key][1:]),
+                )
+                for stub in stubs
             ),
             zombies=tuple(child.key[0] for child in children.get(self.pid, ()) if child.zombie),
         )

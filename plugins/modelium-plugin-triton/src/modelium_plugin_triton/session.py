@@ -176,6 +176,9 @@ class Session:
         reason = ""
         if name not in self.busy and self.measurer is not None:
             whole = self.stubs.get(name, 0)
+            if len(stubs) > whole > 0:
+                # Those of the revision that was replaced linger for a moment, and are not what this one takes.
+                stubs = sorted(stubs, key=lambda stub: stub.key[1])[-whole:]
             if len(stubs) < whole:
                 reason = f"{whole - len(stubs)} of its {whole} processes has ended: it has to be loaded again"
         return ObservedModel(

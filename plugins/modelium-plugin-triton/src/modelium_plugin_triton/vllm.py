@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -29,11 +29,14 @@ PACK = "vllm"
 """Not installed by us: an environment that somebody made (`vllm_environment`)."""
 
 SEQUENCES = 4
-"""As many generations of full length have room in the cache; shorter ones are more."""
+"""As many generations of full length have room in the cache, where it fits; shorter ones are more."""
+USABLE = 0.9
+"""Of a device: what models may have unless somebody says otherwise."""
 LONGEST_ON_GPU, LONGEST_ON_CPU = 8192, 4096
 """Tokens of one generation, prompt and all, unless `max_model_len` says otherwise; longer ones take a larger cache."""
-BATCHED_ON_GPU, BATCHED_ON_CPU = 8192, 2048
-"""Tokens that vLLM computes at once at most; on GPUs of less than 70 GiB fewer (its engine/arg_utils.py)."""
+LARGE_GPU_BYTES = 70 * 2**30
+BATCHED, BATCHED_ON_LARGE_GPU = 2048, 8192
+"""Tokens that vLLM computes at once, on GPUs from `LARGE_GPU_BYTES` on more of them (its engine/arg_utils.py)."""
 SEQUENCES_ON_GPU = 256
 """Generations that it works on at once at least (there too)."""
 
@@ -74,13 +77,13 @@ def offers(analysis: Analysis, runtime: RuntimeInfo | None, devices: Sequence[De
     if runtime is None or not _is_for_it(analysis):
         return []
     gpus = [device for device in devices if device.kind == "cuda"] if runtime.facts.get("gpu", True) else []
-    found = [_on_gpus(NATIVE, analysis, gpus, count, runtime) for count in _native_counts(analysis, gpus, runtime)]
+    found = list(_over_gpus(NATIVE, analysis, gpus, _native_counts(analysis, gpus, runtime), runtime))
     environment = vllm_environment.of(runtime)
     if environment is not None and environment.knows(analysis.architecture):
-        if environment.cpu:
-            found += [_on_cpu(analysis)] if _cpu_can(analysis) else []
-        else:
-            found += [_on_gpus(TEMPLATE, analysis, gpus, count, runtime) for count in _counts(analysis, len(gpus))]
+        if not environment.cpu:
+            found += _over_gpus(TEMPLATE, analysis, gpus, _counts(analysis, len(gpus)), runtime)
+        elif not gpus and _cpu_can(analysis):
+            found.append(_on_cpu(analysis, devices))
     return found
 
 
@@ -125,10 +128,23 @@ def takes_devices(backends: Path) -> bool:
         return False
 
 
-def _on_gpus(serving: str, analysis: Analysis, gpus: Sequence[Device], count: int, runtime: RuntimeInfo) -> Offer:
+def _over_gpus(
+    serving: str, analysis: Analysis, gpus: Sequence[Device], counts: Iterable[int], runtime: RuntimeInfo
+) -> Iterator[Offer]:
+    """Over as few as will do: over more it would only take more."""
+    for count in counts:
+        least = sorted((gpu.total_bytes for gpu in gpus), reverse=True)[count - 1]
+        offer = _on_gpus(serving, analysis, count, least, runtime)
+        yield offer
+        if offer.memory_bytes <= count * int(USABLE * least):
+            return
+
+
+def _on_gpus(serving: str, analysis: Analysis, count: int, device_bytes: int, runtime: RuntimeInfo) -> Offer:
     length = _length(analysis, LONGEST_ON_GPU)
-    cache = SEQUENCES * length * _token_bytes(analysis, 2, count)
-    inside = _weights(analysis, 2) + cache + count * _peak_on_gpu(analysis)
+    without = _weights(analysis, 2) + count * _peak_on_gpu(analysis, device_bytes)
+    sequence = length * _token_bytes(analysis, 2, count)
+    inside = without + _cache(sequence, count * (int(USABLE * device_bytes) - OUTSIDE_BYTES) - without)
     return Offer(
         runtime=RUNTIME,
         serving=serving,
@@ -140,26 +156,27 @@ def _on_gpus(serving: str, analysis: Analysis, gpus: Sequence[Device], count: in
         settings={
             **_settings(serving, length),
             "engine_bytes": -(-inside // count),
-            "device_bytes": min(gpu.total_bytes for gpu in gpus),
+            "device_bytes": device_bytes,
             **({"repository": runtime.facts.get("repository")} if serving == NATIVE else {}),
         },
         note=_note(serving),
     )
 
 
-def _on_cpu(analysis: Analysis) -> Offer:
+def _on_cpu(analysis: Analysis, devices: Sequence[Device]) -> Offer:
     length = _length(analysis, LONGEST_ON_CPU)
     # Without arithmetic for it prompts are computed several times slower in two bytes than in four.
     width = 2 if computes_half() or analysis.facts.get("quantization") else 4
-    weights = _weights(analysis, width)
+    without = ON_CPU_BYTES + _weights(analysis, width) + _computed(analysis, BATCHED, width)
     if width == 4 or computes_half():
         # Words as they come in and as they go out are laid out beside the table that they are looked up in.
-        weights += 2 * (analysis.facts.get("vocab_size") or 0) * (analysis.facts.get("hidden_size") or 0) * width
-    cache = _cache_on_cpu(analysis, SEQUENCES, length, width)
+        without += 2 * (analysis.facts.get("vocab_size") or 0) * (analysis.facts.get("hidden_size") or 0) * width
+    host = max((int(USABLE * device.total_bytes) for device in devices if device.kind == "cpu"), default=0)
+    cache = _cache(_cache_on_cpu(analysis, length, width), host - without)
     return Offer(
         runtime=RUNTIME,
         serving=TEMPLATE,
-        memory_bytes=ON_CPU_BYTES + weights + cache + _computed(analysis, BATCHED_ON_CPU, width),
+        memory_bytes=without + cache,
         load_s=LOAD_ON_CPU_S + analysis.weights_bytes / READ_BYTES_PER_S,
         settings={
             **_settings(TEMPLATE, length),
@@ -171,6 +188,11 @@ def _on_cpu(analysis: Analysis) -> Offer:
         },
         note=_note(TEMPLATE),
     )
+
+
+def _cache(sequence: int, room: int) -> int:
+    """For `SEQUENCES` of so many bytes, or fewer where there is less room, at least one."""
+    return max(sequence, min(SEQUENCES * sequence, room))
 
 
 def _settings(serving: str, length: int) -> dict[str, Any]:
@@ -208,9 +230,9 @@ def _token_bytes(analysis: Analysis, width: int, devices: int = 1) -> int:
     return int(layers * 2 * max(heads, devices) * _head(analysis) * width)
 
 
-def _cache_on_cpu(analysis: Analysis, sequences: int, length: int, width: int) -> int:
-    blocks = sequences * -(-length // BLOCK_TOKENS) + 1
-    return blocks * BLOCK_TOKENS * _token_bytes(analysis, width)
+def _cache_on_cpu(analysis: Analysis, length: int, width: int) -> int:
+    """For one generation of that length."""
+    return (-(-length // BLOCK_TOKENS) + 1) * BLOCK_TOKENS * _token_bytes(analysis, width)
 
 
 def _length(analysis: Analysis, longest: int) -> int:
@@ -234,10 +256,11 @@ def _computed(analysis: Analysis, tokens: int, width: int) -> int:
     return int(tokens * 9 * (analysis.facts.get("hidden_size") or 0) * width)
 
 
-def _peak_on_gpu(analysis: Analysis) -> int:
+def _peak_on_gpu(analysis: Analysis, device_bytes: int) -> int:
     """What vLLM finds by trying a whole batch out, with the logits of as many sequences as there may be, twice."""
+    tokens = BATCHED_ON_LARGE_GPU if device_bytes >= LARGE_GPU_BYTES else BATCHED
     logits = 2 * SEQUENCES_ON_GPU * (analysis.facts.get("vocab_size") or 0) * 4
-    return _computed(analysis, BATCHED_ON_GPU, 2) + int(logits)
+    return _computed(analysis, tokens, 2) + int(logits)
 
 
 # --------------------------------------------------------------------------- the files, and what goes with the load
@@ -250,7 +273,7 @@ def layout(name: str, analysis: Analysis, plan: Plan) -> Layout:
     if plan.device_kind == "cpu":
         # A longer one of somebody's own must fit at least once.
         width = 4 if arguments.get("dtype") == "float32" else 2
-        least = _cache_on_cpu(analysis, 1, int(arguments["max_model_len"]), width)
+        least = _cache_on_cpu(analysis, int(arguments["max_model_len"]), width)
         arguments["kv_cache_memory_bytes"] = max(int(arguments["kv_cache_memory_bytes"]), least)
     if plan.device_kind == "cuda":
         arguments.setdefault("gpu_memory_utilization", _share(plan, int(settings["device_bytes"])))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from modelium.api import Analysis
 from modelium.api.ports import HOST
 from modelium.errors import LoadRejected
+from modelium_plugin_vllm.cpu import cores
 from modelium_plugin_vllm.environment import Vllm
 from modelium_plugin_vllm.settings import MODULE_OF, ModelSettings
 
@@ -28,9 +29,14 @@ SAFE = {
     "VLLM_LOOPBACK_IP": HOST,
     "GLOO_SOCKET_IFNAME": "lo",
     "NCCL_SOCKET_IFNAME": "lo",
+    # Its processes call themselves something else, and would write that over the marks by which they are found.
+    "SPT_NOENV": "1",
     # Output is read as it comes.
     "PYTHONUNBUFFERED": "1",
 }
+
+FINISH_S = 25
+"""A server that is told to end may finish what it is doing, less than `modelium.api.servers.GRACE_S` gives it."""
 
 QUIET = "/health,/metrics,/is_sleeping"
 """Routes that are asked all the time, and would fill the log."""
@@ -85,6 +91,7 @@ def command_line(
         )
     argv = [str(vllm.python), str(launcher), "--model", str(model), "--served-model-name", name]
     argv += ["--host", HOST, "--port", str(port), "--disable-access-log-for-endpoints", QUIET]
+    argv += ["--shutdown-timeout", str(FINISH_S)]
     for option, value in engine.items():
         argv.append(f"--{option.replace('_', '-')}")
         if value is not True:
@@ -137,30 +144,3 @@ def _on_cpu(vllm: Vllm, settings: ModelSettings) -> dict[str, str]:
     if library.is_file():  # as vLLM asks for; other than GCC's, it goes on after a fork
         values["LD_PRELOAD"] = ":".join(filter(None, (os.environ.get("LD_PRELOAD"), str(library))))
     return values
-
-
-def cores() -> int:
-    """Those that this process may use, two threads of one core counted once."""
-    return len({_siblings(number) for number in os.sched_getaffinity(0)})
-
-
-def _siblings(number: int) -> str:
-    try:
-        return Path(f"/sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list").read_text().strip()
-    except OSError:
-        return str(number)
-
-
-def computes_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether this CPU has arithmetic for bfloat16: without it vLLM computes prompts several times slower than in
-    float32. By the kernel's names of features on x86 and ARM."""
-    try:
-        text = cpuinfo.read_text()
-    except OSError:
-        return True
-    return bool(_features(text.splitlines()) & {"avx512_bf16", "amx_bf16", "bf16"})
-
-
-def _features(lines: Iterable[str]) -> set[str]:
-    line = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    return set(line.partition(":")[2].split())

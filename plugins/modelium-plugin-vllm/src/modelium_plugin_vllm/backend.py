@@ -16,7 +16,7 @@ from modelium_plugin_vllm import memory
 from modelium_plugin_vllm.arguments import engine_args, model_folder, share
 from modelium_plugin_vllm.environment import INSTALL
 from modelium_plugin_vllm.registry import Known, known
-from modelium_plugin_vllm.settings import DEVICE_BYTES, REPOSITORY, ModelSettings, VllmSettings, model_settings
+from modelium_plugin_vllm.settings import DEVICE_BYTES, LEVELS, REPOSITORY, ModelSettings, VllmSettings, model_settings
 
 RUNTIME = "vllm"
 GENERATE, EMBED = "generate", "embed"
@@ -34,6 +34,8 @@ CPU_HEADS = frozenset({32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512})
 request fails."""
 CPU_QUANTIZATION = frozenset({"awq", "gptq", "compressed-tensors"})
 """Methods that it computes on CPUs (docs.vllm.ai, supported hardware of quantization)."""
+INT4 = frozenset({"awq", "gptq"})
+"""Those of four bits."""
 COUNTS = (1, 2, 4, 8, 16)
 """Of GPUs that the layers of a model are divided over."""
 
@@ -47,13 +49,15 @@ class VllmBackend:
     def create(self, context: RuntimeContext) -> RuntimeDriver:
         from modelium.api.servers import ExternalServer, ModelServers
         from modelium_plugin_vllm.kind import VllmKind
+        from modelium_plugin_vllm.sleeping import SleepingServers
 
         settings = context.settings
         assert isinstance(settings, VllmSettings)
         if settings.endpoint is not None:
             return ExternalServer(context, settings.endpoint, name="vLLM")
+        servers = SleepingServers if settings.default_settings.sleep else ModelServers
         kind = VllmKind(context, settings)
-        return ModelServers(context, kind, base_port=settings.base_port, load_timeout_s=settings.load_timeout_s)
+        return servers(context, kind, base_port=settings.base_port, load_timeout_s=settings.load_timeout_s)
 
     async def install(self, cache_dir: Path, settings: BaseModel, report: Report) -> str:
         """`modelium.api.Installable`."""
@@ -74,7 +78,8 @@ class VllmBackend:
         here = [device for device in devices if device.kind == kind and not device.runtime]
         if not here:
             return []
-        if refused := _refusal(analysis, known(Path(runtime.facts["package"])), kind, embed=embed):
+        vllm = known(Path(str(runtime.facts["package"])))
+        if refused := _refusal(analysis, vllm, kind, embed=embed, int4=bool(runtime.facts.get("int4", True))):
             raise ModelError(f"vLLM {runtime.version} can't serve it: {refused}")
         defaults = ModelSettings.model_validate(runtime.facts.get("default_settings") or {})
         found = _offers(analysis, defaults, here, embed=embed, packs=bool(runtime.facts.get("bf16", True)))
@@ -107,7 +112,7 @@ def _task(analysis: Analysis) -> bool:
     return analysis.task in ("text-generation", "feature-extraction") and not analysis.facts.get("unsupported")
 
 
-def _refusal(analysis: Analysis, vllm: Known, kind: str, *, embed: bool) -> str:
+def _refusal(analysis: Analysis, vllm: Known, kind: str, *, embed: bool, int4: bool) -> str:
     """Why it can't be served, for a person; empty when it can."""
     facts = analysis.facts
     architecture, method = analysis.architecture, facts.get("quantization")
@@ -123,6 +128,8 @@ def _refusal(analysis: Analysis, vllm: Known, kind: str, *, embed: bool) -> str:
     if kind == "cpu":
         if method and method not in CPU_QUANTIZATION:
             return f"weights that are quantised with {method} take a GPU"
+        if method in INT4 and not int4:
+            return f"weights that are quantised with {method} take a processor with AVX-512, or a GPU"
         if (head := memory.head_size(analysis)) not in CPU_HEADS and not facts.get("kv_lora_rank"):
             return f"its heads have {head} numbers, and on CPUs {', '.join(map(str, sorted(CPU_HEADS)))} are computed"
     return ""
@@ -175,8 +182,7 @@ def _offer(
     least = min(device.total_bytes for device in devices)
     size = memory.size(analysis, settings, kind, count, least, embed=embed, packs=packs)
     own: dict[str, Any] = {DEVICE_BYTES: least} if kind == "cuda" else {}
-    if size.cache:
-        own["kv_cache_memory_bytes"] = size.cache
+    own["kv_cache_memory_bytes"] = size.cache
     if not embed:
         own["max_model_len"] = memory.length(analysis, settings, kind)
     if count > 1:
@@ -189,6 +195,7 @@ def _offer(
         devices=count,
         memory_bytes=size.total,
         load_s=START_S[kind] + analysis.weights_bytes / READ_BYTES_PER_S,
+        standby=LEVELS if kind == "cuda" and settings.sleep else (),
         settings={**settings.model_dump(mode="json", exclude_unset=True), "dtype": settings.dtype, **own},
         note=_note(analysis, settings, kind, count, size, embed=embed),
     )

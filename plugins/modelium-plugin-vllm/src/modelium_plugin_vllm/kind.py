@@ -13,7 +13,7 @@ from modelium.api import LoadRequest, Progress, RuntimeContext
 from modelium.api.measuring import Gpus
 from modelium.api.servers import LOG_LINES, Server, ServerCommand
 from modelium.errors import ConfigError, DriverError
-from modelium_plugin_vllm import arguments, memory, reasons
+from modelium_plugin_vllm import arguments, cpu, memory, reasons
 from modelium_plugin_vllm.environment import FOLDER, INSTALL, Vllm, find
 from modelium_plugin_vllm.registry import known
 from modelium_plugin_vllm.settings import ModelSettings, VllmSettings, model_settings
@@ -52,13 +52,15 @@ class VllmKind:
                 )
             return "not installed", {"installed": False, "install": INSTALL}
         self._gpus = await asyncio.to_thread(Gpus.open)
+        found = await asyncio.to_thread(cpu.features)
         await asyncio.to_thread(known, vllm.package)
         return vllm.version, {
             "installed": True,
             "kind": vllm.kind,
             "python": str(vllm.python),
             "package": str(vllm.package),
-            "bf16": await asyncio.to_thread(arguments.computes_bf16),
+            "bf16": cpu.computes_bf16(found),
+            "int4": cpu.computes_int4(found),
             "repository": str(self._context.repository),
             "default_settings": self._settings.default_settings.model_dump(mode="json", exclude_unset=True),
         }
@@ -115,30 +117,43 @@ class VllmKind:
 
     async def check(self, server: Server, request: LoadRequest, http: aiohttp.ClientSession) -> None:
         """A first token, or a first embedding, under the model's name."""
-        path, body = "/v1/completions", {"prompt": "Hello", "max_tokens": 1, "temperature": 0}
-        if request.analysis.task == "feature-extraction":
-            path, body = "/v1/embeddings", {"input": "Hello"}
-        body["model"] = request.name
         try:
-            # However long the first token takes: the load as a whole has a bound.
-            timeout = aiohttp.ClientTimeout(total=None)
-            async with http.post(server.base + path, json=body, timeout=timeout) as answer:
-                text = await answer.text()
-        except aiohttp.ClientError as error:
-            raise await self._no_answer(server, request, str(error)) from error
-        if answer.status != 200:
-            raise await self._no_answer(server, request, f"{answer.status} {text}")
+            await self.first_answer(server, http)
+        except DriverError as error:
+            raise await self._explained(server, error) from error
 
-    async def _no_answer(self, server: Server, request: LoadRequest, said: str) -> DriverError:
-        """A server whose engine died of the question says why in its log, and then ends."""
+    async def first_answer(self, server: Server, http: aiohttp.ClientSession) -> None:
+        """Which of the two it gives, it knows itself. Raises `DriverError` when it gives none."""
+        asked = {"model": server.model}
+        # However long the first token takes: the load as a whole has a bound.
+        timeout = aiohttp.ClientTimeout(total=None)
+        said = ""
+        for path, body in (
+            ("/v1/completions", {**asked, "prompt": "Hello", "max_tokens": 1, "temperature": 0}),
+            ("/v1/embeddings", {**asked, "input": "Hello"}),
+        ):
+            try:
+                async with http.post(server.base + path, json=body, timeout=timeout) as answer:
+                    if answer.status == 200:
+                        return
+                    said = f"{answer.status} {await answer.text()}"
+            except (aiohttp.ClientError, OSError) as error:
+                said = str(error) or type(error).__name__
+            if not said.startswith("404"):
+                break
+        raise DriverError(f"{server.model} has no first answer: {said:.300}", code="no_answer")
+
+    async def _explained(self, server: Server, error: DriverError) -> DriverError:
+        """A server whose engine died of the question says why in its log, and then ends; so does one whose port another
+        has, who answered in its place."""
         processes = self._context.processes
         try:
-            async with asyncio.timeout(DIES_WITHIN_S if said.startswith("5") else 0):
+            async with asyncio.timeout(DIES_WITHIN_S):
                 while processes.find(server.record.name) is not None:
                     await asyncio.sleep(0.1)
         except TimeoutError:
-            return DriverError(f"{request.name} has no first answer: {said:.300}", code="no_answer")
-        return reasons.failure(request.name, processes.tail(server.record.name, LOG_LINES, this_run=True))
+            return error
+        return reasons.failure(server.model, processes.tail(server.record.name, LOG_LINES, this_run=True))
 
 
 def _otherwise(request: LoadRequest, settings: ModelSettings, former: DriverError) -> tuple[dict[str, Any], str]:
@@ -147,14 +162,16 @@ def _otherwise(request: LoadRequest, settings: ModelSettings, former: DriverErro
     length = memory.length(request.analysis, settings, kind)
     if former.code in (reasons.TOO_LONG, reasons.SHORT_CACHE):
         fits = int(former.fields.get("fits") or 0)
-        if not min(SHORTEST, length) <= fits < length:
+        least = 1 if former.code == reasons.TOO_LONG else min(SHORTEST, length)
+        if not least <= fits < length:
             return {}, ""
         why = "the model takes no more" if former.code == reasons.TOO_LONG else "its cache has room for no more"
         return {"max_model_len": fits}, f"with requests of {fits} instead of {length} tokens, since {why}"
     if former.code != reasons.NO_MEMORY or not settings.kv_cache_memory_bytes:
         return {}, ""
     cache = settings.kv_cache_memory_bytes
-    wanted = min(cache // 2, int(former.fields.get("free_bytes") or cache))
+    free = int(former.fields.get("free_bytes") or cache)
+    wanted = min(cache // 2, int(free * memory.USABLE))
     one = memory.requests(request.analysis, settings, kind, count, 1)
     if one <= wanted:
         return {"kv_cache_memory_bytes": wanted}, "with a smaller cache, since memory was short: fewer requests at once"

@@ -23,12 +23,15 @@ BLOCK_TOKENS = 128
 """Of a block of the cache on a CPU (vLLM's platforms/cpu.py), where one more than requests need is kept; on GPUs blocks
 are smaller."""
 
+NO_CACHE_BYTES = MIB
+"""For a model that keeps nothing: vLLM would lay claim to nearly all memory if nothing were said."""
+
 USABLE = 0.9
 """Of a device: what models may have, unless a person says otherwise."""
 
-# On a CPU: PSS of both processes with the smallest model, vLLM 0.32: 825 MiB while nobody else has their libraries in
-# memory, 690 MiB where another model has.
-ON_CPU_BYTES = 770 * MIB
+# On a CPU: PSS of both processes with the smallest model, vLLM 0.32: 750 MiB while nobody else has their libraries in
+# memory, 650 MiB where another model has.
+ON_CPU_BYTES = 720 * MIB
 # On a GPU: CUDA's context, its libraries, and the graphs that are captured, beside what vLLM itself accounts for.
 ON_GPU_BYTES = 1024 * MIB
 
@@ -115,7 +118,8 @@ def size(
         least, wanted = (requests(analysis, settings, kind, devices, n) for n in (1, count))
         room = int(devices * device_bytes * USABLE) - weights - rest
         # An encoder, which has no heads for keys alone, sees a text at once and keeps nothing of it.
-        cache = 0 if embed and not analysis.facts.get("kv_heads") else min(wanted, max(least, room))
+        encoder = embed and not analysis.facts.get("kv_heads")
+        cache = NO_CACHE_BYTES if encoder else min(wanted, max(least, room))
     return Size(weights, cache, rest)
 
 

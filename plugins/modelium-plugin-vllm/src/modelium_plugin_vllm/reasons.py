@@ -52,6 +52,9 @@ _RAISED = re.compile(r"^(?:[A-Za-z_][\w.]*\.)?([A-Za-z_]\w*(?:Error|Exception|In
 _CONSEQUENCE = re.compile(r"Engine core initialization failed|EngineDeadError|EngineCore encountered an issue")
 _NOISE = re.compile(r"^(?:nanobind: | - leaked | - \.\.\. skipped|See https://|\s*For further information|\s*\^*$)")
 
+_LISTS = re.compile(r" \[type=\w+, input_value=.*| Supported architectures: .*| Must be one of \[.*")
+"""Behind what is said."""
+
 _FREE = re.compile(
     r"(?:Available|Free) memory on (?:node|device) \S+ \((?P<free>[\d.]+)/[\d.]+ GiB\).*?"
     r"(?:memory for kv|utilization) \((?:[\d.]+, )?(?P<wanted>[\d.]+)",
@@ -87,9 +90,17 @@ _REFUSED: Sequence[tuple[str, re.Pattern[str], str]] = (
     ),
     (
         "quantization",
-        re.compile(r"[Uu]nknown quantization|quantization.*(?:not|un)\s?supported|[Qq]uantization method specified"),
+        re.compile(
+            r"[Uu]nknown quantization|quantization.*(?:not|un)\s?supported|[Qq]uantization method specified|fp8_quant\("
+            r"|Cannot find the config file for"
+        ),
         "this vLLM can't compute its quantised weights on this kind of device: use a GPU, or a model that is quantised "
         "otherwise or not at all",
+    ),
+    (
+        "unsupported",
+        re.compile(r"'_OpNamespace' '\w+' object has no attribute"),
+        "this vLLM has no such computation for this processor: use a GPU, or a model that is quantised otherwise",
     ),
     (
         "dtype",
@@ -196,4 +207,4 @@ def cause(said: Sequence[str]) -> str:
         if match[1] == "ValidationError":  # pydantic's: what is wrong stands in the next line
             found = next(iter(said[at + 1 :]), "").strip().removeprefix("Value error, ")
         break
-    return re.sub(r" \[type=\w+, input_value=.*", "", found).strip()
+    return _LISTS.sub("", found).strip()

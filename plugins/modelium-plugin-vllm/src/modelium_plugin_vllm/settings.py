@@ -22,6 +22,9 @@ MODULE_OF: Mapping[str, str] = {"fastsafetensors": "fastsafetensors", "runai_str
 REPOSITORY, DEVICE_BYTES = "repository", "device_bytes"
 """What a plan carries beside these settings, for the files that Triton would read."""
 
+LEVELS = (1, 2)
+"""Of sleep: 1 keeps the weights in host memory; 2 drops them, and they are read again from disk."""
+
 OURS = frozenset(
     {
         "model", "host", "port", "uds", "served-model-name", "gpu-memory-utilization", "root-path", "api-server-count",
@@ -72,7 +75,7 @@ class ModelSettings(BaseModel):
     """The largest rank among the adapters: 8, 16, 32, 64, 128, 256, 320 or 512."""
     sleep: bool = False
     """Whether it can be put to sleep: its weights go to host memory, or away, and its GPU's memory is free. It takes
-    a GPU."""
+    a GPU, and is to be set in `default_settings`."""
     args: tuple[str, ...] = ()
     """Further arguments of vLLM's server, such as `--enable-auto-tool-choice`."""
     env: Mapping[str, str] = Field(default_factory=dict)

@@ -22,7 +22,9 @@ from __future__ import annotations
 
 import http.server
 import json
+import logging
 import os
+import socket
 import socketserver
 import sys
 import threading
@@ -74,6 +76,7 @@ class Cluster:
                 **common,
             )
         else:
+            _reach(settings["address"])
             ray.init(settings["address"], **common)
         self.me = ray.get_runtime_context().get_node_id()
         self.session = ray._private.worker.global_worker.node.session_name
@@ -180,6 +183,16 @@ class Cluster:
         return self._probes[node]
 
 
+def _reach(address: str) -> None:
+    """Ray itself would try for minutes. Raises `RuntimeError`."""
+    host, _, port = address.rpartition(":")
+    try:
+        if host:
+            socket.create_connection((host, int(port)), timeout=ASK_WITHIN_S).close()
+    except OSError as error:
+        raise RuntimeError(f"nothing answers at {address} (ray_serve.address): {error}") from error
+
+
 def _is_head(node: Mapping[str, Any]) -> bool:
     return "node:__internal_head__" in node["Resources"]
 
@@ -193,7 +206,6 @@ def _application(shown: Mapping[str, Any]) -> dict[str, Any]:
         "ours": not shown["deployments"] or set(shown["deployments"]) == {DEPLOYMENT},
         "route": shown["route_prefix"],
         "status": shown["status"],
-        "deployed_at": shown["last_deployed_time_s"],
         "message": deployment.get("message") or shown["message"],
         "nodes": chosen.removeprefix("in(").removesuffix(")").split(",") if chosen else [],
         "target": deployment.get("target_num_replicas"),
@@ -203,7 +215,6 @@ def _application(shown: Mapping[str, Any]) -> dict[str, Any]:
                 "state": replica["state"],
                 "node": replica.get("node_id"),
                 "pid": replica.get("pid"),
-                "began": replica["start_time_s"],
             }
             for replica in deployment.get("replicas", ())
         ],
@@ -266,6 +277,7 @@ def main() -> None:
     """Its one argument is JSON: `socket`, `address`, `http_port`, `num_cpus`, `object_store_bytes`, `temp_dir`."""
     settings = json.loads(sys.argv[1])
     began = time.monotonic()
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # it tells of each order
     try:
         Handler.cluster = Cluster(settings)
     except Exception as error:

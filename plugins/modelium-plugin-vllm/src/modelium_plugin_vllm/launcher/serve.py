@@ -10,14 +10,18 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import logging
 import os
 import signal
+import socket
+import sys
 from typing import Any
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 def main() -> None:
+    holder = hold_port()
     os.register_at_fork(after_in_child=end_with_parent)
     # What is imported stays: to look through it for garbage again and again takes seconds.
     gc.disable()
@@ -25,9 +29,22 @@ def main() -> None:
         fork_on_cpu()
     from vllm.entrypoints.launchers.api_server.entry import main as serve
 
+    # It lists forty routes, behind which what it said of the model is hard to find.
+    routes = logging.getLogger("vllm.entrypoints.launchers.launcher")
+    routes.addFilter(lambda record: not str(record.msg).startswith("Route: "))
     gc.enable()
     gc.freeze()
     serve()
+    holder.close()
+
+
+def hold_port() -> socket.socket:
+    """Have the port from the first moment on: vLLM asks for it when it has imported all that it needs, and by then
+    another may have it. Raises `OSError` when it is taken."""
+    holder = socket.socket()
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # vLLM may bind it too, as long as we don't listen
+    holder.bind((sys.argv[sys.argv.index("--host") + 1], int(sys.argv[sys.argv.index("--port") + 1])))
+    return holder
 
 
 def fork_on_cpu() -> None:

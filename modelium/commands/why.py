@@ -113,7 +113,9 @@ def _measured(measured: dict[str, Any] | None) -> str:
     took = f"{measured['load_s']:.1f} s to load"
     if measured["slowest_s"] > measured["load_s"]:
         took += f", {measured['slowest_s']:.1f} s the slowest"
-    return f"{memory}; {took}; {loads} {'load' if loads == 1 else 'loads'}"
+    told = [memory, took, f"{loads} {'load' if loads == 1 else 'loads'}"]
+    told += [f"{wake_s:.2g} s to wake from level {level}" for level, wake_s in sorted(measured["wake_s"].items())]
+    return "; ".join(told)
 
 
 @click.command()

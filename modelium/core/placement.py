@@ -133,11 +133,8 @@ def spots(turn: Turn, model: Model, ahead: Mapping[str, int] | None = None) -> l
 
 
 def _where(turn: Turn, model: Model) -> set[str]:
-    """The devices that a parked model wakes on: where it was, and holds something perhaps. Empty: any."""
-    if model.parked is None or model.spec is None:
-        return set()
-    held = model.parked.before or model.booking
-    return {d for d, _ in held if d in turn.devices and turn.devices[d].kind == model.spec.device_kind}
+    """The devices that a parked model wakes on: where it was. Empty: any, or nobody knows."""
+    return {d for d in model.placed if d in turn.devices} if model.parked is not None else set()
 
 
 def never_fits(turn: Turn, model: Model, found: Iterable[Spot]) -> str | None:

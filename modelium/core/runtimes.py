@@ -200,6 +200,7 @@ def _adopt_parked(turn: Turn, model: Model, shown: ObservedModel) -> None:
         State.STANDBY,
         f"{asleep(model)}; adopted: it slept already",
         booking=tuple(sorted(shown.memory.items())) or expected,
+        placed=model.placed or (_placed(turn, model, shown) if shown.memory else ()),
         extra=(),
         measured=tuple(sorted(shown.memory.items())),
         promise=(),

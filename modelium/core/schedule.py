@@ -245,7 +245,7 @@ def _load(turn: Turn, line: Line, model: Model, spot: Spot) -> None:
         State.LOADING,
         f"{told}; {spot.arithmetic}",
         booking=booking,
-        placed=tuple(device for device, _ in spot.booking) if asleep is None else model.placed,
+        placed=tuple(device for device, _ in spot.booking),
         promise=(),
         op=op,
         op_since=turn.now,

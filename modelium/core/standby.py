@@ -128,6 +128,7 @@ def _may_sleep(turn: Turn, model: Model, host: Account) -> bool:
         and runtime is not None
         and runtime.state is RuntimeState.UP
         and not runtime.recycle
+        and turn.reaches(runtime.name, host)
         and not turn.asked_gone(model)
     )
 

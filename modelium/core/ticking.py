@@ -192,7 +192,7 @@ def _release(turn: Turn, model: Model) -> None:
     held = {device for device, _ in model.booking}
     kinds = {turn.devices[device].kind for device in held if device in turn.devices}
     waiting = (turn.models[n] for n in turn.queue)
-    if any(m.state is State.QUEUED and m.spec is not None and m.spec.device_kind in kinds for m in waiting):
+    if any(queued(m) and m.spec is not None and m.spec.device_kind in kinds for m in waiting):
         recycle(turn, model.home, f"{model.name} could not be unloaded, and others wait for its room")
 
 

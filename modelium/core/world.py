@@ -87,7 +87,7 @@ class Parked:
 
     level: int
     before: Booking = ()
-    """What it held when it was awake: it wakes on the same devices. Empty where nobody knows any more."""
+    """What it held when it was awake; empty where nobody knows any more."""
 
 
 @dataclass(frozen=True)

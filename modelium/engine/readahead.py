@@ -38,6 +38,9 @@ STEP_BYTES = 128 * 1024
 """The kernel reads no more for one request than a device's read-ahead, which is this unless somebody changed it
 (`/sys/block/*/queue/read_ahead_kb`)."""
 
+PIECE_BYTES = 16 * STEP_BYTES
+"""So much is asked for at a time, that others who read from the disk need not wait for long."""
+
 
 @dataclass(frozen=True, slots=True)
 class Files:
@@ -65,12 +68,14 @@ def choose(candidates: Iterable[Files], budget: int) -> list[Files]:
 def warm(paths: Sequence[Path], stopped: threading.Event) -> None:
     """Have the kernel read files that are not in memory; what is there costs no reading. Runs in a thread."""
     for path in paths:
-        with contextlib.suppress(OSError), path.open("rb") as file:
+        with contextlib.suppress(OSError), path.open("rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
             for start in range(0, size, STEP_BYTES):
                 if stopped.is_set():
                     return
                 os.posix_fadvise(file.fileno(), start, STEP_BYTES, os.POSIX_FADV_WILLNEED)
+                if start % PIECE_BYTES == 0:
+                    os.pread(file.fileno(), 1, start)  # waits until it is there
 
 
 def _files(folder: Path) -> tuple[tuple[Path, ...], int]:

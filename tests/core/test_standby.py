@@ -181,6 +181,37 @@ def test_with_no_room_anywhere_it_sleeps_on_until_there_is_some() -> None:
     assert sim.answer(ticket) == "granted" and sim.loads[-1] == "a"
 
 
+def test_spread_over_two_devices_it_wakes_on_both() -> None:
+    budgets = {"cpu:0": 60, "cpu:1": 100, "cpu:2": 100}
+    sim = Sim(Policy(budgets=budgets), devices=3, levels=(1,), residue=5)
+    sim.run()
+    sim.accept("a", memory=80, devices=2)
+    sim.load("a")
+    assert sim.world.models["a"].booking == (("cpu:1", 40), ("cpu:2", 40))
+    sim.wait(620)
+    sim.complete(sim.pending[-1])
+    assert (booked(sim, "cpu:1"), booked(sim, "cpu:2")) == ((40, 0, 37), (40, 0, 37))
+    sim.run()
+    assert sim.state("a") is State.STANDBY
+    assert (booked(sim, "cpu:1"), booked(sim, "cpu:2"), booked(sim, HOST)) == ((5, 0, 0), (5, 0, 0), (40, 0, 0))
+    ticket = sim.ask("a")
+    assert (booked(sim, "cpu:0"), booked(sim, "cpu:1"), booked(sim, "cpu:2")) == ((0, 0, 0), (40, 0, 0), (40, 0, 0))
+    sim.run()
+    assert sim.answer(ticket) == "granted" and sim.world.models["a"].estimate.memory_bytes == 80
+
+
+def test_on_another_machine_it_does_not_sleep_in_the_memory_of_this_one() -> None:
+    sim = make()
+    sim.accept("a", memory=60)
+    sim.load("a")
+    sim.world = replace(
+        sim.world, runtimes=sim.world.runtimes.set("r", replace(sim.world.runtimes["r"], elsewhere=True))
+    )
+    sim.wait(620)
+    sim.run()
+    assert sim.state("a") is State.COLD
+
+
 def test_a_wake_that_fails_is_followed_by_a_load_and_nobody_is_refused() -> None:
     sim = make()
     asleep(sim)

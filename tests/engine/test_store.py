@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from modelium.api import Plan
-from modelium.engine.store import Store, measurement_key
+from modelium.engine.store import MeasuredStandby, Store, measurement_key
 
 
 def test_everything_comes_back(tmp_path: Path) -> None:
@@ -31,6 +31,22 @@ def test_growth_counts_only_after_a_load_and_when_it_matters(tmp_path: Path) -> 
     assert store.measured["k"].memory_bytes == 1000
     store.measure("k", 1100)
     assert store.measured["k"].memory_bytes == 1100
+
+
+def test_what_sleep_takes_is_kept_by_level(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.measure("k", 100, 5.0)
+    for seconds in (0.2, 0.9, 0.3):
+        store.measure_wake("k", 1, seconds)
+    store.measure_parked("k", 1, 50, 8)
+    store.measure_parked("k", 1, 40, 9)
+    store.measure_wake("k", 2, 2.0)
+    store.measure("k", 110, 6.0)
+    store.flush()
+    again = Store(tmp_path)
+    found, kept = again.measurement("k"), again.measured["k"].standby
+    assert found is not None and found.wake_s == {1: 0.3, 2: 2.0}
+    assert kept[1] == MeasuredStandby(host_bytes=50, device_bytes=9, wake_s=(0.2, 0.9, 0.3))
 
 
 def test_broken_files_start_anew(tmp_path: Path) -> None:

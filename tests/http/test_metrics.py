@@ -48,6 +48,8 @@ async def test_what_is_counted_is_shown(surface: Surface, upstream: Recorder) ->
         ("COLD", "QUEUED", "asked for"), ("QUEUED", "LOADING", "request, 1 waiting"), ("LOADING", "READY", "loaded"),
         ("READY", "DRAINING", "evicted for x"), ("DRAINING", "UNLOADING", ""), ("UNLOADING", "COLD", ""),
         ("QUEUED", "LOADING", "person"), ("LOADING", "FAILED", "broken"),
+        ("READY", "DRAINING", "idle for 9 s"), ("DRAINING", "PARKING", ""), ("PARKING", "STANDBY", ""),
+        ("STANDBY", "LOADING", "request"), ("LOADING", "READY", "woken"),
     ]:  # fmt: skip
         service.tell("m", before, after, reason)
     samples = await scrape(surface)
@@ -75,6 +77,9 @@ async def test_what_is_counted_is_shown(surface: Surface, upstream: Recorder) ->
     assert of(samples, "modelium_model_loads_total", model="m", reason="request") == 1
     assert of(samples, "modelium_model_unloads_total", model="m", reason="evicted") == 1
     assert of(samples, "modelium_model_failed_loads_total", model="m") == 1
+    assert of(samples, "modelium_model_parks_total", model="m", reason="idle") == 1
+    assert of(samples, "modelium_model_wakes_total", model="m") == 1
+    assert of(samples, "modelium_model_last_wake_seconds", model="m") is not None
     assert of(samples, "modelium_model_last_load_seconds", model="m") is not None
     assert of(samples, "modelium_load_seconds_count") == 1
     assert of(samples, "process_resident_memory_bytes")

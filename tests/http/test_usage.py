@@ -175,6 +175,33 @@ def test_loads_and_unloads_are_counted_with_their_reason(
         assert (sum(counter.load_seconds.counts), counter.load_seconds.sum) == (1, 10.0)
 
 
+SLEEP = [("READY", "DRAINING", "evicted for x"), ("DRAINING", "PARKING", ""), ("PARKING", "STANDBY", "")]
+
+
+@pytest.mark.parametrize(
+    ("then", "wakes", "unloads"),
+    [
+        ([], 0, {}),
+        ([("STANDBY", "LOADING", "request, 1 waiting"), ("LOADING", "READY", "woken")], 1, {}),
+        ([("STANDBY", "LOADING", ""), ("LOADING", "UNLOADING", "did not wake"), ("UNLOADING", "COLD", "")], 0, {}),
+        ([("STANDBY", "UNLOADING", "evicted for y"), ("UNLOADING", "COLD", "")], 0, {"evicted": 1}),
+        ([("STANDBY", "UNLOADING", "y is parked instead: it"), ("UNLOADING", "COLD", "")], 0, {"displaced": 1}),
+        ([("STANDBY", "COLD", "its runtime is gone")], 0, {"lost": 1}),
+    ],
+)
+def test_sleeps_and_wakes_are_no_unloads_and_loads(
+    then: list[tuple[str, str, str]], wakes: int, unloads: dict[str, int]
+) -> None:
+    counter = TransitionCounter()
+    for number, (before, after, reason) in enumerate([*SLEEP, *then]):
+        counter.observe(_transition("m", before, after, reason, at=10.0 * number))
+    assert counter.parks == {"m": {"evicted": 1}} and counter.loads == {}
+    assert counter.wakes.get("m", 0) == wakes and counter.last_wake_s.get("m", 0.0) == 10.0 * wakes
+    assert counter.unloads.get("m", {}) == unloads
+    counter.forget("m")
+    assert not (counter.parks or counter.wakes or counter.last_wake_s)
+
+
 def test_runtimes_are_not_models() -> None:
     counter = TransitionCounter()
     counter.observe(_transition("runtime:triton", "STARTING", "READY", "x"))

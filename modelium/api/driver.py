@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,6 +89,8 @@ class RuntimeContext:
     processes: Processes
     report: Report
     """Progress of long preparations (installing an environment) that belong to no single load."""
+    starting: defaultdict[str, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
+    """By device, and of all runtimes: held by a server that measures what is free there."""
 
 
 @runtime_checkable

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,9 +126,10 @@ class Sizes:
 
 
 class Trees:
-    """What whole trees of processes hold, each named by the process that began it; one thread at a time."""
+    """What whole trees of processes hold, each named by the process that began it."""
 
     def __init__(self, gpus: Gpus | None = None):
+        self._lock = threading.Lock()
         self._sizes = Sizes("pss", gpus)
 
     def look(self, roots: Mapping[str, int]) -> dict[str, dict[str, int]]:
@@ -136,6 +138,10 @@ class Trees:
         A tree is what descends from the root, and what is in the session that the root leads, since a child whose
         parent has ended descends from nobody any more.
         """
+        with self._lock:
+            return self._look(roots)
+
+    def _look(self, roots: Mapping[str, int]) -> dict[str, dict[str, int]]:
         leaders = {pid: name for name, pid in roots.items()}
         found = {process.key[0]: process for process in processes() if not process.zombie}
         owners: dict[int, str | None] = {}

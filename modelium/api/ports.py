@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+
+import psutil
 
 from modelium.errors import DriverError
 
@@ -24,11 +26,43 @@ def hold(port: int) -> socket.socket | None:
     return holder
 
 
-def free_port(base: int = 0, taken: Collection[int] = ()) -> int:
-    """The first free port from `base` on that is not `taken`; any where `base` is 0.
+_given: set[int] = set()
+"""Ports of servers that don't listen yet."""
+
+
+@contextlib.contextmanager
+def given_port(base: int = 0, taken: Collection[int] = ()) -> Iterator[int]:
+    """The first free port from `base` on that is not `taken`; any where `base` is 0. It is given to nobody else here
+    until the block ends.
 
     Raises `DriverError` when there is none.
     """
+    port = _free_port(base, _given.union(taken))
+    _given.add(port)
+    try:
+        yield port
+    finally:
+        _given.discard(port)
+
+
+def listens(pid: int, port: int) -> bool:
+    """Whether a process, or one that descends from it, listens on a TCP port."""
+    try:
+        root = psutil.Process(pid)
+        return _listens(root, port) or any(_listens(child, port) for child in root.children(recursive=True))
+    except psutil.Error:
+        return False
+
+
+def _listens(process: psutil.Process, port: int) -> bool:
+    try:
+        found = process.net_connections("tcp")
+    except psutil.Error:
+        return False
+    return any(one.status == psutil.CONN_LISTEN and one.laddr.port == port for one in found)
+
+
+def _free_port(base: int, taken: Collection[int]) -> int:
     for port in range(base, 65536) if base else (0,) * 100:
         if port in taken:
             continue

@@ -10,8 +10,8 @@ import contextlib
 import logging
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -19,7 +19,7 @@ import aiohttp
 
 from modelium.api.driver import ProcessRecord, RuntimeContext
 from modelium.api.measuring import Gpus, Trees
-from modelium.api.ports import HOST, free_port
+from modelium.api.ports import HOST, given_port, listens
 from modelium.api.types import (
     Endpoint,
     LoadOutcome,
@@ -31,7 +31,7 @@ from modelium.api.types import (
     RuntimeInfo,
     UnloadOutcome,
 )
-from modelium.errors import DriverError, LoadRejected, RuntimeUnavailable
+from modelium.errors import DriverError
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +48,7 @@ RETIRE_AFTER_S = 5.0
 """A server that was replaced is told to end this long after the new one answers: by then nobody is sent to it."""
 GRACE_S = 30.0
 """How long a server that is told to end may finish what it is doing."""
+SECOND = "_2."
 LOG_LINES = 400
 """How much of a server's log is looked at for its progress and for what went wrong."""
 
@@ -59,7 +60,7 @@ class ServerCommand:
     argv: Sequence[str]
     env: Mapping[str, str] = field(default_factory=dict)
     exclusive: Collection[str] = ()
-    """Devices on which no other server of this runtime may start meanwhile, since it measures what is free there."""
+    """Devices on which no other server may start meanwhile, since it measures what is free there."""
     note: str = ""
     """What a person should know of it."""
 
@@ -122,11 +123,8 @@ class ModelServers:
         self._broken: dict[str, str] = {}
         """Why a server that had been loaded is of no use any more, by model."""
         self._misses: dict[str, int] = {}
-        self._ports: set[int] = set()
-        """Given to servers that don't listen yet."""
+        self._ending: set[str] = set()
         self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
-        self._starting: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
-        self._measuring = asyncio.Lock()
         self._retiring: dict[str, asyncio.Task[None]] = {}
         self._started = False
         self._trees: Trees | None = None
@@ -153,35 +151,47 @@ class ModelServers:
         )
 
     async def _adopt(self) -> None:
+        """Of those that serve one model, the newest is adopted."""
         names = await asyncio.to_thread(self._context.processes.names)
         mine = {s.record.name for s in (*self._servers.values(), *self._loading.values())} | self._retiring.keys()
-        found = [name for name in names if self._model_of(name) is not None and name not in mine]
-        await asyncio.gather(*(self._adopt_one(name) for name in found))
+        left = [name for name in names if self._model_of(name) is not None and name not in mine]
+        found = await asyncio.gather(*(self._left_behind(name) for name in left))
+        useless = [name for name, server in zip(left, found, strict=True) if server is None]
+        for server in sorted((s for s in found if s is not None), key=lambda s: s.record.created_at):
+            other = self._servers.get(server.model)
+            if other is not None and other.record.created_at > server.record.created_at:
+                useless.append(server.record.name)
+                continue
+            if other is not None:
+                useless.append(other.record.name)
+            self._servers[server.model] = server
+        for name in useless:
+            log.warning("%s: what an earlier run left as %s is ended", self._context.name, name)
+        await asyncio.gather(*(self._context.processes.stop(name, grace_s=GRACE_S) for name in useless))
 
-    async def _adopt_one(self, name: str) -> None:
+    async def _left_behind(self, name: str) -> Server | None:
+        """A server of an earlier run that is up, though it may be too busy to say so. None for all else."""
         model, record = self._model_of(name), self._context.processes.find(name)
-        assert model is not None
         port = record.facts.get("port") if record is not None else None
-        if record is not None and isinstance(port, int):
-            server = Server(model, record, port)
-            other = self._servers.get(model)
-            if await self._answers(server) and (other is None or other.record.created_at < record.created_at):
-                self._servers[model] = server
-                if other is not None:
-                    await self._stop(other)
-                return
-        log.warning("%s: what an earlier run left of %s is ended", self._context.name, model)
-        await self._context.processes.stop(name, grace_s=GRACE_S)
+        if model is None or record is None or not isinstance(port, int):
+            return None
+        server = Server(model, record, port)
+        try:
+            up = await self._health(server) == 200
+        except TimeoutError:
+            up = True
+        return server if up else None
 
     def _slots(self, model: str) -> tuple[str, str]:
-        """The two names under which a model's process may run: one of them while it replaces the other."""
-        return f"{self._context.name}.{model}", f"{self._context.name}-2.{model}"
+        """The two names under which a model's process may run: one of them while it replaces the other.
+
+        No runtime's name has a dot, and no model's begins with `_`.
+        """
+        return f"{self._context.name}.{model}", f"{self._context.name}.{SECOND}{model}"
 
     def _model_of(self, name: str) -> str | None:
-        for prefix in (f"{self._context.name}.", f"{self._context.name}-2."):
-            if name.startswith(prefix):
-                return name.removeprefix(prefix)
-        return None
+        runtime, _, rest = name.partition(".")
+        return rest.removeprefix(SECOND) if runtime == self._context.name and rest else None
 
     # ------------------------------------------------------------------ observing
 
@@ -194,11 +204,11 @@ class ModelServers:
         models = [
             ObservedModel(
                 name=name,
-                ready=name not in self._broken,
-                broken=name in self._broken,
+                ready=name not in self._broken and name not in self._ending,
+                broken=name in self._broken and name not in self._ending,
                 versions=("1",),
                 memory=memory.get(server.record.name, {}),
-                reason=self._broken.get(name, ""),
+                reason="ending" if name in self._ending else self._broken.get(name, ""),
                 endpoints=self._endpoints(server),
             )
             for name, server in servers.items()
@@ -211,14 +221,19 @@ class ModelServers:
 
     async def _look(self, server: Server) -> None:
         name = server.model
+        if name in self._ending:
+            return
         if not self._lives(server):
+            if self._servers.get(name) is not server:
+                return
             last = self._context.processes.tail(server.record.name, 20, this_run=True)
             self._broken[name] = f"its process has ended: {last[-1] if last else 'it said nothing'}"
             return
-        if await self._answers(server):
-            self._misses.pop(name, None)
+        answers = await self._answers(server)
+        if self._servers.get(name) is not server or name in self._ending:
             return
-        if self._servers.get(name) is not server:
+        if answers:
+            self._misses.pop(name, None)
             return
         self._misses[name] = self._misses.get(name, 0) + 1
         if self._misses[name] >= MISSES or not self._lives(server):
@@ -229,19 +244,27 @@ class ModelServers:
         return record is not None and (record.pid, record.created_at) == (server.record.pid, server.record.created_at)
 
     async def _answers(self, server: Server) -> bool:
+        try:
+            return await self._health(server) == 200
+        except TimeoutError:
+            return False
+
+    async def _health(self, server: Server) -> int | None:
+        """The status of its health route; None where nothing answers. Raises `TimeoutError` where it takes too long."""
         assert self._http is not None
         try:
             async with self._http.get(server.base + self._kind.health) as answer:
-                return answer.status == 200
-        except (aiohttp.ClientError, OSError, TimeoutError):
-            return False
+                return answer.status
+        except TimeoutError:  # one of OSError's
+            raise
+        except (aiohttp.ClientError, OSError):
+            return None
 
     async def _measure(self, servers: Sequence[Server]) -> dict[str, dict[str, int]]:
         """Bytes by process name and device."""
         if not servers or self._trees is None:
             return {}
-        async with self._measuring:
-            return await asyncio.to_thread(self._trees.look, {s.record.name: s.record.pid for s in servers})
+        return await asyncio.to_thread(self._trees.look, {s.record.name: s.record.pid for s in servers})
 
     def _endpoints(self, server: Server) -> tuple[Endpoint, ...]:
         return (Endpoint(protocol=self._kind.protocol, address=server.base),)
@@ -265,7 +288,7 @@ class ModelServers:
                 old = None
             first, second = self._slots(name)
             slot = second if old is not None and old.record.name == first else first
-            await self._retired(slot)
+            await self._kept(slot)  # a start ends what still runs under its name
             former: DriverError | None = None
             while True:
                 try:
@@ -285,33 +308,29 @@ class ModelServers:
     async def _try(
         self, request: LoadRequest, slot: str, former: DriverError | None, report: Report
     ) -> tuple[Server, str]:
-        port = free_port(self._base_port, self._ports | {s.port for s in self._servers.values()})
-        self._ports.add(port)
-        try:
+        """Its server, and what a person should know of it."""
+        with given_port(self._base_port, {s.port for s in self._servers.values()}) as port:
             command = await self._kind.command(request, port, former)
             if command is None:
                 assert former is not None
                 raise _NoFurtherTry(former)
             if former is not None:
                 log.warning("%s: %s; tried again: %s", request.name, former.message.splitlines()[0], command.note)
-            async with self._alone_on(command.exclusive) as settled:
+            async with self._alone_on(command.exclusive, report) as settle:
                 report(Progress(stage="starting"))
                 facts = {"model": request.name, "port": port}
-                record = await self._context.processes.spawn(slot, command.argv, env=command.env, facts=facts)
-                server = Server(request.name, record, port)
-                self._loading[request.name] = server
                 try:
-                    await self._until_up(server, request, report, settled)
+                    record = await self._context.processes.spawn(slot, command.argv, env=command.env, facts=facts)
+                    server = self._loading[request.name] = Server(request.name, record, port)
+                    await self._until_up(server, request, report, settle)
                 except BaseException:
                     await self._killed(slot)
                     raise
                 finally:
                     self._loading.pop(request.name, None)
             return server, command.note
-        finally:
-            self._ports.discard(port)
 
-    async def _until_up(self, server: Server, request: LoadRequest, report: Report, settled: asyncio.Event) -> None:
+    async def _until_up(self, server: Server, request: LoadRequest, report: Report, settle: Callable[[], None]) -> None:
         slot, began = server.record.name, time.monotonic()
         told: Progress | None = None
         try:
@@ -324,9 +343,10 @@ class ModelServers:
                     if progress is not None and progress != told:
                         report(progress)
                         told = progress
-                    if not settled.is_set() and self._kind.settled(lines):
-                        settled.set()
-                    if await self._answers(server):
+                    if self._kind.settled(lines):
+                        settle()
+                    # Whoever else listens there may answer too.
+                    if await self._answers(server) and await asyncio.to_thread(listens, server.record.pid, server.port):
                         break
                     since = time.monotonic() - began
                     await asyncio.sleep(min(POLL_S, max(FIRST_POLL_S, since / POLLS_PER_START)))
@@ -349,27 +369,16 @@ class ModelServers:
             ) from error
 
     @asynccontextmanager
-    async def _alone_on(self, devices: Collection[str]) -> AsyncIterator[asyncio.Event]:
-        """Hold back other starts on these devices until the event is set, or all is over."""
-        settled = asyncio.Event()
-        held = [self._starting[device] for device in sorted(devices)]
-        for lock in held:
-            await lock.acquire()
-
-        async def release() -> None:
-            try:
-                await settled.wait()
-            finally:
-                for lock in held:
-                    lock.release()
-
-        task = asyncio.get_running_loop().create_task(release())
-        await asyncio.sleep(0)  # from here on it releases, come what may
-        try:
-            yield settled
-        finally:
-            settled.set()
-            await asyncio.wait([task])
+    async def _alone_on(self, devices: Collection[str], report: Report) -> AsyncIterator[Callable[[], None]]:
+        """Hold back other starts on these devices, until what it yields is called or all is over."""
+        with ExitStack() as held:
+            for device in sorted(devices):
+                turn = self._context.starting[device]
+                if turn.locked():
+                    report(Progress(stage=f"waiting for another start on {device}"))
+                await turn.acquire()
+                held.callback(turn.release)
+            yield held.close
 
     async def _outcome(self, server: Server, began: float, note: str = "") -> LoadOutcome:
         memory = await self._measure([server])
@@ -388,14 +397,17 @@ class ModelServers:
         return UnloadOutcome()
 
     async def _end(self, name: str) -> None:
-        """All that runs for a model."""
-        server = self._servers.pop(name, None)
-        self._broken.pop(name, None)
-        self._misses.pop(name, None)
-        for slot in self._slots(name):
-            await self._retired(slot)
-        if server is not None:
-            await self._stop(server)
+        """All that runs for a model; it is shown until it is gone."""
+        self._ending.add(name)
+        try:
+            for slot in self._slots(name):
+                await self._kept(slot)
+            await asyncio.gather(*(self._context.processes.stop(slot, grace_s=GRACE_S) for slot in self._slots(name)))
+            self._servers.pop(name, None)
+            self._broken.pop(name, None)
+            self._misses.pop(name, None)
+        finally:
+            self._ending.discard(name)
 
     async def _stop(self, server: Server) -> None:
         await self._context.processes.stop(server.record.name, grace_s=GRACE_S)
@@ -419,13 +431,14 @@ class ModelServers:
         self._retiring[slot] = task
         task.add_done_callback(lambda _: self._retiring.pop(slot, None))
 
-    async def _retired(self, slot: str) -> None:
-        """Nothing runs under a slot any more that was replaced."""
+    async def _kept(self, slot: str) -> bool:
+        """What retires there is not ended in a while, but by who asks; whether there is any."""
         task = self._retiring.get(slot)
-        if task is not None:
-            task.cancel()
-            await asyncio.wait([task])
-            await self._context.processes.stop(slot, grace_s=GRACE_S)
+        if task is None:
+            return False
+        task.cancel()
+        await asyncio.wait([task])
+        return True
 
     async def stop(self) -> None:
         names = await asyncio.to_thread(self._context.processes.names)
@@ -462,83 +475,3 @@ class ModelServers:
 class _NoFurtherTry(Exception):
     def __init__(self, reason: DriverError):
         self.reason = reason
-
-
-class ExternalServer:
-    """`modelium.api.RuntimeDriver` for an OpenAI server of somebody else's, by its URL: it has the models that it has.
-
-    What it serves is shown as ready, with where it answers; nothing is loaded or unloaded there.
-    """
-
-    def __init__(self, context: RuntimeContext, endpoint: str, *, name: str):
-        self._context = context
-        self._base = endpoint.rstrip("/").removesuffix("/v1")
-        self._name = name
-        self._http: aiohttp.ClientSession | None = None
-
-    async def start(self) -> RuntimeInfo:
-        if self._http is None:
-            self._http = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=ANSWERS_WITHIN_S))
-        await self._served()
-        return RuntimeInfo(
-            name=self._context.name,
-            version=await self._version(),
-            instance=self._base,
-            adopted=True,
-            external=True,
-            facts={"endpoint": self._base},
-        )
-
-    async def _served(self) -> list[str]:
-        """The names of its models: `GET /v1/models` of OpenAI's API."""
-        if self._http is None:
-            raise RuntimeUnavailable(f"{self._context.name} was not started")
-        try:
-            async with self._http.get(f"{self._base}/v1/models") as answer:
-                if answer.status != 200:
-                    raise RuntimeUnavailable(f"{self._base}/v1/models answers {answer.status}, and 200 was expected")
-                return [str(model["id"]) for model in (await answer.json(content_type=None))["data"]]
-        except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            raise RuntimeUnavailable(
-                f"no {self._name} answers at {self._base}: {error or type(error).__name__}"
-            ) from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise RuntimeUnavailable(f"{self._base}/v1/models does not answer as OpenAI's API does") from error
-
-    async def _version(self) -> str:
-        """As vLLM tells it; empty for servers that don't."""
-        assert self._http is not None
-        try:
-            async with self._http.get(f"{self._base}/version") as answer:
-                return str((await answer.json(content_type=None))["version"]) if answer.status == 200 else ""
-        except (aiohttp.ClientError, OSError, TimeoutError, ValueError, KeyError, TypeError):
-            return ""
-
-    async def observe(self) -> Observation:
-        endpoint = Endpoint(protocol="openai", address=self._base)
-        names = await self._served()
-        models = tuple(ObservedModel(name=name, ready=True, versions=("1",), endpoints=(endpoint,)) for name in names)
-        return Observation(instance=self._base, models=models)
-
-    async def load(self, request: LoadRequest, report: Report) -> LoadOutcome:
-        """Only what it has already is loaded. Raises `LoadRejected` for all else."""
-        if request.name not in await self._served():
-            raise LoadRejected(f"the {self._name} at {self._base} does not serve {request.name}, and loads nothing")
-        return LoadOutcome(memory={}, load_s=0, endpoints=(Endpoint(protocol="openai", address=self._base),))
-
-    async def unload(self, name: str) -> UnloadOutcome:
-        if name in await self._served():
-            raise DriverError(f"{name} is served at {self._base}, whose models are not ours to unload")
-        return UnloadOutcome()
-
-    async def stop(self) -> None:
-        await self.close()
-
-    async def close(self) -> None:
-        http, self._http = self._http, None
-        if http is not None:
-            await http.close()
-
-    def logs(self, model: str | None, lines: int) -> list[str]:
-        """Of another one's log nothing is known."""
-        return []

@@ -6,7 +6,9 @@ Importing this needs pytest and pytest-asyncio; `modelium.api.fakes` needs neith
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
+from urllib.parse import urlsplit
 
 import pytest
 import pytest_asyncio
@@ -137,6 +139,16 @@ class DriverContract:
             await task
         assert await self.held(driver, slow_model.name) is None
 
+    async def test_cancelled_at_once_leaves_nothing(self, driver: RuntimeDriver, slow_model: LoadRequest) -> None:
+        for turns in (0, 1, 3, 10, 30):
+            task = asyncio.create_task(driver.load(slow_model, silent))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.wait([task])
+            await driver.unload(slow_model.name)
+            assert await self.held(driver, slow_model.name) is None
+
     async def test_a_new_driver_adopts(
         self, driver: RuntimeDriver, make_driver: Callable[[], RuntimeDriver], good_model: LoadRequest
     ) -> None:
@@ -168,9 +180,36 @@ class DriverContract:
         assert await self.held(driver, good_model.name) is None
         await driver.load(good_model, silent)
 
+    async def test_crash_in_mid_request(
+        self, driver: RuntimeDriver, crash: Callable[[], None], good_model: LoadRequest
+    ) -> None:
+        info = await driver.start()
+        outcome = await driver.load(good_model, silent)
+        address = next(e.address for e in (*outcome.endpoints, *info.endpoints) if e.address.startswith("http://"))
+        parts = urlsplit(address)
+        if (parts.hostname or "").endswith(".invalid"):
+            pytest.skip("nothing listens at its address")
+        reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+        writer.write(b"POST /v2/models/none/infer HTTP/1.1\r\nHost: runtime\r\nContent-Length: 100\r\n\r\n{")
+        await writer.drain()
+        crash()
+        async with asyncio.timeout(30):  # who waits is told by the connection's end
+            with contextlib.suppress(ConnectionError):
+                while await reader.read(4096):
+                    pass
+        writer.close()
+        if self.each_alone:
+            await self._lost_alone(driver, good_model)
+        else:
+            with pytest.raises(RuntimeUnavailable):
+                await driver.observe()
+
     async def _lost_alone(self, driver: RuntimeDriver, model: LoadRequest) -> None:
-        shown = await self.held(driver, model.name)
-        assert shown is None or (shown.broken and not shown.ready and shown.reason)
+        async def lost() -> bool:
+            shown = await self.held(driver, model.name)
+            return shown is None or bool(shown.broken and not shown.ready and shown.reason)
+
+        await eventually(lost, f"{model.name} is told to be lost")
         await driver.load(model, silent)
         shown = await self.held(driver, model.name)
         assert shown is not None and shown.ready and not shown.broken

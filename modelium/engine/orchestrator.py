@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -125,6 +126,7 @@ class Orchestrator:
         )
         self.ledger = Ledger()
         self.running: dict[str, Running] = {}
+        starting: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         for name, backend in _wanted_runtimes(config, host):
             settings = sections[name]
             if getattr(settings, "enabled", True) is False:
@@ -137,6 +139,7 @@ class Orchestrator:
                 settings=settings,
                 processes=self.processes,
                 report=self._runtime_report(name),
+                starting=starting,
             )
             self.running[name] = Running(backend, backend.create(context))
         self._sections = sections

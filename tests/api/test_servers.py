@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,10 @@ import pytest
 from aiohttp import web
 
 from modelium.api import LoadRequest, Progress, RuntimeContext
+from modelium.api.external import ExternalServer
 from modelium.api.fakes import FakeProcesses, FakeSettings
-from modelium.api.servers import ExternalServer, ModelServers, Server, ServerCommand
+from modelium.api.ports import listens
+from modelium.api.servers import ModelServers, Server, ServerCommand
 from modelium.api.testing import DriverContract, load_request, silent
 from modelium.engine.processes import ProcessSupervisor
 from modelium.errors import DriverError, LoadRejected, RuntimeUnavailable
@@ -250,6 +254,137 @@ async def test_what_an_earlier_run_left_starting_is_ended(
     with pytest.raises(DriverError):
         await task
     await second.close()
+
+
+async def test_given_up_while_another_starts_on_its_second_device_it_lets_go_of_the_first(
+    driver: ModelServers, model: Callable[..., LoadRequest]
+) -> None:
+    turns = driver._context.starting
+    await turns["b"].acquire()
+    stages: list[str] = []
+    both = model("both").model_copy(update={"devices": ("a", "b")})
+    task = asyncio.create_task(driver.load(both, lambda progress: stages.append(progress.stage)))
+    while not turns["a"].locked():
+        await asyncio.sleep(0.01)
+    task.cancel()
+    await asyncio.wait([task])
+    assert stages == ["waiting for another start on b"]
+    assert not turns["a"].locked()
+    turns["b"].release()
+    await driver.load(both, silent)
+    assert not turns["a"].locked() and not turns["b"].locked()
+
+
+async def test_a_start_given_up_while_its_process_begins_leaves_none(
+    driver: ModelServers, model: Callable[..., LoadRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processes = driver._context.processes
+    spawn, begun = processes.spawn, asyncio.Event()
+
+    async def begin(*args: Any, **options: Any) -> Any:
+        """As the supervisor does: it is told of giving up when the process runs."""
+        record = await spawn(*args, **options)
+        begun.set()
+        await asyncio.sleep(60)
+        return record
+
+    monkeypatch.setattr(processes, "spawn", begin)
+    task = asyncio.create_task(driver.load(model("m"), silent))
+    await begun.wait()
+    task.cancel()
+    await asyncio.wait([task])
+    assert not processes.names()
+
+
+async def test_what_could_not_be_ended_is_shown_still(
+    driver: ModelServers, model: Callable[..., LoadRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await driver.load(model("m"), silent)
+    processes = driver._context.processes
+    stop = processes.stop
+
+    async def fails(name: str, *, grace_s: float = 30) -> None:
+        shown = (await driver.observe()).models[0]
+        assert (shown.ready, shown.reason) == (False, "ending")
+        raise DriverError(f"{name}: SIGKILL did not end it")
+
+    monkeypatch.setattr(processes, "stop", fails)
+    for _ in range(2):
+        with pytest.raises(DriverError, match="SIGKILL did not end it"):
+            await driver.unload("m")
+        assert (await driver.observe()).models[0].memory["cpu:0"] > 2**20
+    monkeypatch.setattr(processes, "stop", stop)
+    await driver.unload("m")
+    assert not processes.names() and not (await driver.observe()).models
+
+
+async def test_of_two_that_an_earlier_run_left_the_newer_is_adopted(
+    make_driver: Callable[[], ModelServers], driver: ModelServers, model: Callable[..., LoadRequest]
+) -> None:
+    await driver.load(model("m"), silent)
+    new = await driver.load(model("m").model_copy(update={"replace": True}), silent)
+    assert len(driver._context.processes.names()) == 2
+    await driver.close()
+    second = make_driver()
+    await second.start()
+    (shown,) = (await second.observe()).models
+    assert shown.endpoints == new.endpoints
+    assert second._context.processes.names() == ["small._2.m"]
+    await second.unload("m")
+    assert not second._context.processes.names()
+    await second.close()
+
+
+async def test_one_that_is_too_busy_to_answer_is_adopted(
+    make_driver: Callable[[], ModelServers],
+    driver: ModelServers,
+    model: Callable[..., LoadRequest],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    await driver.load(model("m"), silent)
+    await driver.close()
+    monkeypatch.setattr("modelium.api.servers.ANSWERS_WITHIN_S", 0.2)
+    pid = driver._servers["m"].record.pid
+    os.kill(pid, signal.SIGSTOP)
+    second = make_driver()
+    await second.start()
+    os.kill(pid, signal.SIGCONT)
+    (shown,) = (await second.observe()).models
+    assert shown.ready and second._servers["m"].record.pid == pid
+    await second.close()
+
+
+async def test_runtimes_of_like_names_keep_apart(
+    make_driver: Callable[[], ModelServers], driver: ModelServers, model: Callable[..., LoadRequest]
+) -> None:
+    await driver.load(model("m"), silent)
+    context = replace(driver._context, name="small-2")
+    other = ModelServers(context, Small())
+    await other.start()
+    assert not (await other.observe()).models
+    await other.load(model("m"), silent)
+    await driver.start()
+    await driver.unload("m")
+    assert (await other.observe()).models[0].ready
+    await other.stop()
+    await other.close()
+
+
+async def test_another_server_on_its_port_is_not_taken_for_it(
+    driver: ModelServers, model: Callable[..., LoadRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = await driver.load(model("m"), silent)
+    port = int(first.endpoints[0].address.rpartition(":")[2])
+    pid = driver._servers["m"].record.pid
+    assert listens(pid, port)
+    assert not listens(os.getpid(), port + 1) and not listens(2**22 + 1, port)
+
+    monkeypatch.setattr("modelium.api.servers.given_port", lambda *_: contextlib.nullcontext(port))
+    other = ModelServers(replace(driver._context, name="other"), Small())
+    await other.start()
+    with pytest.raises(DriverError, match="in use"):
+        await other.load(model("n"), silent)
+    await other.close()
 
 
 # --------------------------------------------------------------------------- somebody else's

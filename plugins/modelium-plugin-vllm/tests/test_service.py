@@ -12,7 +12,7 @@ from tiny_hf import adapter, alphabet
 from vllm_lab import Lab
 
 from modelium.api import Endpoint
-from modelium.api.servers import ExternalServer
+from modelium.api.external import ExternalServer
 from tests.service import Answer, Served, processes_of, served
 
 pytestmark = pytest.mark.timeout(1800)  # the first test of a new machine installs vLLM, which is large

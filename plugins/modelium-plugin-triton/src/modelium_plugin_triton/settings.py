@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field
+
+from modelium.api.urls import BaseUrl
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 
@@ -23,13 +25,13 @@ class TritonSettings(BaseModel):
 
     # Somebody else's server
 
-    endpoint: str | None = None
+    endpoint: BaseUrl | None = None
     """HTTP base URL of a running Triton to attach to, as `http://127.0.0.1:8000`. It is never stopped or restarted; it
     must be in explicit mode and see the same repository folder."""
     grpc_endpoint: str | None = None
     """Its gRPC address, as `127.0.0.1:8001`, or `grpcs://host:port` with TLS; by default the endpoint's host at its
     port plus one, as Triton itself numbers them."""
-    metrics_endpoint: str | None = None
+    metrics_endpoint: BaseUrl | None = None
     """URL of the metrics of a server on another machine, as `http://10.0.0.5:8002/metrics`: with it, that machine's
     memory and GPUs are devices of their own, on which only this server's models are placed."""
     backends: tuple[str, ...] = ()
@@ -69,10 +71,3 @@ class TritonSettings(BaseModel):
     """A load that takes longer is given up."""
     unload_timeout_s: float = Field(default=120, gt=0)
     """An unload that takes longer (requests are still running) is reported as stuck."""
-
-    @field_validator("endpoint", "metrics_endpoint")
-    @classmethod
-    def _base_url(cls, value: str | None) -> str | None:
-        if value is not None and not value.startswith(("http://", "https://")):
-            raise ValueError(f"expected a URL such as http://127.0.0.1:8000, found {value!r}")
-        return value.rstrip("/") if value else None

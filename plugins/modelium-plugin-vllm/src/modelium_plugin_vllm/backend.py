@@ -47,7 +47,8 @@ class VllmBackend:
     settings_model: type[BaseModel] = VllmSettings
 
     def create(self, context: RuntimeContext) -> RuntimeDriver:
-        from modelium.api.servers import ExternalServer, ModelServers
+        from modelium.api.external import ExternalServer
+        from modelium.api.servers import ModelServers
         from modelium_plugin_vllm.kind import VllmKind
         from modelium_plugin_vllm.sleeping import SleepingServers
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from modelium.api.urls import BaseUrl
 from modelium.errors import ModelError
 
 Count = Annotated[int, Field(ge=1)]
@@ -116,7 +117,7 @@ class VllmSettings(BaseModel):
     """The Python of which that environment is made; by default Modelium's own kind."""
     pip_args: tuple[str, ...] = ()
     """Further arguments of `pip install`, such as `--index-url URL`; with any, none is added by itself."""
-    endpoint: str | None = None
+    endpoint: BaseUrl | None = None
     """URL of a vLLM that somebody else runs, as `http://10.0.0.5:8000`: its models are used as they are, and none is
     started here."""
     base_port: Port = 8100
@@ -125,13 +126,6 @@ class VllmSettings(BaseModel):
     """A load that takes longer is given up."""
     default_settings: ModelSettings = ModelSettings()
     """For every model whose plan says nothing else."""
-
-    @field_validator("endpoint")
-    @classmethod
-    def _base_url(cls, value: str | None) -> str | None:
-        if value is not None and not value.startswith(("http://", "https://")):
-            raise ValueError(f"expected a URL such as http://127.0.0.1:8000, found {value!r}")
-        return value.rstrip("/") if value else None
 
 
 def model_settings(settings: Mapping[str, Any]) -> ModelSettings:

@@ -112,7 +112,8 @@ def configuration(runtimes: Iterable[str], budget_bytes: int | None = None, **po
         "orchestration": {"settle_s": 0.5, "policies": {"min_resident_seconds": 0, **budget, **policies}},
         "brain": {
             "rules": [
-                {"name": f"to-{m.runtime}", "when": {"name": m.name}, "prefer": {"runtime": m.runtime}} for m in wanted
+                {"name": f"to-{m.runtime}", "when": {"name": f"{m.name}*"}, "prefer": {"runtime": m.runtime}}
+                for m in wanted
             ]
         },
         "vllm": {"base_port": 0, "default_settings": SMALL_VLLM},

@@ -1,5 +1,5 @@
-"""Several runtimes under one budget: ten minutes of swaps, what a swap takes, and how a first token compares with the
-same server started by hand."""
+"""From a drop to the first token, against the same server by hand; several runtimes under one budget: ten minutes of
+swaps, and what a swap takes with weights in the page cache and without."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import subprocess
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from statistics import median
@@ -30,41 +30,64 @@ def rows(folder: Path) -> Iterator[tuple[str, str, str]]:
         service.start()
         sizes = fleet.fill(service, RUNTIMES, folder)
         for runtime in BY_HAND:
-            yield _first_token(service, fleet.MEMBERS[runtime])
+            yield from _first_token(service, fleet.MEMBERS[runtime], folder)
         service.stop()
         # Room for all but one and a bit of the largest: each request after the first few makes somebody go.
         room = sum(sizes.values()) - max(sizes.values()) // 2
         service.configure(fleet.configuration(RUNTIMES, room))
         service.start()
-        yield from _swap(service)
-        yield from _estimates(service, sizes)
+        yield from _swaps(service)
+        service.stop()
+        service.configure(fleet.configuration(RUNTIMES))
+        service.start()
+        yield from _warm_and_cold(service, folder)
     finally:
         service.down()
     yield "processes left after `modelium down`", str(len(processes_of(folder))), "0"
 
 
-def _first_token(service: Served, member: fleet.Member) -> tuple[str, str, str]:
-    """From a load that was asked for to the first answer, against the same command typed by hand."""
-    ours, by_hand = [], []
-    for _ in range(3):
-        if service.state(member.name) == "READY":
-            service.post(f"/models/{member.name}/unload")
+def _first_token(service: Served, member: fleet.Member, folder: Path) -> Iterator[tuple[str, str, str]]:
+    """Of a model that was dropped, and of one that was COLD, against the same command typed by hand, in turns."""
+    dropped, cold, by_hand = [], [], []
+    for number in range(3):
+        place = folder / f"again-{number}" / member.name
+        place.mkdir(parents=True)
+        source = member.make(place)
+        name = f"{member.name}-{number}"
         start = time.perf_counter()
-        assert member.ask(service)
-        ours.append(time.perf_counter() - start)
-        record = _record(service, member)
+        service.drop(source, name + source.suffix)
+        _first_answer(service.url, name)
+        dropped.append(time.perf_counter() - start)
+        record = _record(service, member.runtime, name)
         env = _environment(record["pid"])
-        service.post(f"/models/{member.name}/unload")
-        by_hand.append(_started_by_hand(record, env, member))
-    return (
-        f"{member.runtime}: a cold model's first answer, against the same server by hand",
-        f"{median(ours):.1f} s against {median(by_hand):.1f} s, {median(ours) / median(by_hand):.2f} of it",
-        "at most 1.10 of it",
-    )
+        service.post(f"/models/{name}/unload")
+        by_hand.append(_started_by_hand(record, env, name))
+        start = time.perf_counter()
+        _first_answer(service.url, name)
+        cold.append(time.perf_counter() - start)
+        service.post(f"/models/{name}/unload")
+    for what, ours in (("from a drop to the first token", dropped), ("a COLD model's first token", cold)):
+        yield (
+            f"{member.runtime}: {what}, against the same server by hand",
+            f"{median(ours):.2f} s against {median(by_hand):.2f} s, {median(ours) / median(by_hand):.2f} of it",
+            "at most 1.10 of it",
+        )
 
 
-def _record(service: Served, member: fleet.Member) -> dict[str, Any]:
-    file = service.root / ".modelium" / "processes" / f"{member.runtime}.{member.name}.json"
+def _first_answer(base: str, name: str, alive: Callable[[], bool] = lambda: True) -> None:
+    """Ask for a token until there is one."""
+    body = json.dumps({"model": name, "prompt": "abc", "max_tokens": 1, "temperature": 0}).encode()
+    request = urllib.request.Request(f"{base}/v1/completions", data=body, headers={"Content-Type": "application/json"})
+    while alive():
+        with suppress(OSError), urllib.request.urlopen(request, timeout=300) as answer:
+            answer.read()
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"the server of {name} ended")
+
+
+def _record(service: Served, runtime: str, name: str) -> dict[str, Any]:
+    file = service.root / ".modelium" / "processes" / f"{runtime}.{name}.json"
     return dict(json.loads(file.read_text()))
 
 
@@ -73,28 +96,19 @@ def _environment(pid: int) -> dict[str, str]:
     return dict(os.fsdecode(entry).split("=", 1) for entry in entries if b"=" in entry)
 
 
-def _started_by_hand(record: dict[str, Any], env: dict[str, str], member: fleet.Member) -> float:
-    base = f"http://127.0.0.1:{record['facts']['port']}"
-    body = json.dumps({"model": member.name, "prompt": "abc", "max_tokens": 3, "temperature": 0}).encode()
+def _started_by_hand(record: dict[str, Any], env: dict[str, str], name: str) -> float:
     start = time.perf_counter()
     with open(os.devnull, "wb") as nowhere:
         process = subprocess.Popen(record["argv"], env=env, stdout=nowhere, stderr=nowhere, start_new_session=True)
     try:
-        while True:
-            request = urllib.request.Request(
-                f"{base}/v1/completions", data=body, headers={"Content-Type": "application/json"}
-            )
-            with suppress(OSError), urllib.request.urlopen(request, timeout=120) as answer:
-                answer.read()
-                return time.perf_counter() - start
-            assert process.poll() is None, f"{record['argv'][0]} ended"
-            time.sleep(0.05)
+        _first_answer(f"http://127.0.0.1:{record['facts']['port']}", name, lambda: process.poll() is None)
+        return time.perf_counter() - start
     finally:
         process.terminate()
         process.wait(60)
 
 
-def _swap(service: Served) -> Iterator[tuple[str, str, str]]:
+def _swaps(service: Served) -> Iterator[tuple[str, str, str]]:
     members = [fleet.MEMBERS[runtime] for runtime in RUNTIMES]
     took: dict[bool, list[float]] = {True: [], False: []}
     failed = asked = 0
@@ -117,17 +131,36 @@ def _swap(service: Served) -> Iterator[tuple[str, str, str]]:
         "none failed, no leak",
     )
     if took[False]:
-        yield "a request that swaps, weights in the page cache", f"median {median(took[False]):.1f} s", ""
+        yield "a request that swaps, of small models", f"median {median(took[False]):.1f} s", ""
     if took[True]:
         yield "a request for a loaded model among them", f"median {median(took[True]) * 1000:.0f} ms", ""
 
 
-def _estimates(service: Served, sizes: dict[str, int]) -> Iterator[tuple[str, str, str]]:
-    for name in sizes:
-        found = service.get(f"/models/{name}/explain")
-        estimate, measured = found["estimate_bytes"], found["measured"]["memory_bytes"]
-        yield (
-            f"{name}: estimated against measured",
-            f"{estimate / 2**20:.0f} MiB against {measured / 2**20:.0f} MiB, {estimate / measured - 1:+.0%}",
-            "median error at most 15%",
-        )
+def _warm_and_cold(service: Served, folder: Path) -> Iterator[tuple[str, str, str]]:
+    """Two language models of 0.4 GB and room for one: with the one's weights in the page cache, and without."""
+    from tiny_gguf import llama
+
+    sizes = {"width": 1024, "layers": 12, "feed_forward": 4096, "heads": 16, "kv_heads": 8, "kind": "F16"}
+    names = ("gguf-words-large-a", "gguf-words-large-b")
+    for name in names:
+        service.drop(llama(folder / f"{name}.gguf", **sizes))
+        service.until_state(name, "READY", "COLD", within_s=600)
+    took: dict[bool, list[float]] = {True: [], False: []}
+    for number in range(6):
+        for name in names:
+            warm, other = number % 2 == 0, names[names.index(name) - 1]
+            service.post(f"/models/{name}/unload")
+            _first_answer(service.url, other)
+            (weights,) = (service.root / "repository" / name).rglob("*.gguf")
+            with weights.open("rb") as file:
+                if warm:
+                    while file.read(2**24):
+                        pass
+                else:
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            start = time.perf_counter()
+            service.post(f"/models/{other}/unload")
+            _first_answer(service.url, name)
+            took[warm].append(time.perf_counter() - start)
+    for warm, what in ((True, "weights in the page cache"), (False, "weights on the disk alone")):
+        yield f"llamacpp: a swap of 0.4 GB of weights, {what}", f"median {median(took[warm]):.2f} s", ""

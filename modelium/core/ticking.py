@@ -163,10 +163,11 @@ def _late(turn: Turn, model: Model) -> None:
     if not slowest_s:
         return
     bound_s = max(LATE_FACTOR * slowest_s, LATE_LEAST_S) * 2**model.late
-    taken_s = turn.now - model.op_since
-    if taken_s < bound_s:
-        turn.wake(model.op_since + bound_s)
+    told_at, anew_at = model.op_since + bound_s, model.op_since + 2 * bound_s
+    if told_at > turn.now:
+        turn.wake(told_at)
         return
+    taken_s = turn.now - model.op_since
     told = f"late: its slowest {what} took {slowest_s:.0f} s, and this one has been under way for "
     if not model.reason.startswith(told):
         reason = f"{told}{taken_s:.0f} s"
@@ -174,8 +175,8 @@ def _late(turn: Turn, model: Model) -> None:
         turn.tell(model.name, model.state, model.state, reason)
     if model.state is not State.LOADING:
         return
-    if taken_s < 2 * bound_s:
-        turn.wake(model.op_since + 2 * bound_s)
+    if anew_at > turn.now:
+        turn.wake(anew_at)
         return
     model = turn.models[model.name]
     again = model.want if model.want in (Want.DROPPED, Want.RESTORE) else Want.NONE

@@ -11,7 +11,7 @@ from modelium.core.demand import expired
 from modelium.core.eviction import Tier, Victims
 from modelium.core.line import Line
 from modelium.core.loading import keep_old, stuck
-from modelium.core.moves import begin_unload, drain, evict, give_up_load, recycle
+from modelium.core.moves import begin_unload, drain, evict, give_up_load, recycle, unload_parts
 from modelium.core.parking import not_parked, not_woken
 from modelium.core.runtimes import lose, start, unwanted
 from modelium.core.states import RuntimeState, State, Want
@@ -64,15 +64,37 @@ def _gone(turn: Turn, account: Account) -> None:
     """A device of another machine is not there any more, nor what was loaded on it."""
     failure = Failure("runtime_unavailable", f"{account.id} is gone")
     turn.devices = turn.devices.delete(account.id)
+    lost: list[Model] = []
     for name in sorted({*turn.live, *turn.queue}):
         model = turn.models[name]
         if any(device == account.id for device, _ in model.promise):
             model = turn.change(model, promise=())
-        if any(device == account.id for device, _ in model.booking + model.extra):
-            lose(turn, model, failure)
-            if name in turn.models:
-                unwanted(turn, turn.models[name], failure.message)
+        before = model.parked.before if model.parked is not None else ()
+        if any(device == account.id for device, _ in model.booking + model.extra + before):
+            _lost_with_device(turn, model, failure)
+            lost.append(model)
+    for model in lost:
+        unload_parts(turn, model)
     turn.dirty = True
+
+
+def _lost_with_device(turn: Turn, model: Model, failure: Failure) -> None:
+    """What sleeps, falls asleep or wakes can't wake there, and its process holds host memory still: it is unloaded.
+
+    So it is with all that goes and holds something elsewhere, which only its runtime gives back.
+    """
+    if model.parked is not None:
+        begin_unload(turn, model, failure.message, again=model.want)
+    elif model.state in _GOING and any(size and device in turn.devices for device, size in model.booking):
+        return
+    else:
+        lose(turn, model, failure)
+        if model.name in turn.models:
+            unwanted(turn, turn.models[model.name], failure.message)
+
+
+_GOING = frozenset({State.UNLOADING, State.FAILED})
+"""It is being unloaded, or could not be."""
 
 
 def _unmeasured(model: Model) -> tuple[tuple[str, int], ...]:

@@ -772,6 +772,90 @@ def test_its_runtime_is_lost_on_its_way(while_: str) -> None:
     assert sim.answer(ticket) == "granted" and sim.world.models["a"].parked is None
 
 
+def shrink(sim: Sim, **budgets: int) -> None:
+    sim.policy = replace(
+        sim.policy, budgets={**sim.policy.budgets, **{k.replace("_", ":"): v for k, v in budgets.items()}}
+    )
+    sim.see_devices()
+
+
+def test_what_it_keeps_of_its_device_counts_for_what_it_needs_of_it() -> None:
+    """60 in all, of which it holds 10: 50 more would fit a budget of 55, and all of it does not."""
+    sim = make(100, residue=10)
+    asleep(sim, memory=60)
+    shrink(sim, cpu_0=55)
+    ticket = sim.ask("a")
+    sim.run()
+    assert sim.answer(ticket) == "never_fits" and sim.state("a") is State.FAILED
+
+
+def two_shrunk(residue: int, limit: int, devices: int = 1) -> Sim:
+    policy = Policy(budgets={"cpu:0": 90, "cpu:1": 100, "cpu:2": 90}, min_resident_s=0.0)
+    sim = Sim(policy, devices=2 + (devices > 1), levels=(1,), residue=residue)
+    sim.run()
+    sim.accept("a", memory=60 if devices == 1 else 80, devices=devices)
+    sim.load("a")
+    sim.wait(620)
+    sim.run()
+    assert sim.state("a") is State.STANDBY
+    shrink(sim, cpu_1=limit)
+    return sim
+
+
+@pytest.mark.parametrize(("residue", "limit"), [(0, 40), (10, 40), (10, 55)])
+def test_it_never_fits_any_more_where_it_slept_and_is_loaded_where_room_can_be_made(residue: int, limit: int) -> None:
+    sim = two_shrunk(residue, limit)
+    sim.accept("other", memory=60)
+    sim.load("other", finish=False)
+    assert sim.world.models["other"].placed == ("cpu:0",)
+    ticket = sim.ask("a")
+    assert sim.state("a") is State.UNLOADING and "loaded anew elsewhere" in sim.world.models["a"].reason
+    sim.end("other")
+    sim.see_use()
+    sim.wait(1)
+    sim.run()
+    assert sim.answer(ticket) == "granted" and sim.world.models["a"].booking == (("cpu:0", 60),)
+
+
+def test_over_several_devices_it_is_loaded_anew_on_others() -> None:
+    sim = two_shrunk(0, 30, devices=2)
+    assert "cpu:1" in sim.world.models["a"].placed
+    ticket = sim.ask("a")
+    sim.run()
+    assert sim.answer(ticket) == "granted" and sim.world.models["a"].placed == ("cpu:0", "cpu:2")
+
+
+@pytest.mark.parametrize("always", [False, True])
+def test_it_can_never_wake_beside_what_is_kept_and_is_loaded_elsewhere(always: bool) -> None:
+    policy = Policy(always_loaded=("kept",) if always else (), budgets={"cpu:0": 80, "cpu:1": 100}, min_resident_s=0.0)
+    sim = Sim(policy, devices=2, levels=(1,))
+    sim.run()
+    asleep(sim, memory=40)
+    sim.accept("kept", memory=90, pinned=not always)
+    sim.run()
+    assert sim.world.models["kept"].placed == ("cpu:1",)
+    sim.accept("other", memory=60)
+    sim.load("other", finish=False)
+    ticket = sim.ask("a")
+    assert sim.state("a") is State.UNLOADING and "loaded anew elsewhere" in sim.world.models["a"].reason
+    sim.end("other")
+    sim.see_use()
+    sim.wait(1)
+    sim.run()
+    assert sim.answer(ticket) == "granted" and sim.world.models["a"].booking == (("cpu:0", 40),)
+
+
+def test_it_can_never_wake_beside_what_is_always_loaded_anywhere() -> None:
+    sim = make(always_loaded=("kept",))
+    asleep(sim, memory=60)
+    sim.accept("kept", memory=50)
+    sim.run()
+    ticket = sim.ask("a")
+    sim.run()
+    assert sim.answer(ticket) == "never_fits" and "beside what is always loaded" in sim.message(ticket)
+    assert sim.state("a") is State.FAILED and booked(sim, HOST) == (0, 0, 0)
+
+
 def test_a_wake_that_fails_is_followed_by_one_load_and_the_reason_of_that_is_told() -> None:
     sim = make()
     asleep(sim)

@@ -304,7 +304,9 @@ class Sim:
         if model is None or not model.op:
             return
         ended = getattr(event, "op", None) == model.op
-        lost = isinstance(event, e.RuntimeDown | e.RuntimeObserved)
+        lost = isinstance(event, e.RuntimeDown | e.RuntimeObserved) or any(
+            d in before.devices and d not in self.world.devices for d, _ in model.booking
+        )
         rescued = model.state is State.DRAINING
         if not (ended or lost or rescued or isinstance(event, e.Ticked)):
             raise self._foul(f"{name} begins an operation while {model.op} is under way")

@@ -128,6 +128,8 @@ def _model(world: World, model: Model) -> Iterator[str]:
         yield f"it is not asleep, nor wakes: {model.parked}"
     if model.parked is None and state in (S.PARKING, S.STANDBY):
         yield "it does not sleep"
+    if model.parked is not None and (gone := [d for d, _ in model.parked.before if d not in world.devices]):
+        yield f"it is to wake on {', '.join(gone)}, and there is no such device"
     if model.promise and not queued(model):
         yield f"it is promised {model.promise}"
     if any(size < 0 for _, size in (*model.booking, *model.extra, *model.promise)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 from modelium.api.units import human
@@ -22,6 +22,13 @@ class Place:
     account: Account
     need: int
     promised_to_others: int
+    held: int = 0
+    """What it keeps there while it sleeps, beside what it needs."""
+
+    @property
+    def whole(self) -> int:
+        """What it will hold there in all."""
+        return self.need + self.held
 
     @property
     def free_now(self) -> int:
@@ -79,7 +86,7 @@ class Spot:
     @property
     def fits_ever(self) -> bool:
         """Whether there would be room if all else were unloaded."""
-        return all(place.need <= place.account.budget_bytes for place in self.places)
+        return all(place.whole <= place.account.budget_bytes for place in self.places)
 
     @property
     def free_now(self) -> int:
@@ -114,6 +121,7 @@ def spots(turn: Turn, model: Model, ahead: Mapping[str, int] | None = None) -> l
             account,
             max(0, need - bytes_on(model.booking, account.id)) if where else need,
             account.promised_bytes - bytes_on(model.promise, account.id) if ahead is None else ahead.get(account.id, 0),
+            bytes_on(model.booking, account.id) if where else 0,
         )
         for account in turn.devices.values()
         if account.kind == spec.device_kind
@@ -135,6 +143,11 @@ def spots(turn: Turn, model: Model, ahead: Mapping[str, int] | None = None) -> l
 def _where(turn: Turn, model: Model) -> set[str]:
     """The devices that a parked model wakes on: where it was. Empty: any, or nobody knows."""
     return {d for d in model.placed if d in turn.devices} if model.parked is not None else set()
+
+
+def spots_anew(turn: Turn, model: Model, ahead: Mapping[str, int] | None = None) -> list[Spot]:
+    """Those that there are for it if what sleeps is loaded anew."""
+    return spots(turn, model if model.parked is None else replace(model, parked=None), ahead)
 
 
 def never_fits(turn: Turn, model: Model, found: Iterable[Spot]) -> str | None:
@@ -169,7 +182,7 @@ def never_beside(turn: Turn, model: Model, found: Iterable[Spot]) -> str | None:
             device, budget = place.account.id, place.account.budget_bytes
             holding = [m for m in always if bytes_on(m.booking, device)]
             held = sum(bytes_on(m.booking, device) for m in holding)
-            if place.need > budget - held:
+            if place.whole > budget - held:
                 fits = False
                 names = ", ".join(m.name for m in holding)
                 rooms[device] = f"{device} has a budget of {human(budget)} less {human(held)} of {names}"

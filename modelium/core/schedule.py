@@ -17,7 +17,7 @@ from modelium.core.instructions import Load, Wake
 from modelium.core.line import Line
 from modelium.core.moves import begin_unload, evict, fail, give_up_load, reopen, want
 from modelium.core.parking import let_be
-from modelium.core.placement import Spot, never_beside, never_fits, spots
+from modelium.core.placement import Spot, never_beside, never_fits, spots, spots_anew
 from modelium.core.recycling import go_on
 from modelium.core.replacing import replace_stale
 from modelium.core.states import RuntimeState, State, Want
@@ -117,7 +117,7 @@ def _serve(turn: Turn, line: Line, model: Model) -> None:
     spec = model.spec
     assert spec is not None
     if turn.devices and (model.parts or spec.devices > 1 or model.need > line.largest(spec)):
-        never = never_fits(turn, model, spots(turn, model)) or _whole_never_fits(turn, model)
+        never = never_fits(turn, model, spots_anew(turn, model)) or _whole_never_fits(turn, model)
         if never is not None:
             _cannot(turn, model, Failure("never_fits", f"{model.name} {never}"))
             return
@@ -295,13 +295,13 @@ def _make_room(turn: Turn, line: Line, model: Model, found: list[Spot]) -> None:
         names = ", ".join(m.name for m in chosen)
         _promise(turn, line, model, spot, f"waits for {names} to make room; {spot.arithmetic}")
         return
-    if model.state is State.STANDBY and (not found or _fits_elsewhere(turn, line, model)):
+    if model.state is State.STANDBY and (not found or _goes_elsewhere(turn, line, model, found)):
         begin_unload(turn, model, "there is no room where it sleeps: it is loaded anew elsewhere")
         return
     if not urgent:
         _give_up(turn, line, model, f"no room to spare: {_first(found)}")
         return
-    never = never_beside(turn, model, found)
+    never = never_beside(turn, model, [s for s in spots_anew(turn, model) if s.fits_ever])
     if never is not None:
         _cannot(turn, model, Failure("never_fits", f"{model.name} {never}"))
         return
@@ -317,16 +317,25 @@ def _make_room(turn: Turn, line: Line, model: Model, found: list[Spot]) -> None:
         line.found_none(model)
     if old:
         for spot in sorted(found, key=lambda s: (own[s.id], s.shortage, s.id)):
-            if all(p.need <= line.victims.claimable(p.account.id, place) for p in spot.places):
+            if _claimable(line, model, spot):
                 _promise(turn, line, model, spot, reason)
                 return
     _wait(turn, model, reason)
 
 
-def _fits_elsewhere(turn: Turn, line: Line, model: Model) -> bool:
-    """Whether there is room now for what sleeps, if it is loaded anew."""
-    anywhere = spots(turn, replace(model, parked=None), line.ahead)
-    return any(s.fits_now for s in anywhere)
+def _goes_elsewhere(turn: Turn, line: Line, model: Model, found: list[Spot]) -> bool:
+    """Whether what sleeps is better loaded anew: there is room now, or there will be and none where it sleeps."""
+    anywhere = spots_anew(turn, model, line.ahead)
+    if any(s.fits_now for s in anywhere):
+        return True
+    in_vain = line.urgent(model) and not any(_claimable(line, model, s) for s in found)
+    return in_vain and any(s.fits_ever and _claimable(line, model, s) for s in anywhere)
+
+
+def _claimable(line: Line, model: Model, spot: Spot) -> bool:
+    """Whether it can get the room if it waits long enough."""
+    place = line.place(model)
+    return all(p.need <= line.victims.claimable(p.account.id, place) for p in spot.places)
 
 
 def _first(found: list[Spot]) -> str:

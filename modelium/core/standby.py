@@ -125,6 +125,7 @@ def _may_sleep(turn: Turn, model: Model, host: Account) -> bool:
         and not model.parts
         and model.spec is not None
         and model.spec.device_kind != host.kind
+        and all(device in turn.devices for device, _ in model.booking)
         and runtime is not None
         and runtime.state is RuntimeState.UP
         and not runtime.recycle

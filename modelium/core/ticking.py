@@ -11,7 +11,7 @@ from modelium.core.demand import expired
 from modelium.core.eviction import Tier, Victims
 from modelium.core.line import Line
 from modelium.core.loading import keep_old, stuck
-from modelium.core.moves import begin_unload, drain, evict, give_up_load, recycle
+from modelium.core.moves import begin_unload, drain, evict, give_up_load, recycle, unload_parts
 from modelium.core.parking import not_parked, not_woken
 from modelium.core.runtimes import lose, start, unwanted
 from modelium.core.states import RuntimeState, State, Want
@@ -64,15 +64,37 @@ def _gone(turn: Turn, account: Account) -> None:
     """A device of another machine is not there any more, nor what was loaded on it."""
     failure = Failure("runtime_unavailable", f"{account.id} is gone")
     turn.devices = turn.devices.delete(account.id)
+    lost: list[Model] = []
     for name in sorted({*turn.live, *turn.queue}):
         model = turn.models[name]
         if any(device == account.id for device, _ in model.promise):
             model = turn.change(model, promise=())
-        if any(device == account.id for device, _ in model.booking + model.extra):
-            lose(turn, model, failure)
-            if name in turn.models:
-                unwanted(turn, turn.models[name], failure.message)
+        before = model.parked.before if model.parked is not None else ()
+        if any(device == account.id for device, _ in model.booking + model.extra + before):
+            _lost_with_device(turn, model, failure)
+            lost.append(model)
+    for model in lost:
+        unload_parts(turn, model)
     turn.dirty = True
+
+
+def _lost_with_device(turn: Turn, model: Model, failure: Failure) -> None:
+    """What sleeps, falls asleep or wakes can't wake there, and its process holds host memory still: it is unloaded.
+
+    So it is with all that goes and holds something elsewhere, which only its runtime gives back.
+    """
+    if model.parked is not None:
+        begin_unload(turn, model, failure.message, again=model.want)
+    elif model.state in _GOING and any(size and device in turn.devices for device, size in model.booking):
+        return
+    else:
+        lose(turn, model, failure)
+        if model.name in turn.models:
+            unwanted(turn, turn.models[model.name], failure.message)
+
+
+_GOING = frozenset({State.UNLOADING, State.FAILED})
+"""It is being unloaded, or could not be."""
 
 
 def _unmeasured(model: Model) -> tuple[tuple[str, int], ...]:
@@ -163,10 +185,11 @@ def _late(turn: Turn, model: Model) -> None:
     if not slowest_s:
         return
     bound_s = max(LATE_FACTOR * slowest_s, LATE_LEAST_S) * 2**model.late
-    taken_s = turn.now - model.op_since
-    if taken_s < bound_s:
-        turn.wake(model.op_since + bound_s)
+    told_at, anew_at = model.op_since + bound_s, model.op_since + 2 * bound_s
+    if told_at > turn.now:
+        turn.wake(told_at)
         return
+    taken_s = turn.now - model.op_since
     told = f"late: its slowest {what} took {slowest_s:.0f} s, and this one has been under way for "
     if not model.reason.startswith(told):
         reason = f"{told}{taken_s:.0f} s"
@@ -174,8 +197,8 @@ def _late(turn: Turn, model: Model) -> None:
         turn.tell(model.name, model.state, model.state, reason)
     if model.state is not State.LOADING:
         return
-    if taken_s < 2 * bound_s:
-        turn.wake(model.op_since + 2 * bound_s)
+    if anew_at > turn.now:
+        turn.wake(anew_at)
         return
     model = turn.models[model.name]
     again = model.want if model.want in (Want.DROPPED, Want.RESTORE) else Want.NONE

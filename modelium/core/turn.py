@@ -199,7 +199,7 @@ class Turn:
 
     def add_device(self, account: Account) -> None:
         """Take in a device that models may hold already."""
-        for name in (*self.live, *self.queue):
+        for name in {*self.live, *self.queue}:
             model = self.models[name]
             size = bytes_on(model.booking, account.id) + bytes_on(model.extra, account.id)
             account = replace(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from modelium.core import events as e
 from modelium.core import instructions as i
@@ -40,10 +41,24 @@ def policy(pick: Pick) -> Policy:
 
 def a_sim(pick: Pick) -> Sim:
     two = pick(3) == 0
-    return Sim(
+    sim = Sim(
         policy(pick), devices=1 + pick(2), runtimes=("r", "s") if two else ("r",), blind=pick(6) == 0,
         levels=((), (1,), (1, 2), (2,))[pick(4)], residue=(0, 2, 10)[pick(3)],
     )  # fmt: skip
+    if pick(3) == 0:
+        machine_comes(sim, pick)
+    return sim
+
+
+def a_sim_of_sleepers(pick: Pick) -> Sim:
+    """One in which all can sleep, and most fits only on a device that only its runtime reaches."""
+    budgets = {"cpu:0": (50, 100)[pick(2)], "cpu:1": 60}
+    sim = Sim(
+        replace(policy(pick), budgets=budgets, min_resident_s=0.0, standby_budget_bytes=90), devices=1 + pick(2),
+        blind=pick(6) == 0, levels=((1,), (1, 2))[pick(2)], residue=(0, 2, 10)[pick(3)],
+    )  # fmt: skip
+    machine_comes(sim, pick)
+    return sim
 
 
 def _name(sim: Sim, pick: Pick) -> str:
@@ -269,7 +284,25 @@ def machine_comes(sim: Sim, pick: Pick) -> None:
 
 def machine_goes(sim: Sim, pick: Pick) -> None:
     if sim.apart:
-        sim.lose_device(sorted(sim.apart)[pick(len(sim.apart))])
+        sim.lose_device(sorted(sim.apart)[pick(len(sim.apart))], sleepers=pick(2) == 0)
+
+
+def machine_goes_on_the_way(sim: Sim, pick: Pick) -> None:
+    """That of a model that sleeps, falls asleep, wakes or goes."""
+    names = sorted(n for n, m in sim.world.models.items() if m.parked is not None or m.state is State.UNLOADING)
+    if names:
+        model = sim.world.models[names[pick(len(names))]]
+        before = model.parked.before if model.parked is not None else ()
+        there = [d for d, _ in (*before, *model.booking) if d in sim.apart]
+        if there:
+            sim.lose_device(there[0], sleepers=pick(2) == 0)
+
+
+def budgets(sim: Sim, pick: Pick) -> None:
+    """What models may occupy changes, perhaps to less than they hold or need."""
+    device = ("cpu:0", "cpu:1", "r/cpu:0")[pick(3)]
+    sim.policy = replace(sim.policy, budgets={**sim.policy.budgets, device: (100, 60, 50, 35)[pick(4)]})
+    sim.see_devices()
 
 
 def memory_grows(sim: Sim, pick: Pick) -> None:
@@ -324,6 +357,20 @@ def disturb_sleep(sim: Sim, pick: Pick) -> None:
         real.drop(name)
 
 
+def fall_asleep(sim: Sim, pick: Pick) -> None:
+    """Nobody uses a model for long, and it is drained; it is parked then, perhaps, or is on its way to be."""
+    name = _model(sim, pick, State.READY)
+    if name is None or not sim.levels:
+        return
+    while sim.in_flight.get(name):
+        sim.end(name)
+    sim.wait(2 * sim.policy.idle_s + sim.policy.sweep_s)
+    for _ in range(1 + pick(2)):
+        ready = [p for p in sim.ready_to_end() if not p.late and _is_of(p.order, name)]
+        if ready:
+            sim.complete(ready[0])
+
+
 def host_memory(sim: Sim, pick: Pick) -> None:
     sim.taken = (0, 30, 60, 90)[pick(4)]
     sim.see_devices()
@@ -340,7 +387,11 @@ def breaks(sim: Sim, pick: Pick) -> None:
 
 
 def _worked_on(sim: Sim, name: str) -> bool:
-    return any(not isinstance(p.order, i.StartRuntime | i.StopRuntime) and p.order.name == name for p in sim.pending)
+    return any(_is_of(p.order, name) for p in sim.pending)
+
+
+def _is_of(order: i.Instruction, name: str) -> bool:
+    return isinstance(order, i.Load | i.Unload | i.Park | i.Wake | i.CloseRoute) and order.name == name
 
 
 def load_foreign(sim: Sim, pick: Pick) -> None:
@@ -362,7 +413,11 @@ OFTEN = (accept, ask, ask_known, ask_known, complete, complete, complete, comple
 SELDOM = (
     accept_again_after_restart, change, change_plan, rescan, redrop, invalid, remove, drop, load, load, unload, pin,
     withdraw, fail, lose, jump, look, see, see_now, see_devices, foreign_memory, machine_comes,
-    machine_goes, memory_grows, breaks, crash,
+    machine_goes, machine_goes_on_the_way, budgets, memory_grows, breaks, crash,
     lose_contact, restart_silently, load_behind_its_back, unload_behind_its_back, load_foreign, another_chance,
-    disturb_sleep, host_memory,
+    disturb_sleep, host_memory, fall_asleep,
+)  # fmt: skip
+AMONG_SLEEPERS = (
+    accept, accept, ask_known, ask_known, ask_known, complete, complete, complete, complete, wait, end_use,
+    fall_asleep, fall_asleep, fall_asleep, machine_comes, machine_goes_on_the_way, budgets,
 )  # fmt: skip

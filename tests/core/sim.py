@@ -304,7 +304,9 @@ class Sim:
         if model is None or not model.op:
             return
         ended = getattr(event, "op", None) == model.op
-        lost = isinstance(event, e.RuntimeDown | e.RuntimeObserved)
+        lost = isinstance(event, e.RuntimeDown | e.RuntimeObserved) or any(
+            d in before.devices and d not in self.world.devices for d, _ in model.booking
+        )
         rescued = model.state is State.DRAINING
         if not (ended or lost or rescued or isinstance(event, e.Ticked)):
             raise self._foul(f"{name} begins an operation while {model.op} is under way")
@@ -415,6 +417,8 @@ class Sim:
                     self.happen(e.LoadFailed(self.now, name, op, Failure("runtime_unavailable", "it is gone"), True))
                 elif name not in real.asleep or name in real.broken:
                     self.happen(e.LoadFailed(self.now, name, op, Failure("driver", "it does not sleep")))
+                elif not all(self._there(d) for d, _ in real.asleep[name][1]):
+                    self.happen(e.LoadFailed(self.now, name, op, Failure("driver", "its device is gone")))
                 else:
                     real.wake(name)
                     self.happen(e.Loaded(self.now, name, op, () if self.blind else real.models[name], took))
@@ -657,11 +661,20 @@ class Sim:
             devices.append(host)
         self.happen(e.DevicesObserved(self.now, tuple(devices), accounted))
 
-    def lose_device(self, id: str) -> None:
-        """A machine that only one runtime reached is gone, with all that was loaded there."""
+    def lose_device(self, id: str, *, sleepers: bool = False) -> None:
+        """A device that only one runtime reached is gone, with all that holds some of it, and what sleeps if told so.
+
+        Else that is there still, and can't wake.
+        """
         runtime = self.real[self.apart.pop(id)]
-        runtime.models = {n: m for n, m in runtime.models.items() if all(d != id for d, _ in m)}
+        for name, holds in list(runtime.models.items()):
+            before = runtime.asleep[name][1] if sleepers and name in runtime.asleep else ()
+            if any(d == id for d, _ in (*holds, *before)):
+                runtime.drop(name)
         self.see_devices()
+
+    def _there(self, device: str) -> bool:
+        return device in self.apart or "/" not in device
 
     def observation(self, runtime: str) -> Observation:
         real = self.real[runtime]

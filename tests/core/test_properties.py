@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 from hypothesis import given, settings
@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_sta
 from modelium.core.states import State
 from modelium.core.world import Policy
 from tests.core import actions
-from tests.core.actions import OFTEN, SELDOM, Pick
+from tests.core.actions import AMONG_SLEEPERS, OFTEN, SELDOM, Pick
 from tests.core.sim import Sim
 
 DEEP = os.environ.get("HYPOTHESIS_PROFILE") == "deep"
@@ -62,13 +62,23 @@ def test_anything_goes_and_all_comes_to_rest() -> None:
 @pytest.mark.timeout(0 if DEEP else 120)
 def test_long_walks_come_to_rest() -> None:
     """The same with plain random numbers: many more steps in the same time, without the search for a small example."""
+    _walk(WALKS, actions.a_sim, OFTEN)
+
+
+@pytest.mark.timeout(0 if DEEP else 120)
+def test_walks_among_sleepers_come_to_rest() -> None:
+    """Models fall asleep and wake while their devices come and go."""
+    _walk(WALKS // 2, actions.a_sim_of_sleepers, AMONG_SLEEPERS)
+
+
+def _walk(walks: int, begin: Callable[[Pick], Sim], often: Sequence[Callable[[Sim, Pick], None]]) -> None:
     seed = random.randrange(10**9) if DEEP else 0
-    for walk in range(seed, seed + WALKS):
+    for walk in range(seed, seed + walks):
         numbers = random.Random(walk)
-        sim = actions.a_sim(numbers.randrange)
+        sim = begin(numbers.randrange)
         try:
             for _ in range(STEPS):
-                numbers.choice(OFTEN if numbers.random() < 0.75 else SELDOM)(sim, numbers.randrange)
+                numbers.choice(often if numbers.random() < 0.75 else SELDOM)(sim, numbers.randrange)
             sim.settle()
         except Exception as exc:
             raise AssertionError(f"walk {walk}") from exc

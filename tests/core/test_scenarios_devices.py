@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from modelium.core import instructions as i
@@ -207,3 +209,37 @@ def test_a_runtime_on_another_machine_reaches_only_what_is_there() -> None:
     assert sim.state("b") is State.QUEUED
     sim.accept("large", memory=80, runtime="s")
     assert sim.answer(sim.ask("large")) == "never_fits"
+
+
+def test_a_part_that_waits_for_what_is_made_of_it_goes_on_when_that_is_lost_with_its_machine() -> None:
+    sim = two_machines()
+    sim.accept("part", memory=60, runtime="r")
+    sim.accept("whole", memory=90, runtime="s", parts=("part",))
+    sim.load("whole")
+    assert sim.world.models["whole"].placed == ("s/cpu:0",)
+    sim.wait(31)
+    sim.accept("big", memory=90, runtime="r")
+    ticket = sim.ask("big")
+    sim.complete(next(p for p in sim.pending if isinstance(p.order, i.CloseRoute) and p.order.name == "part"))
+    assert sim.states() == {"big": "QUEUED", "part": "DRAINING", "whole": "DRAINING"}
+    sim.lose_device("s/cpu:0")
+    assert sim.state("part") is State.UNLOADING
+    sim.run()
+    assert sim.answer(ticket) == "granted"
+
+
+def test_what_sleeps_and_waits_is_booked_once_on_a_device_that_comes() -> None:
+    sim = Sim(Policy(budgets={"cpu:0": 50}), runtimes=("r", "s"), levels=(1,), residue=10)
+    sim.run()
+    sim.real["s"].models["a"] = (("s/cpu:0", 60),)
+    sim.real["s"].sleep("a", 1, (("host:0", 30), ("s/cpu:0", 10)))
+    sim.accept("a", memory=40, runtime="s", was_loaded=True)
+    sim.accept("busy", memory=40)
+    sim.load("busy", finish=False)
+    sim.see_runtime("s")
+    sim.ask("a")
+    assert sim.state("a") is State.STANDBY and sim.world.models["a"].tickets
+    sim.policy = replace(sim.policy, budgets={"cpu:0": 50, "s/cpu:0": 10})
+    sim.apart["s/cpu:0"] = "s"
+    sim.see_devices()
+    assert sim.world.devices["s/cpu:0"].booked_bytes == 10

@@ -1104,3 +1104,20 @@ def test_a_stuck_runtime_of_somebody_else_is_left_alone() -> None:
     sim.ask("a")
     sim.fail(sim.pending[-1], runtime_lost=True, recycle=True)
     assert sim.world.runtimes["r"].state is RuntimeState.UP and not sim.world.runtimes["r"].recycle
+
+
+def test_a_time_that_is_reached_is_not_waited_for_again() -> None:
+    """120 s after 1960.034 is less than 120 s later, as floating-point numbers go."""
+    sim = make(100)
+    sim.accept("a")
+    sim.load("a")
+    sim.unload("a")
+    sim.run()
+    sim.now = 1960.0339999999999
+    sim.ask("a", deadline_s=10_000)
+    assert sim.now + 120 - sim.now < 120
+    for _ in range(40):
+        if sim.wake is not None and sim.state("a") is State.LOADING:
+            sim.now = max(sim.now, sim.wake)
+            sim.tick()
+    assert sim.state("a") is State.UNLOADING and "given up to be loaded anew" in sim.world.models["a"].reason

@@ -592,6 +592,325 @@ def test_put_to_sleep_by_somebody_it_is_woken_when_it_is_wanted() -> None:
     assert sim.state("a") is State.READY, "it was in use"
 
 
+# --------------------------------------------------------------------------- its device goes, or is too small by now
+
+
+APART = "s/cpu:0"
+
+
+def two_machines(residue: int = 0, here: int = 100, there: int = 100, **policy: object) -> Sim:
+    """A machine with a runtime `r`, and another one, which only runtime `s` reaches, with more room on it."""
+    fields: dict[str, object] = {"budgets": {"cpu:0": here, APART: there}, "min_resident_s": 0.0, **policy}
+    sim = Sim(Policy(**fields), runtimes=("r", "s"), levels=(1,), residue=residue)  # type: ignore[arg-type]
+    sim.apart[APART] = "s"
+    sim.see_devices()
+    sim.run()
+    sim.accept("full", memory=50)
+    sim.load("full", finish=False)
+    return sim
+
+
+def asleep_there(sim: Sim) -> None:
+    """`a` sleeps on the other machine."""
+    sim.accept("a", memory=60, runtime="s")
+    sim.load("a")
+    assert sim.world.models["a"].placed == (APART,)
+    sim.wait(620)
+    sim.run()
+    assert sim.state("a") is State.STANDBY, sim.story("a")
+
+
+@pytest.mark.parametrize("residue", [0, 10])
+def test_its_device_is_gone_and_it_is_unloaded(residue: int) -> None:
+    sim = two_machines(residue)
+    asleep_there(sim)
+    sim.lose_device(APART)
+    assert sim.state("a") is State.UNLOADING and sim.world.models["a"].reason == f"{APART} is gone"
+    assert booked(sim, HOST) == (30, 0, 30)
+    sim.run()
+    assert sim.state("a") is State.COLD and booked(sim, HOST) == (0, 0, 0)
+    sim.see_runtime("s")
+    assert sim.state("a") is State.COLD and not sim.real["s"].asleep
+
+
+@pytest.mark.parametrize("residue", [0, 10])
+def test_its_device_is_gone_and_it_is_loaded_elsewhere_for_who_asks(residue: int) -> None:
+    sim = two_machines(residue)
+    asleep_there(sim)
+    sim.lose_device(APART)
+    sim.end("full")
+    sim.see_use()
+    ticket = sim.ask("a")
+    assert sim.state("a") is State.UNLOADING
+    sim.run()
+    assert sim.answer(ticket) == "granted" and sim.world.models["a"].booking == (("cpu:0", 60),)
+    assert not [o for _, out in sim.history for o in out if isinstance(o, i.Wake)]
+
+
+@pytest.mark.parametrize("residue", [0, 10])
+def test_its_device_goes_while_somebody_waits_for_its_room(residue: int) -> None:
+    sim = two_machines(residue)
+    asleep_there(sim)
+    sim.accept("busy", memory=70, runtime="s")
+    sim.load("busy", finish=False)
+    assert sim.world.models["busy"].placed == (APART,)
+    ticket = sim.ask("a")
+    assert sim.state("a") is State.STANDBY
+    sim.lose_device(APART)
+    assert sim.state("a") is State.UNLOADING and sim.answer(ticket) == "waits"
+    sim.end("full")
+    sim.end("busy")
+    sim.run()
+    assert sim.answer(ticket) == "granted" and sim.world.models["a"].booking == (("cpu:0", 60),)
+
+
+def test_its_device_is_gone_and_there_is_no_other_for_it() -> None:
+    sim = two_machines(here=55)
+    asleep_there(sim)
+    sim.lose_device(APART)
+    ticket = sim.ask("a")
+    sim.run()
+    assert sim.answer(ticket) == "never_fits" and sim.state("a") is State.FAILED
+    assert "needs 60 B" in sim.message(ticket) and APART not in sim.message(ticket)
+
+
+@pytest.mark.parametrize("waited_for", [False, True])
+def test_its_device_goes_while_it_falls_asleep(waited_for: bool) -> None:
+    sim = two_machines()
+    sim.accept("a", memory=60, runtime="s")
+    sim.load("a")
+    sim.wait(620)
+    sim.complete(sim.pending[-1])
+    assert sim.state("a") is State.PARKING
+    ticket = sim.ask("a") if waited_for else 0
+    sim.lose_device(APART)
+    assert sim.state("a") is State.UNLOADING and booked(sim, HOST) == (30, 0, 30)
+    sim.run()
+    assert booked(sim, HOST) == (0, 0, 0)
+    sim.end("full")
+    sim.see_use()
+    sim.wait(1)
+    sim.run()
+    assert sim.state("a") is (State.READY if waited_for else State.COLD)
+    assert not waited_for or sim.answer(ticket) == "granted"
+
+
+def test_its_device_goes_while_it_wakes() -> None:
+    sim = two_machines()
+    asleep_there(sim)
+    ticket = sim.ask("a")
+    assert sim.state("a") is State.LOADING
+    sim.lose_device(APART)
+    assert sim.state("a") is State.UNLOADING and sim.answer(ticket) == "waits"
+    sim.end("full")
+    sim.run()
+    assert sim.answer(ticket) == "granted" and sim.world.models["a"].booking == (("cpu:0", 60),)
+    assert sim.world.models["a"].estimate.standby, "its level is not to blame"
+
+
+@pytest.mark.parametrize("residue", [0, 10])
+def test_its_device_goes_while_it_is_unloaded(residue: int) -> None:
+    """What it holds of the host is booked until its process has ended."""
+    sim = two_machines(residue)
+    asleep_there(sim)
+    ticket = sim.unload("a")
+    sim.lose_device(APART)
+    assert sim.state("a") is State.UNLOADING and sim.answer(ticket) == "waits" and booked(sim, HOST) == (30, 0, 30)
+    sim.run()
+    assert sim.state("a") is State.COLD and sim.answer(ticket) == "granted" and booked(sim, HOST) == (0, 0, 0)
+
+
+def test_its_device_is_gone_and_its_unload_fails() -> None:
+    sim = two_machines()
+    asleep_there(sim)
+    sim.lose_device(APART)
+    sim.fail(sim.pending[-1])
+    assert sim.state("a") is State.FAILED and booked(sim, HOST) == (30, 0, 0)
+    sim.real["s"].drop("a")
+    sim.see_runtime("s")
+    assert sim.state("a") is State.COLD and booked(sim, HOST) == (0, 0, 0)
+
+
+def test_one_of_its_devices_is_gone() -> None:
+    sim = two_machines(here=55)
+    sim.apart["s/cpu:1"] = "s"
+    sim.see_devices()
+    sim.accept("a", memory=80, runtime="s", devices=2)
+    sim.load("a")
+    assert sim.world.models["a"].placed == (APART, "s/cpu:1")
+    sim.wait(620)
+    sim.run()
+    assert sim.state("a") is State.STANDBY
+    sim.lose_device("s/cpu:1")
+    sim.run()
+    assert sim.state("a") is State.COLD and booked(sim, APART) == (0, 0, 0) == booked(sim, HOST)
+    ticket = sim.ask("a")
+    assert sim.answer(ticket) == "waits" and "needs 40 B on cpu:0" in sim.world.models["a"].reason
+
+
+def test_its_device_comes_back() -> None:
+    sim = two_machines()
+    asleep_there(sim)
+    sim.lose_device(APART)
+    sim.apart[APART] = "s"
+    sim.see_devices()
+    ticket = sim.ask("a")
+    sim.run()
+    assert sim.answer(ticket) == "granted" and sim.world.models["a"].booking == ((APART, 60),)
+    assert (booked(sim, APART), booked(sim, HOST)) == ((60, 0, 0), (0, 0, 0))
+
+
+def test_its_runtime_is_restarted_by_somebody() -> None:
+    sim = make(100)
+    asleep(sim)
+    sim.accept("busy", memory=60)
+    sim.load("busy", finish=False)
+    ticket = sim.ask("a", deadline_s=1000)
+    sim.restart_silently()
+    sim.see_runtime()
+    assert booked(sim, HOST) == (0, 0, 0) and sim.state("a") is State.LOADING
+    sim.run()
+    assert sim.answer(ticket) == "granted"
+
+
+def test_its_runtime_is_lost_and_given_up_while_somebody_waits() -> None:
+    sim = make(100, crash_budget=1)
+    asleep(sim)
+    sim.accept("busy", memory=60)
+    sim.load("busy", finish=False)
+    ticket = sim.ask("a")
+    sim.crash()
+    assert sim.answer(ticket) == "runtime_unavailable" and "r is down" in sim.message(ticket)
+    assert booked(sim, HOST) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("while_", ["parking", "waking"])
+def test_its_runtime_is_lost_on_its_way(while_: str) -> None:
+    sim = make()
+    sim.accept("a", memory=60)
+    sim.load("a")
+    sim.wait(620)
+    sim.complete(sim.pending[-1])
+    if while_ == "waking":
+        sim.run()
+    ticket = sim.ask("a")
+    sim.crash()
+    assert booked(sim, HOST) == (0, 0, 0) == booked(sim)
+    sim.wait(20)
+    sim.run()
+    sim.wait(40)
+    sim.run()
+    assert sim.answer(ticket) == "granted" and sim.world.models["a"].parked is None
+
+
+def shrink(sim: Sim, **budgets: int) -> None:
+    sim.policy = replace(
+        sim.policy, budgets={**sim.policy.budgets, **{k.replace("_", ":"): v for k, v in budgets.items()}}
+    )
+    sim.see_devices()
+
+
+def test_what_it_keeps_of_its_device_counts_for_what_it_needs_of_it() -> None:
+    """60 in all, of which it holds 10: 50 more would fit a budget of 55, and all of it does not."""
+    sim = make(100, residue=10)
+    asleep(sim, memory=60)
+    shrink(sim, cpu_0=55)
+    ticket = sim.ask("a")
+    sim.run()
+    assert sim.answer(ticket) == "never_fits" and sim.state("a") is State.FAILED
+
+
+def two_shrunk(residue: int, limit: int, devices: int = 1) -> Sim:
+    policy = Policy(budgets={"cpu:0": 90, "cpu:1": 100, "cpu:2": 90}, min_resident_s=0.0)
+    sim = Sim(policy, devices=2 + (devices > 1), levels=(1,), residue=residue)
+    sim.run()
+    sim.accept("a", memory=60 if devices == 1 else 80, devices=devices)
+    sim.load("a")
+    sim.wait(620)
+    sim.run()
+    assert sim.state("a") is State.STANDBY
+    shrink(sim, cpu_1=limit)
+    return sim
+
+
+@pytest.mark.parametrize(("residue", "limit"), [(0, 40), (10, 40), (10, 55)])
+def test_it_never_fits_any_more_where_it_slept_and_is_loaded_where_room_can_be_made(residue: int, limit: int) -> None:
+    sim = two_shrunk(residue, limit)
+    sim.accept("other", memory=60)
+    sim.load("other", finish=False)
+    assert sim.world.models["other"].placed == ("cpu:0",)
+    ticket = sim.ask("a")
+    assert sim.state("a") is State.UNLOADING and "loaded anew elsewhere" in sim.world.models["a"].reason
+    sim.end("other")
+    sim.see_use()
+    sim.wait(1)
+    sim.run()
+    assert sim.answer(ticket) == "granted" and sim.world.models["a"].booking == (("cpu:0", 60),)
+
+
+def test_over_several_devices_it_is_loaded_anew_on_others() -> None:
+    sim = two_shrunk(0, 30, devices=2)
+    assert "cpu:1" in sim.world.models["a"].placed
+    ticket = sim.ask("a")
+    sim.run()
+    assert sim.answer(ticket) == "granted" and sim.world.models["a"].placed == ("cpu:0", "cpu:2")
+
+
+@pytest.mark.parametrize("always", [False, True])
+def test_it_can_never_wake_beside_what_is_kept_and_is_loaded_elsewhere(always: bool) -> None:
+    policy = Policy(always_loaded=("kept",) if always else (), budgets={"cpu:0": 80, "cpu:1": 100}, min_resident_s=0.0)
+    sim = Sim(policy, devices=2, levels=(1,))
+    sim.run()
+    asleep(sim, memory=40)
+    sim.accept("kept", memory=90, pinned=not always)
+    sim.run()
+    assert sim.world.models["kept"].placed == ("cpu:1",)
+    sim.accept("other", memory=60)
+    sim.load("other", finish=False)
+    ticket = sim.ask("a")
+    assert sim.state("a") is State.UNLOADING and "loaded anew elsewhere" in sim.world.models["a"].reason
+    sim.end("other")
+    sim.see_use()
+    sim.wait(1)
+    sim.run()
+    assert sim.answer(ticket) == "granted" and sim.world.models["a"].booking == (("cpu:0", 40),)
+
+
+def test_it_can_never_wake_beside_what_is_always_loaded_anywhere() -> None:
+    sim = make(always_loaded=("kept",))
+    asleep(sim, memory=60)
+    sim.accept("kept", memory=50)
+    sim.run()
+    ticket = sim.ask("a")
+    sim.run()
+    assert sim.answer(ticket) == "never_fits" and "beside what is always loaded" in sim.message(ticket)
+    assert sim.state("a") is State.FAILED and booked(sim, HOST) == (0, 0, 0)
+
+
+def test_a_wake_that_fails_is_followed_by_one_load_and_the_reason_of_that_is_told() -> None:
+    sim = make()
+    asleep(sim)
+    ticket = sim.ask("a")
+    sim.files["a"].bad = True
+    sim.fail(sim.pending[-1])
+    sim.run()
+    assert sim.answer(ticket) == "load_rejected" and sim.loads == ["a", "a", "a"]
+    told = [o.transition.reason for _, out in sim.history for o in out if isinstance(o, i.Tell)]
+    assert "did not wake, and is loaded anew: it failed" in told
+    sim.wait(620)
+    assert sim.loads == ["a", "a", "a"]
+
+
+def test_a_runtime_lost_during_a_wake_is_no_fault_of_the_level() -> None:
+    sim = make()
+    asleep(sim)
+    ticket = sim.ask("a")
+    sim.fail(sim.pending[-1], runtime_lost=True)
+    sim.wait(5)
+    sim.run()
+    assert sim.answer(ticket) == "granted" and sim.world.models["a"].estimate.standby
+
+
 # --------------------------------------------------------------------------- how likely it is wanted again
 
 

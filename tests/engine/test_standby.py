@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from modelium.api import Device
 from modelium.api.fakes import FakeRuntime
 from modelium.engine.planner import PROCESS_BYTES
 from modelium.errors import DriverError
@@ -143,6 +144,47 @@ async def test_a_runtime_that_dies_takes_its_sleepers_along(r: Rig) -> None:
     await r.is_("a", "COLD")
     assert r.engine.loop.world.devices["cpu:0"].booked_bytes == 0
     assert r.engine.store.loaded.get("a") is None
+
+
+async def with_a_card(r: Rig) -> None:
+    """Beside the GPU that all reach another one comes, which only the runtime lists, and `a` sleeps there."""
+    r.runtime.devices = (
+        Device(id="fake/cuda:0", kind="cuda", name="card", total_bytes=2 * ROOM, used_bytes=0, runtime="fake"),
+    )
+    await r.look()
+    await r.until(lambda: "fake/cuda:0" in r.engine.loop.world.devices)
+    await r.add("a")
+    await use(r, "a")
+    assert r.service.view("a").devices == ("fake/cuda:0",)
+    r.advance(10_000)
+    await r.is_("a", "STANDBY")
+
+
+async def test_its_device_is_gone_and_a_request_is_answered_from_another(r: Rig) -> None:
+    await with_a_card(r)
+    unload = r.runtime.hold("unload", "a")
+    r.runtime.devices = ()
+    await r.look()
+    await unload.arrived.wait()
+    assert r.state("a") == "UNLOADING" and r.reason("a") == "fake/cuda:0 is gone"
+    waiter = asyncio.ensure_future(r.service.acquire("a"))
+    await r.until(lambda: r.service.view("a").waiting == 1)
+    unload.release()
+    (await waiter).release()
+    assert r.service.view("a").devices == ("cuda:0",) and r.runtime.count("wake") == 0
+    assert r.engine.loop.world.devices["cpu:0"].booked_bytes == 0
+
+
+async def test_its_device_goes_while_it_wakes(r: Rig) -> None:
+    await with_a_card(r)
+    wake = r.runtime.hold("wake", "a")
+    waiter = asyncio.ensure_future(r.service.acquire("a"))
+    await wake.arrived.wait()
+    r.runtime.devices = ()
+    await r.look()
+    (await waiter).release()
+    assert wake.cancelled and r.service.view("a").devices == ("cuda:0",)
+    assert (r.runtime.count("unload", "a"), r.runtime.count("load", "a")) == (1, 2)
 
 
 async def test_it_is_shown(r: Rig) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
+from modelium_plugin_vllm.environment import FOLDER
+
 from modelium.api import (
     Endpoint,
     LoadOutcome,
@@ -331,7 +333,7 @@ class TritonDriver:
 
     @property
     def _vllm_place(self) -> Path:
-        return self._settings.vllm_environment or self._context.cache_dir / vllm_environment.FOLDER
+        return self._settings.vllm_environment or self._context.cache_dir / FOLDER
 
     async def _pack(self, pack: str, report: Report) -> None:
         """Have a pack in the environment; several loads wait for one installation, which goes on when they give up."""

@@ -224,7 +224,7 @@ def layout(name: str, analysis: Analysis, plan: Plan) -> Layout:
     values = {**settings, "name": name, "device_kind": plan.device_kind}
     if analysis.format == "huggingface":
         values |= {
-            "model_folder": str(PurePosixPath("model") / PurePosixPath(analysis.entry).parent),
+            "model_folder": str(model_folder(analysis)),
             "tokenizer": "true" if analysis.facts.get("tokenizer") else "false",
             "width": analysis.facts.get("hidden_size") or -1,
         }
@@ -249,6 +249,11 @@ def layout(name: str, analysis: Analysis, plan: Plan) -> Layout:
         "accelerator": _accelerator(settings.get("accelerator"), plan.device_kind),
     }
     return Layout(files=files, texts=render(serving.name, values))
+
+
+def model_folder(analysis: Analysis) -> PurePosixPath:
+    """Where a Hugging Face model lies in its version's folder."""
+    return PurePosixPath("model") / PurePosixPath(analysis.entry).parent
 
 
 def _accelerator(setting: object, device_kind: str) -> dict[str, Any] | None:

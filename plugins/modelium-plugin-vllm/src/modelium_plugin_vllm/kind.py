@@ -91,7 +91,7 @@ class VllmKind:
                 self._free[name] = int(former.fields["free_bytes"])
         settings = settings.model_copy(update=self._changed[name])
         kind = request.plan.device_kind
-        engine = arguments.engine_args(request.analysis, settings, kind, len(request.devices))
+        engine = arguments.server_args(request.analysis, settings, kind, len(request.devices))
         env = arguments.environment(self._vllm, settings, kind, self._context.cache_dir / FOLDER / "cache")
         if kind == "cuda":
             least = min(request.device_bytes[device] for device in request.devices)

@@ -200,6 +200,15 @@ class TestEstimates:
         assert offer.settings["kv_cache_memory_bytes"] == cache
         assert 8 * GB * width < offer.memory_bytes - cache < 9.9 * GB * width
 
+    def test_settings_count(self) -> None:
+        settings = {"max_model_len": 16384, "concurrent": 1, "max_tokens": 9}
+        (one,) = offers(LLAMA, triton("vllm", default_settings=settings), GPUS[:1])
+        (plain,) = offers(LLAMA, triton("vllm"), GPUS[:1])
+        assert one.settings["max_model_len"] == 16384
+        assert plain.memory_bytes - one.memory_bytes == (4 * 8192 - 16384) * self.TOKEN
+        with pytest.raises(ModelError, match="settings for vLLM are not right: concurrent"):
+            offers(LLAMA, triton("vllm", default_settings={"concurrent": 0}), GPUS)
+
     def test_attention_by_one_latent_for_all_heads_takes_little(self) -> None:
         info = triton("vllm")
         latent = changed(kv_lora_rank=512, qk_rope_head_dim=64)

@@ -19,6 +19,7 @@ from typing import Any
 import aiohttp
 
 from modelium.api import (
+    DEFAULT_SETTINGS,
     Endpoint,
     LoadOutcome,
     LoadRequest,
@@ -159,7 +160,7 @@ class RayServeDriver:
         environment = await packs.environment_for(self._context.cache_dir, self._settings)
         facts: dict[str, Any] = {
             "own": self._own,
-            "default_settings": self._settings.default_settings.model_dump(mode="json", exclude_none=True),
+            DEFAULT_SETTINGS: self._settings.default_settings.model_dump(mode="json", exclude_none=True),
             "packs": None,
             "running": self._client is not None,
         }

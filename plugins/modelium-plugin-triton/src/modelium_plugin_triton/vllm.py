@@ -18,7 +18,7 @@ from modelium_plugin_vllm import arguments, cpu, limits, memory
 from modelium_plugin_vllm.limits import refusal
 from modelium_plugin_vllm.settings import DEVICE_BYTES, REPOSITORY, EngineSettings, engine_settings
 
-from modelium.api import Analysis, Device, Layout, LoadRequest, Offer, Plan, RuntimeInfo
+from modelium.api import DEFAULT_SETTINGS, Analysis, Device, Layout, LoadRequest, Offer, Plan, RuntimeInfo
 from modelium.api.templates import render
 from modelium_plugin_triton import modelconfig, vllm_environment
 from modelium_plugin_triton.modelconfig import CONFIG
@@ -52,17 +52,19 @@ def offers(analysis: Analysis, runtime: RuntimeInfo | None, devices: Sequence[De
     if runtime is None or not _is_for_it(analysis):
         return []
     gpus = [device for device in devices if device.kind == "cuda"] if runtime.facts.get("gpu", True) else []
+    settings = engine_settings(runtime.facts.get(DEFAULT_SETTINGS) or {})
+    over = list(limits.counts(analysis, len(gpus), settings.pipeline_parallel_size))
     found: list[Offer] = []
     if NATIVE in runtime.backends and not refusal(analysis, None, "cuda"):
-        found += _over_gpus(NATIVE, analysis, gpus, _native_counts(analysis, gpus, runtime), runtime)
+        found += _over_gpus(NATIVE, analysis, settings, gpus, _native_counts(over, gpus, runtime), runtime)
     environment = vllm_environment.of(runtime)
     if environment is not None and not environment.cpu:
         if not refusal(analysis, environment.known, "cuda"):
-            found += _over_gpus(TEMPLATE, analysis, gpus, limits.counts(analysis, len(gpus)), runtime)
+            found += _over_gpus(TEMPLATE, analysis, settings, gpus, over, runtime)
     elif environment is not None and not gpus:
         features = cpu.features()
         if not refusal(analysis, environment.known, "cpu", int4=cpu.computes_int4(features)):
-            found.append(_on_cpu(analysis, devices, bf16=cpu.computes_bf16(features)))
+            found.append(_on_cpu(analysis, settings, devices, bf16=cpu.computes_bf16(features)))
     return found
 
 
@@ -74,9 +76,9 @@ def _is_for_it(analysis: Analysis) -> bool:
     )
 
 
-def _native_counts(analysis: Analysis, gpus: Sequence[Device], runtime: RuntimeInfo) -> Iterator[int]:
+def _native_counts(over: Iterable[int], gpus: Sequence[Device], runtime: RuntimeInfo) -> Iterator[int]:
     """Where the backend is too old to be told which GPUs to spread over, it takes the first ones: over all or none."""
-    for count in limits.counts(analysis, len(gpus)):
+    for count in over:
         if count in (1, len(gpus)) or runtime.facts.get("vllm_takes_devices"):
             yield count
 
@@ -90,19 +92,25 @@ def takes_devices(backends: Path) -> bool:
 
 
 def _over_gpus(
-    serving: str, analysis: Analysis, gpus: Sequence[Device], counts: Iterable[int], runtime: RuntimeInfo
+    serving: str,
+    analysis: Analysis,
+    settings: EngineSettings,
+    gpus: Sequence[Device],
+    over: Iterable[int],
+    runtime: RuntimeInfo,
 ) -> Iterator[Offer]:
     """Over as few as will do: over more it would only take more."""
-    for count in counts:
+    for count in over:
         least = sorted((gpu.total_bytes for gpu in gpus), reverse=True)[count - 1]
-        offer = _on_gpus(serving, analysis, count, least, runtime)
+        offer = _on_gpus(serving, analysis, settings, count, least, runtime)
         yield offer
         if offer.memory_bytes <= count * int(memory.USABLE * least):
             return
 
 
-def _on_gpus(serving: str, analysis: Analysis, count: int, device_bytes: int, runtime: RuntimeInfo) -> Offer:
-    settings = EngineSettings()
+def _on_gpus(
+    serving: str, analysis: Analysis, settings: EngineSettings, count: int, device_bytes: int, runtime: RuntimeInfo
+) -> Offer:
     size = memory.size(analysis, settings, "cuda", count, device_bytes).total
     return Offer(
         runtime=RUNTIME,
@@ -122,9 +130,10 @@ def _on_gpus(serving: str, analysis: Analysis, count: int, device_bytes: int, ru
     )
 
 
-def _on_cpu(analysis: Analysis, devices: Sequence[Device], *, bf16: bool) -> Offer:
-    # Without arithmetic for it prompts are computed several times slower in two bytes than in four.
-    settings = EngineSettings(dtype="auto" if bf16 or analysis.facts.get("quantization") else "float32")
+def _on_cpu(analysis: Analysis, settings: EngineSettings, devices: Sequence[Device], *, bf16: bool) -> Offer:
+    if settings.dtype == "auto" and not bf16 and not analysis.facts.get("quantization"):
+        # Without arithmetic for it prompts are computed several times slower in two bytes than in four.
+        settings = settings.model_copy(update={"dtype": "float32"})
     packs = bf16 or settings.dtype == "float32"
     host = max((device.total_bytes for device in devices if device.kind == "cpu"), default=0)
     size = memory.size(analysis, settings, "cpu", 1, host, packs=packs, on_cpu_bytes=ON_CPU_BYTES)

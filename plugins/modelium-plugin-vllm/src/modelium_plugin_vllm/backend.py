@@ -9,7 +9,18 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from modelium.api import Analysis, Device, Layout, Offer, Plan, Report, RuntimeContext, RuntimeDriver, RuntimeInfo
+from modelium.api import (
+    DEFAULT_SETTINGS,
+    Analysis,
+    Device,
+    Layout,
+    Offer,
+    Plan,
+    Report,
+    RuntimeContext,
+    RuntimeDriver,
+    RuntimeInfo,
+)
 from modelium.api.templates import render
 from modelium.errors import ModelError
 from modelium_plugin_vllm import memory
@@ -72,7 +83,7 @@ class VllmBackend:
         vllm = known(Path(str(runtime.facts["package"])))
         if refused := refusal(analysis, vllm, kind, embed=embed, int4=bool(runtime.facts.get("int4", True))):
             raise ModelError(f"vLLM {runtime.version} can't serve it: {refused}")
-        defaults = ModelSettings.model_validate(runtime.facts.get("default_settings") or {})
+        defaults = model_settings(runtime.facts.get(DEFAULT_SETTINGS) or {})
         found = _offers(analysis, defaults, here, embed=embed, packs=bool(runtime.facts.get("bf16", True)))
         place = {REPOSITORY: str(runtime.facts["repository"])}
         return [offer.model_copy(update={"settings": {**offer.settings, **place}}) for offer in found]

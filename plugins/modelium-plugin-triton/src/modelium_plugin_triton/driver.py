@@ -31,6 +31,7 @@ from modelium_plugin_triton.client import TritonClient
 from modelium_plugin_triton.measure import Measurer
 from modelium_plugin_triton.session import Attempt, Session
 from modelium_plugin_triton.settings import TritonSettings
+from modelium_plugin_triton.unfinished import Unfinished
 
 log = logging.getLogger(__name__)
 
@@ -157,7 +158,7 @@ class TritonDriver:
                     backends=backends,
                     python_based=await asyncio.to_thread(locate.python_based, folder),
                     tail=lambda lines: processes.tail(name, lines),
-                    culprits=self._culprits,
+                    unfinished=Unfinished(culprits=self._culprits),
                 )
             )
         _, version, _ = await session.client.metadata()
@@ -360,7 +361,7 @@ class TritonDriver:
         """End our server with all its models; somebody else's is left alone."""
         if self._settings.endpoint is None:
             # A load that never ends is not waited for.
-            stuck = self._session is not None and bool(self._session.stuck or self._session.given_up)
+            stuck = self._session is not None and bool(self._session.unfinished.names)
             grace_s = server.STUCK_EXIT_S if stuck else server.EXIT_TIMEOUT_S + 15
             await self._context.processes.stop(self._context.name, grace_s=grace_s)
             await asyncio.to_thread(server.sweep_shm, self._repository)

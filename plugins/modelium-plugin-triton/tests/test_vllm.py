@@ -17,12 +17,12 @@ from modelium_plugin_triton.modelconfig import from_json, parse_config
 from modelium_plugin_triton.vllm import load_parameters
 from modelium_plugin_vllm import cpu
 from modelium_plugin_vllm.memory import ON_GPU_BYTES
-from test_servings import CPU, LLM, offers, plan, triton
+from test_servings import CPU, LLM, offers, triton
 
 from modelium.api import Analysis, Device, LoadRequest, Offer, RuntimeInfo, environments
 from modelium.api.environments import Environment
 from modelium.api.fakes import silent
-from modelium.api.testing import eventually
+from modelium.api.testing import eventually, plan_of
 from modelium.errors import DriverError, ModelError
 
 GB = 10**9
@@ -71,7 +71,7 @@ def named(analysis: Analysis, runtime: RuntimeInfo, *devices: Device) -> list[tu
 
 def request(offer: Offer, analysis: Analysis, folder: Path, *devices: str, **changes: Any) -> LoadRequest:
     """A load of the folder that the offer's plan makes, on devices of 100 GB."""
-    made = plan(offer).model_copy(update={"devices": offer.devices})
+    made = plan_of(offer)
     for name, text in TritonBackend().layout(folder.name, analysis, made).texts.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
@@ -221,14 +221,14 @@ class TestFolders:
         analysis = LARGE.model_copy(update={"entry": "deep/config.json"})
         info = triton("vllm", repository="/their/models", vllm_takes_devices=True)
         one, two = offers(analysis, info, GPUS)
-        made = TritonBackend().layout("m", analysis, plan(one, engine_args={"seed": 7}, max_model_len=512))
+        made = TritonBackend().layout("m", analysis, plan_of(one, engine_args={"seed": 7}, max_model_len=512))
         assert made.files == {"1/model": "."}
         config, engine = parse_config(made.texts["config.pbtxt"]), json.loads(made.texts["1/model.json"])
         assert (config.name, config.backend) == ("m", "vllm")
         assert [type(g).Kind.Name(g.kind) for g in config.instance_group] == ["KIND_GPU"]
         assert engine.pop("gpu_memory_utilization") == 0.98, "it does not fit, and a load will tell"
         assert engine == {"model": "/their/models/m/1/model/deep", "dtype": "auto", "max_model_len": 512, "seed": 7}
-        spread = TritonBackend().layout("m", analysis, plan(two).model_copy(update={"devices": 2})).texts
+        spread = TritonBackend().layout("m", analysis, plan_of(two)).texts
         config, engine = parse_config(spread["config.pbtxt"]), json.loads(spread["1/model.json"])
         assert [type(g).Kind.Name(g.kind) for g in config.instance_group] == ["KIND_MODEL"]
         assert engine["tensor_parallel_size"] == 2
@@ -237,7 +237,7 @@ class TestFolders:
         make_vllm(Path(in_the_wheel.facts["vllm_environment"]))
         analysis = LLAMA.model_copy(update={"entry": "deep/config.json"})
         offer = offers(analysis, in_the_wheel, (CPU,))[0]
-        made = TritonBackend().layout('a "quoted" name', analysis, plan(offer, threads=3)).texts
+        made = TritonBackend().layout('a "quoted" name', analysis, plan_of(offer, threads=3)).texts
         config, engine = parse_config(made["config.pbtxt"]), json.loads(made["1/model.json"])
         assert (config.name, config.backend) == ('a "quoted" name', "python")
         assert config.model_transaction_policy.decoupled and not config.max_batch_size
@@ -245,7 +245,7 @@ class TestFolders:
         assert config.parameters["threads"].string_value == "3"
         assert engine["kv_cache_memory_bytes"] == offer.settings["kv_cache_memory_bytes"]
         assert "model" not in engine and "gpu_memory_utilization" not in engine
-        longer = TritonBackend().layout("m", analysis, plan(offer, max_model_len=131072)).texts["1/model.json"]
+        longer = TritonBackend().layout("m", analysis, plan_of(offer, max_model_len=131072)).texts["1/model.json"]
         assert json.loads(longer)["kv_cache_memory_bytes"] > 4 * engine["kv_cache_memory_bytes"]
         for name, text in made.items():
             if name.endswith(".py"):

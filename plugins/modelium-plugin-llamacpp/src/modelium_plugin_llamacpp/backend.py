@@ -20,6 +20,7 @@ from modelium.api import (
     RuntimeDriver,
     RuntimeInfo,
 )
+from modelium.api.estimates import READ_BYTES_PER_S
 from modelium.errors import ModelError
 from modelium_plugin_llamacpp import memory
 from modelium_plugin_llamacpp.analyzer import FORMAT
@@ -36,8 +37,6 @@ from modelium_plugin_llamacpp.settings import (
 RUNTIME = "llamacpp"
 SERVING = "gguf"
 
-READ_BYTES_PER_S = 500 * memory.MIB
-"""How fast weights come from disk, a cautious figure; for the first load only."""
 START_S = 1.0
 """Of a server whose model is small."""
 EMBEDDING_CTX = 2048

@@ -19,10 +19,11 @@ from modelium_plugin_vllm.limits import refusal
 from modelium_plugin_vllm.settings import DEVICE_BYTES, REPOSITORY, EngineSettings, engine_settings
 
 from modelium.api import DEFAULT_SETTINGS, Analysis, Device, Layout, LoadRequest, Offer, Plan, RuntimeInfo
-from modelium.api.templates import render
+from modelium.api.estimates import READ_BYTES_PER_S
+from modelium.api.templates import model_folder, render
 from modelium_plugin_triton import modelconfig, vllm_environment
 from modelium_plugin_triton.modelconfig import CONFIG
-from modelium_plugin_triton.servings import MIB, READ_BYTES_PER_S, RUNTIME, model_folder
+from modelium_plugin_triton.servings import MIB, RUNTIME
 
 NATIVE = "vllm"
 """Triton's backend, and the way of serving by it."""

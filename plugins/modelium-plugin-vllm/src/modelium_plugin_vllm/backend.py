@@ -21,6 +21,7 @@ from modelium.api import (
     RuntimeDriver,
     RuntimeInfo,
 )
+from modelium.api.estimates import READ_BYTES_PER_S
 from modelium.api.templates import render
 from modelium.errors import ModelError
 from modelium_plugin_vllm import memory
@@ -36,8 +37,6 @@ GENERATE, EMBED = "generate", "embed"
 HALF = "-half"
 """The way of serving in two bytes on a CPU that computes in four by itself."""
 
-READ_BYTES_PER_S = 500 * memory.MIB
-"""How fast weights come from disk, a cautious figure; for the first load only."""
 START_S: Mapping[str, float] = {"cpu": 20.0, "cuda": 60.0}
 """Of a server whose model is small, on two cores; on a GPU with what is compiled and captured."""
 

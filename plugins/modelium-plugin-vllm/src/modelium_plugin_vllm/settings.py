@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from modelium.errors import ModelError
+from modelium.api.settings import plan_settings
 
 Count = Annotated[int, Field(ge=1)]
 Port = Annotated[int, Field(ge=0, le=65535)]
@@ -139,26 +139,13 @@ class VllmSettings(BaseModel):
         return value.rstrip("/") if value else None
 
 
-Settings = TypeVar("Settings", bound=EngineSettings)
-
-
 def model_settings(settings: Mapping[str, Any]) -> ModelSettings:
     """The settings of a plan. Raises `ModelError` naming those that are wrong."""
-    return _checked(ModelSettings, {k: v for k, v in settings.items() if k not in (REPOSITORY, DEVICE_BYTES)})
+    ours = {k: v for k, v in settings.items() if k not in (REPOSITORY, DEVICE_BYTES)}
+    return plan_settings(ModelSettings, ours, "vLLM")
 
 
 def engine_settings(settings: Mapping[str, Any]) -> EngineSettings:
     """Those of a plan that are the engine's, among others. Raises `ModelError` naming those that are wrong."""
-    ours = EngineSettings.model_fields
-    return _checked(EngineSettings, {k: v for k, v in settings.items() if k in ours and v is not None})
-
-
-def _checked(model: type[Settings], settings: Mapping[str, Any]) -> Settings:
-    try:
-        return model.model_validate(settings)
-    except ValidationError as exc:
-        problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']} (found {e['input']!r:.60})" for e in exc.errors()[:4]]
-        known = ", ".join(model.model_fields)
-        raise ModelError(
-            f"its settings for vLLM are not right: {'; '.join(problems)}; there are: {known}", code="bad_settings"
-        ) from exc
+    ours = {k: v for k, v in settings.items() if k in EngineSettings.model_fields and v is not None}
+    return plan_settings(EngineSettings, ours, "vLLM")

@@ -2,6 +2,7 @@
 
 from modelium.api.datapath import Carried, DataPath, DataPathContext, DataPathDriver, DataPathInfo, DataRoute, Front
 from modelium.api.driver import (
+    DEFAULT_SETTINGS,
     Brain,
     Converter,
     EvictionPolicy,
@@ -46,6 +47,7 @@ from modelium.api.types import (
 )
 
 __all__ = [
+    "DEFAULT_SETTINGS",
     "HOOKSPEC_VERSION",
     "Analysis",
     "Brain",

@@ -146,6 +146,10 @@ class Parks(Protocol):
         """
 
 
+DEFAULT_SETTINGS = "default_settings"
+"""The one of a runtime's facts that `RuntimeBackend.offers` starts each model's settings from."""
+
+
 @runtime_checkable
 class RuntimeBackend(Protocol):
     """One kind of runtime."""
@@ -159,7 +163,10 @@ class RuntimeBackend(Protocol):
     def offers(self, analysis: Analysis, runtime: RuntimeInfo | None, devices: Sequence[Device]) -> Sequence[Offer]:
         """The ways in which this runtime could serve the model, best first.
 
-        `runtime` is None while the runtime has never been up: then offer what works on any.
+        `runtime` is None while the runtime has never been up: then offer what works on any. Its fact
+        `default_settings`, where it is there, holds settings to start from: those of the configuration, if the driver
+        says so, and where a brain sets some otherwise, offers are asked for again with these over them, so that what
+        they take is estimated. Raises `ModelError` for wrong ones.
         """
 
     def layout(self, name: str, analysis: Analysis, plan: Plan) -> Layout:

@@ -7,12 +7,14 @@ they lie in the top-level `model_repository_templates`, in an installed package 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import jinja2
 
+from modelium.api.types import Analysis, Tensor
 from modelium.errors import ConfigError, PluginError
 
 SUFFIX = ".jinja"
@@ -73,3 +75,41 @@ def _environment() -> jinja2.Environment:
 def _quote(value: object) -> str:
     """A string literal that JSON and protobuf's text format read alike."""
     return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\177")
+
+
+# --------------------------------------------------------------------------- values that templates take
+
+
+def batching(settings: Mapping[str, Any], analysis: Analysis) -> dict[str, int]:
+    """No batching where the first dimension is not the batch, nor where it is the only one.
+
+    Triton wants a dimension behind the batch's, and clients would have to send `[n, 1]` for the model's `[n]`.
+    """
+    if "max_batch_size" not in settings or analysis.format == "huggingface":
+        return {}
+    if analysis.facts.get("batch_dim") and all(len(t.shape) > 1 for t in (*analysis.inputs, *analysis.outputs)):
+        return {}
+    return {"max_batch_size": 0}
+
+
+def tensor_value(tensor: Tensor, batched: bool) -> dict[str, Any]:
+    """A tensor as the configuration has it: without the batch dimension, and a scalar as a tensor of one element."""
+    return {
+        "name": tensor.name,
+        "data_type": "TYPE_STRING" if tensor.datatype == "BYTES" else f"TYPE_{tensor.datatype}",
+        "dims": list(tensor.shape[1:] if batched else tensor.shape) or [1],
+        "optional": tensor.optional,
+    }
+
+
+def huggingface_values(analysis: Analysis) -> dict[str, Any]:
+    return {
+        "model_folder": str(model_folder(analysis)),
+        "tokenizer": "true" if analysis.facts.get("tokenizer") else "false",
+        "width": analysis.facts.get("hidden_size") or -1,
+    }
+
+
+def model_folder(analysis: Analysis) -> PurePosixPath:
+    """Where a Hugging Face model lies in its version's folder."""
+    return PurePosixPath("model") / PurePosixPath(analysis.entry).parent

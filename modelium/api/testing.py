@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -15,7 +18,7 @@ import pytest_asyncio
 
 from modelium.api.driver import Parks, RuntimeDriver
 from modelium.api.fakes import FakeBackend, FakeDriver, FakeProcesses, FakeRuntime, Held, load_request, silent
-from modelium.api.types import LoadRequest, ObservedModel
+from modelium.api.types import Layout, LoadRequest, ObservedModel, Offer, Plan
 from modelium.errors import DriverError, LoadRejected, RuntimeUnavailable
 
 __all__ = [
@@ -26,7 +29,9 @@ __all__ = [
     "FakeRuntime",
     "Held",
     "eventually",
+    "lay_out",
     "load_request",
+    "plan_of",
     "silent",
 ]
 
@@ -41,6 +46,36 @@ async def eventually(check: Callable[[], Awaitable[bool]], what: str, bound_s: f
             if bound.expired():
                 pytest.fail(f"not within {bound_s} s: {what}")
             raise
+
+
+def plan_of(offer: Offer, **settings: Any) -> Plan:
+    """The plan that takes the offer, on the first kind of device, with `settings` put over its own."""
+    return Plan(
+        brain="test",
+        runtime=offer.runtime,
+        serving=offer.serving,
+        device_kind=offer.device_kinds[0],
+        devices=offer.devices,
+        settings={**offer.settings, **settings},
+        memory_bytes=offer.memory_bytes,
+        load_s=offer.load_s,
+        reason="a test wants it",
+        confidence=1,
+    )
+
+
+def lay_out(layout: Layout, drop: Path, folder: Path) -> None:
+    """Make a model's folder of a copy of the drop, as the engine makes it of the drop itself."""
+    for to, source in layout.files.items():
+        origin = drop if source == "." else drop / source
+        (folder / to).parent.mkdir(parents=True, exist_ok=True)
+        if origin.is_dir():
+            shutil.copytree(origin, folder / to, dirs_exist_ok=True)
+        else:
+            shutil.copy(origin, folder / to)
+    for to, text in layout.texts.items():
+        (folder / to).parent.mkdir(parents=True, exist_ok=True)
+        (folder / to).write_text(text, encoding="utf-8")
 
 
 @pytest.mark.asyncio

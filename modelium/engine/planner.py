@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
+from typing import Any
 
-from modelium.api.driver import Brain, Parks
+from modelium.api.driver import DEFAULT_SETTINGS, Brain, Parks
 from modelium.api.types import Analysis, Device, Inspection, Layout, Offer, Plan, Situation
 from modelium.core.world import Estimate, Standby
 from modelium.engine.runtimes import Running
@@ -32,18 +33,30 @@ class Planner:
         situation = self.situation()
         offers: list[Offer] = []
         reasons: list[str] = []
-        for name, running in self.runtimes.items():
+        for name in self.runtimes:
             try:
-                found = running.backend.offers(analysis, running.info, situation.reachable(name))
-                offers += [o if o.runtime == name else o.model_copy(update={"runtime": name}) for o in found]
+                offers += self._offers_of(name, analysis, situation)
             except ModelError as exc:
                 reasons.append(exc.message)
         if reasons and not offers:
             raise ModelError("; ".join(reasons))
         return offers
 
+    def _offers_of(
+        self, name: str, analysis: Analysis, situation: Situation, settings: Mapping[str, Any] | None = None
+    ) -> list[Offer]:
+        """`settings` are put over those of the runtime's configuration."""
+        running = self.runtimes[name]
+        info = running.info
+        if info is not None and settings:
+            defaults = {**(info.facts.get(DEFAULT_SETTINGS) or {}), **settings}
+            info = info.model_copy(update={"facts": {**info.facts, DEFAULT_SETTINGS: defaults}})
+        found = running.backend.offers(analysis, info, situation.reachable(name))
+        return [o if o.runtime == name else o.model_copy(update={"runtime": name}) for o in found]
+
     def plan(self, name: str, inspection: Inspection) -> Plan:
-        """What was measured of this content before counts, else the offers' own estimates.
+        """What was measured of this content before counts, else the offers' own estimates; where the brain sets
+        something otherwise than was offered, those with its settings.
 
         Raises `ModelError` when nothing on offer will do.
         """
@@ -52,8 +65,24 @@ class Planner:
             raise ModelError(f"no analyzer knows what {name} is")
         if not self.runtimes:
             raise ModelError("no runtime is there to serve it: `pip install modelium-plugin-triton`")
-        offers = [known for offer in self.offers(analysis) for known in self._measured(inspection.content_key, offer)]
-        plan = self.brain.plan(name, analysis, offers, self.situation())
+        situation = self.situation()
+        offers = self.offers(analysis)
+        plan = self._chosen(name, inspection, offers, situation)
+        settings = _set_by_the_brain(plan, offers)
+        if not settings:
+            return plan
+        # What is set otherwise may take more or less.
+        offers = [offer for offer in offers if offer.runtime != plan.runtime]
+        offers += self._offers_of(plan.runtime, analysis, situation, settings)
+        again = self._chosen(name, inspection, offers, situation)
+        # Another rule may have applied, with other settings: for these the runtime was not asked.
+        holds = again.runtime != plan.runtime or settings.items() <= again.settings.items()
+        return again if holds else plan
+
+    def _chosen(self, name: str, inspection: Inspection, offers: Sequence[Offer], situation: Situation) -> Plan:
+        assert inspection.analysis is not None
+        known = [one for offer in offers for one in self._measured(inspection.content_key, offer)]
+        plan = self.brain.plan(name, inspection.analysis, known, situation)
         if plan.runtime not in self.runtimes:
             raise PluginError(f"the brain {self.brain.name} chose the runtime {plan.runtime}, which is not there")
         return plan
@@ -90,6 +119,13 @@ class Planner:
         known = self.store.measured.get(measured_as, Measured()).standby
         levels = [_standby(n, known.get(n, MeasuredStandby()), estimate, plan, weights_bytes) for n in plan.standby]
         return replace(estimate, standby=tuple(sorted(levels, key=lambda s: s.level)))
+
+
+def _set_by_the_brain(plan: Plan, offers: Sequence[Offer]) -> dict[str, Any]:
+    """What the plan sets otherwise than the offer that it takes."""
+    way = (plan.runtime, plan.serving, plan.devices)
+    offered = next((o.settings for o in offers if (o.runtime, o.serving, o.devices) == way), plan.settings)
+    return {k: v for k, v in plan.settings.items() if k not in offered or offered[k] != v}
 
 
 def _standby(level: int, known: MeasuredStandby, estimate: Estimate, plan: Plan, weights_bytes: int) -> Standby:

@@ -39,8 +39,6 @@ class TritonPythonModel:
         gc.freeze()
         arguments = json.loads((folder / "model.json").read_text(encoding="utf-8"))
         arguments |= json.loads(settings.get("engine_args") or "{}") | {"model": str(model)}
-        if args["model_instance_kind"] == "CPU":
-            arguments.setdefault("distributed_executor_backend", "uni")
         # One of its own: a tokenizer can't be used in two threads, and vLLM uses the other.
         tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
         self.engine = Engine(arguments)

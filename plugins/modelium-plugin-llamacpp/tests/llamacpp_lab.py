@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,10 @@ from modelium_plugin_llamacpp.analyzer import modelium_analyze
 from modelium_plugin_llamacpp.backend import LlamaCppBackend
 from modelium_plugin_llamacpp.settings import LlamaCppSettings
 
-from modelium.api import LoadRequest, Plan, RuntimeContext
+from modelium.api import LoadRequest, RuntimeContext
 from modelium.api.fakes import silent
 from modelium.api.servers import ModelServers
+from modelium.api.testing import lay_out, plan_of
 from modelium.engine.processes import ProcessSupervisor
 from modelium.paths import cache_dir
 
@@ -43,25 +43,9 @@ class Lab:
         assert analysis is not None
         backend = LlamaCppBackend()
         offer = backend.offers(analysis, None, ())[0]
-        plan = Plan(
-            brain="test",
-            runtime=offer.runtime,
-            serving=offer.serving,
-            device_kind="cpu",
-            settings={**offer.settings, "threads": 1, **settings},
-            memory_bytes=offer.memory_bytes,
-            load_s=offer.load_s,
-            reason="a test wants it",
-            confidence=1,
-        )
+        plan = plan_of(offer, **{"threads": 1, **settings})
         folder = self.repository / name
-        layout = backend.layout(name, analysis, plan)
-        for to, source in layout.files.items():
-            (folder / to).parent.mkdir(parents=True, exist_ok=True)
-            copy = shutil.copytree if drop.is_dir() else shutil.copy
-            copy(drop / source if source != "." else drop, folder / to)
-        for to, text in layout.texts.items():
-            (folder / to).write_text(text)
+        lay_out(backend.layout(name, analysis, plan), drop, folder)
         return LoadRequest(
             name=name,
             path=folder,

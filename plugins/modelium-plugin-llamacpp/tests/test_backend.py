@@ -12,7 +12,8 @@ from modelium_plugin_llamacpp.backend import LlamaCppBackend
 from modelium_plugin_llamacpp.settings import ModelSettings, model_settings
 from tiny_gguf import bert, llama, projector
 
-from modelium.api import Analysis, Device, Installable, Offer, Plan, RuntimeBackend, RuntimeInfo, Situation
+from modelium.api import Analysis, Device, Installable, RuntimeBackend, RuntimeInfo, Situation
+from modelium.api.testing import plan_of
 from modelium.errors import ModelError
 from modelium.host import PluginHost
 
@@ -32,20 +33,6 @@ def gpu(number: int, total: int = 24 * GIB) -> Device:
 
 def info(**facts: Any) -> RuntimeInfo:
     return RuntimeInfo(name="llamacpp", version="1", instance="llamacpp", adopted=True, facts=facts)
-
-
-def plan(offer: Offer, **settings: Any) -> Plan:
-    return Plan(
-        brain="test",
-        runtime=offer.runtime,
-        serving=offer.serving,
-        device_kind="cpu",
-        settings={**offer.settings, **settings},
-        memory_bytes=1,
-        load_s=1,
-        reason="",
-        confidence=1,
-    )
 
 
 def test_it_is_a_backend_that_can_be_installed() -> None:
@@ -91,14 +78,14 @@ def test_embeddings_and_projectors_are_in_the_settings(tmp_path: Path) -> None:
     assert found is not None
     (offer,) = LlamaCppBackend().offers(found, None, ())
     assert offer.settings["projector"] == "p.gguf"
-    layout = LlamaCppBackend().layout("m", found, plan(offer))
+    layout = LlamaCppBackend().layout("m", found, plan_of(offer))
     assert layout.files == {"1": "."}
     assert 'default_model_filename: "m.gguf"' in layout.texts["config.pbtxt"]
 
 
 def test_a_file_is_put_where_a_version_is_looked_for(analysis: Analysis) -> None:
     (offer,) = LlamaCppBackend().offers(analysis, None, ())
-    layout = LlamaCppBackend().layout("my.model", analysis, plan(offer))
+    layout = LlamaCppBackend().layout("my.model", analysis, plan_of(offer))
     assert layout.files == {"1/model.gguf": "."}
     assert layout.texts["config.pbtxt"].startswith('name: "my.model"\nbackend: "llamacpp"\n')
 
@@ -115,7 +102,7 @@ def test_a_file_is_put_where_a_version_is_looked_for(analysis: Analysis) -> None
 def test_wrong_settings_are_named(analysis: Analysis, settings: dict[str, Any], reason: str) -> None:
     (offer,) = LlamaCppBackend().offers(analysis, None, ())
     with pytest.raises(ModelError, match=reason):
-        LlamaCppBackend().layout("m", analysis, plan(offer, **settings))
+        LlamaCppBackend().layout("m", analysis, plan_of(offer, **settings))
     assert model_settings(offer.settings) == ModelSettings(ctx=512)
 
 

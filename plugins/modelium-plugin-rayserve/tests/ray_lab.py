@@ -14,7 +14,8 @@ from modelium_plugin_rayserve.backend import RayServeBackend
 from modelium_plugin_rayserve.driver import RayServeDriver
 from modelium_plugin_rayserve.settings import RayServeSettings
 
-from modelium.api import Analysis, Device, LoadOutcome, LoadRequest, Plan, Progress, RuntimeContext
+from modelium.api import Analysis, Device, LoadOutcome, LoadRequest, Progress, RuntimeContext
+from modelium.api.testing import lay_out, plan_of
 from modelium.builtin import huggingface, onnx, python_model
 from modelium.engine.processes import ProcessSupervisor
 from modelium.paths import cache_dir
@@ -89,30 +90,10 @@ class Lab:
         """Make the model's folder of a copy of the drop, as the engine makes it of the drop itself."""
         backend, analysis = RayServeBackend(), analyse(drop)
         offer = backend.offers(analysis, None, [HERE])[0]
-        plan = Plan(
-            brain="test",
-            runtime=offer.runtime,
-            serving=offer.serving,
-            device_kind="cpu",
-            settings={**offer.settings, **settings},
-            devices=len(devices),
-            memory_bytes=offer.memory_bytes,
-            load_s=offer.load_s,
-            reason="a test wants it",
-            confidence=1,
-        )
-        layout, folder = backend.layout(name, analysis, plan), self.repository / name
+        plan = plan_of(offer, **settings).model_copy(update={"devices": len(devices)})
+        folder = self.repository / name
         shutil.rmtree(folder, ignore_errors=True)
-        for to, source in layout.files.items():
-            origin = drop if source == "." else drop / source
-            (folder / to).parent.mkdir(parents=True, exist_ok=True)
-            if origin.is_dir():
-                shutil.copytree(origin, folder / to, dirs_exist_ok=True)
-            else:
-                shutil.copy(origin, folder / to)
-        for to, text in layout.texts.items():
-            (folder / to).parent.mkdir(parents=True, exist_ok=True)
-            (folder / to).write_text(text, encoding="utf-8")
+        lay_out(backend.layout(name, analysis, plan), drop, folder)
         return LoadRequest(
             name=name, path=folder, plan=plan, analysis=analysis, devices=devices, memory_bytes=plan.memory_bytes
         )

@@ -16,8 +16,9 @@ from modelium_plugin_rayserve.servings import SERVINGS
 from modelium_plugin_rayserve.settings import RayServeSettings, replica_settings
 from pydantic import ValidationError
 
-from modelium.api import Analysis, Device, Installable, LoadRequest, Offer, Plan, RuntimeBackend, RuntimeInfo, Tensor
+from modelium.api import Analysis, Device, Installable, LoadRequest, Offer, RuntimeBackend, RuntimeInfo, Tensor
 from modelium.api.fakes import load_request
+from modelium.api.testing import plan_of
 from modelium.errors import ConfigError, DriverError, LoadRejected, ModelError
 
 GIB = 2**30
@@ -52,14 +53,6 @@ def info(**facts: Any) -> RuntimeInfo:
 
 def offers(what: Analysis, runtime: RuntimeInfo | None = None, devices: list[Device] = HERE) -> list[Offer]:
     return list(RayServeBackend().offers(what, runtime, devices))
-
-
-def plan_of(offer: Offer, **settings: Any) -> Plan:
-    return Plan(
-        brain="test", runtime=offer.runtime, serving=offer.serving, device_kind=offer.device_kinds[0],
-        settings={**offer.settings, **settings}, devices=offer.devices, memory_bytes=offer.memory_bytes, load_s=1,
-        reason="", confidence=1,
-    )  # fmt: skip
 
 
 def test_it_is_a_backend_that_can_be_installed() -> None:

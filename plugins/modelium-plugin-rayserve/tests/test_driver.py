@@ -120,11 +120,11 @@ async def test_a_replica_that_is_killed_comes_back_and_one_that_can_not_is_broke
     outcome = await driver.load(request, silent)
 
     async def kill() -> None:
-        (replica,) = (await driver._status())["applications"]["m"]["replicas"]
+        (replica,) = (await driver._cluster.status())["applications"]["m"]["replicas"]
         os.kill(replica["pid"], signal.SIGKILL)
 
         async def noticed() -> bool:
-            shown = (await driver._status())["applications"]["m"]
+            shown = (await driver._cluster.status())["applications"]["m"]
             return all(one["id"] != replica["id"] for one in shown["replicas"])
 
         await eventually(noticed, "Ray notices that its process has ended")
@@ -151,7 +151,7 @@ async def test_a_replica_that_is_killed_comes_back_and_one_that_can_not_is_broke
     assert found is not None and "half a file" in found.reason
 
     async def given_up() -> bool:
-        return "m" not in (await driver._status())["applications"]
+        return "m" not in (await driver._cluster.status())["applications"]
 
     await eventually(given_up, "Ray does not go on trying")
     assert await broken(), "it still shows"
@@ -164,7 +164,7 @@ async def test_replicas_are_processes_and_all_are_counted(lab: Lab, driver: RayS
     one = await driver.load(lab.python_model("one"), silent)
     two = await driver.load(lab.python_model("two", replicas=2), silent)
     assert two.memory["cpu:0"] > 1.5 * one.memory["cpu:0"]
-    shown = (await driver._status())["applications"]["two"]
+    shown = (await driver._cluster.status())["applications"]["two"]
     assert len({replica["pid"] for replica in shown["replicas"]}) == 2
     assert (await driver.observe()).overhead["cpu:0"] > one.memory["cpu:0"]
 
@@ -214,7 +214,7 @@ async def test_somebody_elses_application_is_neither_shown_nor_touched(lab: Lab,
         await driver.load(lab.python_model("theirs"), silent)
     assert caught.value.code == "name_taken"
     await driver.unload("theirs")
-    assert "theirs" in (await driver._status())["applications"]
+    assert "theirs" in (await driver._cluster.status())["applications"]
 
 
 async def test_a_cluster_of_another_address_is_not_adopted(lab: Lab, driver: RayServeDriver) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import shutil
 import threading
 import urllib.error
 import urllib.request
@@ -23,6 +22,7 @@ from modelium_plugin_triton.install import install_pack
 from modelium.api import Analysis, LoadRequest, Plan
 from modelium.api.environments import Environment
 from modelium.api.fakes import silent
+from modelium.api.testing import lay_out, plan_of
 from modelium.builtin import huggingface, onnx, openvino, torchscript
 
 T = TypeVar("T")
@@ -70,34 +70,14 @@ class Triton:
         analysis = analyse(drop)
         folder = self.repository / name
         plan = self._plan(analysis, settings)
-        layout = TritonBackend().layout(name, analysis, plan)
-        for to, source in layout.files.items():
-            origin = drop if source == "." else drop / source
-            (folder / to).parent.mkdir(parents=True, exist_ok=True)
-            if origin.is_dir():
-                shutil.copytree(origin, folder / to, dirs_exist_ok=True)
-            else:
-                shutil.copy(origin, folder / to)
-        for to, text in layout.texts.items():
-            (folder / to).parent.mkdir(parents=True, exist_ok=True)
-            (folder / to).write_text(text, encoding="utf-8")
+        lay_out(TritonBackend().layout(name, analysis, plan), drop, folder)
         self._requests[name] = self._request(name, plan, analysis)
         return folder
 
     def _plan(self, analysis: Analysis, settings: dict[str, Any]) -> Plan:
         """With Triton's first offer."""
         offer = TritonBackend().offers(analysis, self.info, ())[0]
-        return Plan(
-            brain="test",
-            runtime=offer.runtime,
-            serving=offer.serving,
-            device_kind=offer.device_kinds[0],
-            settings={**offer.settings, **settings},
-            memory_bytes=offer.memory_bytes,
-            load_s=offer.load_s,
-            reason="a test wants it",
-            confidence=1,
-        )
+        return plan_of(offer, **settings)
 
     def _request(self, name: str, plan: Plan, analysis: Analysis) -> LoadRequest:
         return LoadRequest(

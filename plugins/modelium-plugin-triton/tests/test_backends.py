@@ -11,10 +11,8 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 from driver_lab import CONFIG, Lab, code
-from modelium_plugin_triton import install, locate
-from modelium_plugin_triton.client import TritonClient
+from modelium_plugin_triton import folders, install, locate
 from modelium_plugin_triton.driver import TritonDriver
-from modelium_plugin_triton.session import Session
 from modelium_plugin_triton.settings import TritonSettings
 
 from modelium.api import LoadRequest
@@ -168,17 +166,9 @@ async def test_a_rendered_model_is_put_on_the_gpus_that_have_room(lab: Lab) -> N
     request = model(lab, "m", "onnxruntime").model_copy(update={"devices": ("cuda:2",)})
     config = request.path / "config.pbtxt"
     config.write_text(config.read_text().replace("KIND_CPU", "KIND_GPU"))
-    session = Session(
-        client=TritonClient("127.0.0.1:1"),
-        settings=TritonSettings(),
-        instance="1",
-        repository=lab.repository,
-        memory_file=lab.root / "native.json",
-    )
-    assert '"gpus":[2]' in session._parameters(request)["config"].replace(" ", "")
+    assert '"gpus":[2]' in folders.parameters(request)["config"].replace(" ", "")
     theirs = request.model_copy(update={"analysis": request.analysis.model_copy(update={"format": "triton"})})
-    assert session._parameters(theirs) == {}  # a folder of somebody's own says where it runs
+    assert folders.parameters(theirs) == {}  # a folder of somebody's own says where it runs
     told = request.model_copy(update={"parameters": {"config": "{}"}})
-    assert session._parameters(told) == {"config": "{}"}
-    assert session._parameters(request.model_copy(update={"devices": ("cpu:0",)})) == {}
-    await session.client.close()
+    assert folders.parameters(told) == {"config": "{}"}
+    assert folders.parameters(request.model_copy(update={"devices": ("cpu:0",)})) == {}

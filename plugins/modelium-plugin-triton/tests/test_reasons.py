@@ -68,22 +68,40 @@ Process EngineCore:
 
 
 @pytest.mark.parametrize(
-    ("wrote", "code"),
+    ("wrote", "code", "message", "rejected"),
     [
-        ("ValueError: To serve at least one request with the model's max seq len (512), 8 GiB", "load_rejected"),
-        ("ValueError: Free memory on device cuda:0 (3.2/80 GiB) on startup is less than desired", "out_of_memory"),
-        ("torch.OutOfMemoryError: CUDA out of memory.", "out_of_memory"),
+        (
+            "ValueError: To serve at least one request with the model's max seq len (512), (8.0 GiB KV cache is "
+            "needed, which is larger than the available KV cache memory (4.0 GiB). Based on the available memory, the "
+            "estimated maximum model length is 256.",
+            "cache_too_small",
+            "set `max_model_len` to at most 256",
+            True,
+        ),
+        (
+            "ValueError: Free memory on device cuda:0 (3.2/80.0 GiB) on startup is less than desired GPU memory "
+            "utilization (0.9, 72.0 GiB). Decrease GPU memory utilization",
+            "out_of_memory",
+            "72.0 GiB were to be had, and 3.2 GiB are free",
+            False,
+        ),
+        ("torch.OutOfMemoryError: CUDA out of memory.", "out_of_memory", "too little memory (torch.OutOf", False),
+        ("ValueError: something else", "process_died", "vLLM did not start: something else", False),
     ],
 )
-def test_the_cause_is_found_where_vllms_engine_has_written_it(wrote: str, code: str) -> None:
-    error = failure("m", f"{ENGINE}{{}};\n", log=ENGINE_LOG.format(wrote).splitlines())
-    assert (error.message, error.code) == (f"m: vLLM's engine did not start: {wrote}", code)
+def test_the_cause_is_found_where_vllms_engine_has_written_it(
+    wrote: str, code: str, message: str, rejected: bool
+) -> None:
+    others = "E1128 17:48:36.100000 8987 x.cc:1] the neighbour: MemoryError"
+    error = failure("m", f"{ENGINE}{{}};\n", log=[others, *ENGINE_LOG.format(wrote).splitlines()])
+    assert error.code == code and message in error.message
+    assert isinstance(error, LoadRejected) == rejected
 
 
 def test_an_engine_that_was_killed() -> None:
     error = failure("m", f"{ENGINE}{{'EngineCore_DP0': -9}};\n")
-    assert error.code == "process_died" and "killed" in error.message
-    assert "the log may tell more" in failure("m", f"{ENGINE}{{}};\n").message
+    assert error.code == "out_of_memory" and "killed" in error.message
+    assert "without a word of why" in failure("m", f"{ENGINE}{{}};\n").message
 
 
 def test_a_missing_backend() -> None:

@@ -12,9 +12,10 @@ from modelium_plugin_triton.modelconfig import parse_config, placed
 from modelium_plugin_triton.packs import CONSTRAINTS, PACKS
 from modelium_plugin_triton.servings import SERVINGS
 
-from modelium.api import Analysis, Device, Offer, Plan, RuntimeInfo, Tensor
+from modelium.api import Analysis, Device, Offer, RuntimeInfo, Tensor
 from modelium.api.environments import Environment
 from modelium.api.templates import render, template_names
+from modelium.api.testing import plan_of
 from modelium.errors import ModelError, PluginError
 
 CPU = Device(id="cpu:0", kind="cpu", name="CPU", total_bytes=2**34, used_bytes=0)
@@ -54,22 +55,8 @@ def offers(analysis: Analysis, info: RuntimeInfo | None, devices: Sequence[Devic
     return TritonBackend().offers(analysis, info, devices)
 
 
-def plan(offer: Offer, **settings: Any) -> Plan:
-    return Plan(
-        brain="test",
-        runtime=offer.runtime,
-        serving=offer.serving,
-        device_kind=offer.device_kinds[0],
-        settings={**offer.settings, **settings},
-        memory_bytes=offer.memory_bytes,
-        load_s=offer.load_s,
-        reason="a test wants it",
-        confidence=1,
-    )
-
-
 def texts(analysis: Analysis, offer: Offer, name: str = "m", **settings: Any) -> Mapping[str, str]:
-    return TritonBackend().layout(name, analysis, plan(offer, **settings)).texts
+    return TritonBackend().layout(name, analysis, plan_of(offer, **settings)).texts
 
 
 class TestOffers:
@@ -107,8 +94,8 @@ class TestOffers:
         assert {native.device_kinds, template.device_kinds} == {("cpu",)}
         assert native.settings.get("max_batch_size") is None and template.settings["max_batch_size"] == 32
         assert template.memory_bytes - SERVINGS["openvino-python"].overhead_bytes == 1500
-        assert TritonBackend().layout("m", named, plan(native)).files == {"1": "."}
-        assert TritonBackend().layout("m", named, plan(template)).files == {"1/model": "."}
+        assert TritonBackend().layout("m", named, plan_of(native)).files == {"1": "."}
+        assert TritonBackend().layout("m", named, plan_of(template)).files == {"1/model": "."}
         for change in (
             {"facts": {"unnamed": ["x"]}},
             {"inputs": (Tensor(name="x", datatype="FP32", shape=()),)},
@@ -179,7 +166,7 @@ class TestAsIs:
     def test_any_backend_that_the_server_has(self) -> None:
         (offer,) = offers(model("triton", facts=AS_IS_FACTS | {"backend": "dali"}), triton("dali"))
         assert (offer.serving, offer.native) == ("as-is", True)
-        layout = TritonBackend().layout("m", model("triton", facts=AS_IS_FACTS), plan(offer))
+        layout = TritonBackend().layout("m", model("triton", facts=AS_IS_FACTS), plan_of(offer))
         assert layout.files == {".": "."} and not layout.texts
 
     def test_one_that_it_lacks_is_a_reason(self) -> None:
@@ -262,13 +249,13 @@ class TestLayouts:
         alone = ONNX.model_copy(update={"entry": ""})
         native, template = offers(alone, triton("onnxruntime", "python"))
         for offer in (native, template):
-            assert TritonBackend().layout("m", alone, plan(offer)).files == {"1/model.onnx": "."}
+            assert TritonBackend().layout("m", alone, plan_of(offer)).files == {"1/model.onnx": "."}
 
     def test_a_folder_goes_as_a_whole_and_meets_no_file_of_the_template(self) -> None:
         native, template = offers(ONNX, triton("onnxruntime", "python"))
-        assert TritonBackend().layout("m", ONNX, plan(native)).files == {"1": "."}
+        assert TritonBackend().layout("m", ONNX, plan_of(native)).files == {"1": "."}
         assert parse_config(texts(ONNX, native)["config.pbtxt"]).default_model_filename == "net.onnx"
-        assert TritonBackend().layout("m", ONNX, plan(template)).files == {"1/model": "."}
+        assert TritonBackend().layout("m", ONNX, plan_of(template)).files == {"1/model": "."}
         parameters = parse_config(texts(ONNX, template)["config.pbtxt"]).parameters
         assert parameters["model_file"].string_value == "model/net.onnx"
 
@@ -305,7 +292,7 @@ class TestLayouts:
     def test_a_plan_for_something_else(self) -> None:
         (offer,) = offers(ONNX, None)
         with pytest.raises(ModelError, match="no way of serving called 'teleport'"):
-            TritonBackend().layout("m", ONNX, plan(offer).model_copy(update={"serving": "teleport"}))
+            TritonBackend().layout("m", ONNX, plan_of(offer).model_copy(update={"serving": "teleport"}))
 
 
 class TestTemplates:

@@ -11,16 +11,18 @@ from typing import Any
 
 import psutil
 import pytest
-from modelium_plugin_triton import vllm, vllm_environment
+from modelium_plugin_triton import vllm_environment
 from modelium_plugin_triton.backend import TritonBackend
 from modelium_plugin_triton.modelconfig import from_json, parse_config
-from modelium_plugin_triton.vllm import OUTSIDE_BYTES, load_parameters
-from test_servings import CPU, LLM, offers, plan, triton
+from modelium_plugin_triton.vllm import load_parameters
+from modelium_plugin_vllm import cpu
+from modelium_plugin_vllm.memory import ON_GPU_BYTES
+from test_servings import CPU, LLM, offers, triton
 
 from modelium.api import Analysis, Device, LoadRequest, Offer, RuntimeInfo, environments
 from modelium.api.environments import Environment
 from modelium.api.fakes import silent
-from modelium.api.testing import eventually
+from modelium.api.testing import eventually, plan_of
 from modelium.errors import DriverError, ModelError
 
 GB = 10**9
@@ -56,7 +58,8 @@ def make_vllm(folder: Path, version: str = "python3.11", distribution: str = "vl
     site = folder / "lib" / version / "site-packages"
     (site / "vllm/model_executor/models").mkdir(parents=True)
     (site / "vllm/__init__.py").write_text("")
-    (site / "vllm/model_executor/models/registry.py").write_text('KNOWN = {"LlamaForCausalLM": ("llama", "Llama")}\n')
+    registry = '_TEXT_GENERATION_MODELS = {"LlamaForCausalLM": ("llama", "Llama")}\n'
+    (site / "vllm/model_executor/models/registry.py").write_text(registry)
     (site / f"{distribution}.dist-info").mkdir()
     (folder / ".pack-vllm").write_text("")
     return folder
@@ -68,7 +71,7 @@ def named(analysis: Analysis, runtime: RuntimeInfo, *devices: Device) -> list[tu
 
 def request(offer: Offer, analysis: Analysis, folder: Path, *devices: str, **changes: Any) -> LoadRequest:
     """A load of the folder that the offer's plan makes, on devices of 100 GB."""
-    made = plan(offer).model_copy(update={"devices": offer.devices})
+    made = plan_of(offer)
     for name, text in TritonBackend().layout(folder.name, analysis, made).texts.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
@@ -127,12 +130,18 @@ class TestOffers:
         (offer,) = offers(other, triton("vllm", "python"), GPUS)
         assert offer.serving == "transformers-text-classification"
 
-    def test_the_template_where_there_is_an_environment(self, in_the_wheel: RuntimeInfo) -> None:
+    def test_the_template_where_there_is_an_environment(
+        self, in_the_wheel: RuntimeInfo, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         transformers = ("transformers-text-generation", 1, ("cpu",))
         assert named(LLAMA, in_the_wheel, CPU) == [transformers]
         make_vllm(Path(in_the_wheel.facts["vllm_environment"]) / "env")
         assert named(LLAMA, in_the_wheel, CPU) == [("vllm-python", 1, ("cpu",)), transformers]
+        monkeypatch.setattr(cpu, "computes_int4", lambda found: True)
         assert [n for n, *_ in named(changed(quantization="awq"), in_the_wheel, CPU)] == ["vllm-python"]
+        monkeypatch.setattr(cpu, "computes_int4", lambda found: False)
+        with pytest.raises(ModelError, match="quantised with awq"):
+            offers(changed(quantization="awq"), in_the_wheel, (CPU,))
         elsewhere = triton("python", vllm_environment=in_the_wheel.facts["vllm_environment"])
         assert named(LLAMA, elsewhere, CPU) == [transformers], "another Triton's interpreter is not known"
 
@@ -164,10 +173,10 @@ class TestEstimates:
 
     def test_on_a_gpu(self) -> None:
         (one,) = offers(LLAMA, triton("vllm"), GPUS[:1])
-        assert 16 * GB + 4 * 8192 * self.TOKEN + OUTSIDE_BYTES < one.memory_bytes < 25 * GB
-        assert one.settings["engine_bytes"] == one.memory_bytes - OUTSIDE_BYTES
+        assert 16 * GB + 4 * 8192 * self.TOKEN + ON_GPU_BYTES < one.memory_bytes < 25 * GB
+        assert one.settings["engine_bytes"] == one.memory_bytes - ON_GPU_BYTES
         _, two = offers(LARGE, triton("vllm", vllm_takes_devices=True), GPUS)
-        assert two.settings["engine_bytes"] == (two.memory_bytes - 2 * OUTSIDE_BYTES) // 2, "each has its own context"
+        assert two.settings["engine_bytes"] == (two.memory_bytes - 2 * ON_GPU_BYTES) // 2, "each has its own context"
 
     def test_a_smaller_gpu_gets_a_smaller_cache(self) -> None:
         small = GPUS[0].model_copy(update={"total_bytes": 24 * GB})
@@ -181,28 +190,30 @@ class TestEstimates:
     def test_on_a_cpu_by_what_it_has_arithmetic_for(
         self, in_the_wheel: RuntimeInfo, monkeypatch: pytest.MonkeyPatch, half: bool, dtype: str, width: int
     ) -> None:
-        monkeypatch.setattr(vllm, "computes_half", lambda: half)
+        monkeypatch.setattr(cpu, "computes_bf16", lambda found: half)
         make_vllm(Path(in_the_wheel.facts["vllm_environment"]))
         offer = offers(LLAMA, in_the_wheel, (HOST,))[0]
         wide = LLAMA.model_copy(update={"dtype": "float32", "weights_bytes": 32 * GB})
         assert offers(wide, in_the_wheel, (HOST,))[0].memory_bytes == offer.memory_bytes
-        cache = 4 * (4096 + 128) * (self.TOKEN // 2) * width
+        cache = (4 * 4096 + 128) * (self.TOKEN // 2) * width
         assert offer.settings["dtype"] == dtype
         assert offer.settings["kv_cache_memory_bytes"] == cache
         assert 8 * GB * width < offer.memory_bytes - cache < 9.9 * GB * width
 
-    def test_what_a_cpu_computes(self, tmp_path: Path) -> None:
-        known = (("flags\t\t: fpu avx512_bf16", True), ("Features\t: fp bf16", True), ("flags\t\t: avx2", False))
-        for text, half in known:
-            file = tmp_path / f"{half}-{len(text)}"
-            file.write_text(f"processor : 0\n{text}\n")
-            assert vllm.computes_half(file) is half
+    def test_settings_count(self) -> None:
+        settings = {"max_model_len": 16384, "concurrent": 1, "max_tokens": 9}
+        (one,) = offers(LLAMA, triton("vllm", default_settings=settings), GPUS[:1])
+        (plain,) = offers(LLAMA, triton("vllm"), GPUS[:1])
+        assert one.settings["max_model_len"] == 16384
+        assert plain.memory_bytes - one.memory_bytes == (4 * 8192 - 16384) * self.TOKEN
+        with pytest.raises(ModelError, match="settings for vLLM are not right: concurrent"):
+            offers(LLAMA, triton("vllm", default_settings={"concurrent": 0}), GPUS)
 
     def test_attention_by_one_latent_for_all_heads_takes_little(self) -> None:
         info = triton("vllm")
         latent = changed(kv_lora_rank=512, qk_rope_head_dim=64)
         sizes = [offers(a, info, GPUS[:1])[0].memory_bytes for a in (LLAMA, latent)]
-        assert sizes[0] - sizes[1] == 4 * 8192 * 32 * (2 * 8 * 128 - 576) * 2
+        assert sizes[0] - sizes[1] == (4 * 8192 + 128) * 32 * (2 * 8 * 128 - 576) * 2
 
 
 class TestFolders:
@@ -210,14 +221,14 @@ class TestFolders:
         analysis = LARGE.model_copy(update={"entry": "deep/config.json"})
         info = triton("vllm", repository="/their/models", vllm_takes_devices=True)
         one, two = offers(analysis, info, GPUS)
-        made = TritonBackend().layout("m", analysis, plan(one, engine_args={"seed": 7}, max_model_len=512))
+        made = TritonBackend().layout("m", analysis, plan_of(one, engine_args={"seed": 7}, max_model_len=512))
         assert made.files == {"1/model": "."}
         config, engine = parse_config(made.texts["config.pbtxt"]), json.loads(made.texts["1/model.json"])
         assert (config.name, config.backend) == ("m", "vllm")
         assert [type(g).Kind.Name(g.kind) for g in config.instance_group] == ["KIND_GPU"]
         assert engine.pop("gpu_memory_utilization") == 0.98, "it does not fit, and a load will tell"
         assert engine == {"model": "/their/models/m/1/model/deep", "dtype": "auto", "max_model_len": 512, "seed": 7}
-        spread = TritonBackend().layout("m", analysis, plan(two).model_copy(update={"devices": 2})).texts
+        spread = TritonBackend().layout("m", analysis, plan_of(two)).texts
         config, engine = parse_config(spread["config.pbtxt"]), json.loads(spread["1/model.json"])
         assert [type(g).Kind.Name(g.kind) for g in config.instance_group] == ["KIND_MODEL"]
         assert engine["tensor_parallel_size"] == 2
@@ -226,7 +237,7 @@ class TestFolders:
         make_vllm(Path(in_the_wheel.facts["vllm_environment"]))
         analysis = LLAMA.model_copy(update={"entry": "deep/config.json"})
         offer = offers(analysis, in_the_wheel, (CPU,))[0]
-        made = TritonBackend().layout('a "quoted" name', analysis, plan(offer, threads=3)).texts
+        made = TritonBackend().layout('a "quoted" name', analysis, plan_of(offer, threads=3)).texts
         config, engine = parse_config(made["config.pbtxt"]), json.loads(made["1/model.json"])
         assert (config.name, config.backend) == ('a "quoted" name', "python")
         assert config.model_transaction_policy.decoupled and not config.max_batch_size
@@ -234,7 +245,7 @@ class TestFolders:
         assert config.parameters["threads"].string_value == "3"
         assert engine["kv_cache_memory_bytes"] == offer.settings["kv_cache_memory_bytes"]
         assert "model" not in engine and "gpu_memory_utilization" not in engine
-        longer = TritonBackend().layout("m", analysis, plan(offer, max_model_len=131072)).texts["1/model.json"]
+        longer = TritonBackend().layout("m", analysis, plan_of(offer, max_model_len=131072)).texts["1/model.json"]
         assert json.loads(longer)["kv_cache_memory_bytes"] > 4 * engine["kv_cache_memory_bytes"]
         for name, text in made.items():
             if name.endswith(".py"):
@@ -247,7 +258,7 @@ class TestLoads:
         asked = request(offer, LLAMA, tmp_path / "m", "cuda:3", parameters={"priority": 1})
         sent = load_parameters(asked, Path("/seen/by/triton"), None)
         engine = json.loads(sent["file:1/model.json"])
-        share = (offer.memory_bytes - OUTSIDE_BYTES) / (100 * GB)
+        share = (offer.memory_bytes - ON_GPU_BYTES) / (100 * GB)
         assert engine["gpu_memory_utilization"] == pytest.approx(share, abs=1e-4)
         assert engine["model"] == "/seen/by/triton/m/1/model"
         assert engine["max_model_len"] == 8192 and sent["priority"] == 1

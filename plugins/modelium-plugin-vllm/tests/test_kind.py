@@ -112,7 +112,6 @@ async def test_on_a_cpu(kind: VllmKind, folder: Path) -> None:
         "--dtype": "auto",
         "--max-model-len": "512",
         "--kv-cache-memory-bytes": str(2**20),
-        "--load-format": "auto",
         "--enforce-eager": [],
         "--distributed-executor-backend": "uni",
     }

@@ -15,7 +15,8 @@ from modelium_plugin_vllm.settings import ModelSettings
 from tiny_hf import alphabet, bert
 from vllm_lab import analyse
 
-from modelium.api import Analysis, Device, Offer, Plan, RuntimeInfo
+from modelium.api import Analysis, Device, RuntimeInfo
+from modelium.api.testing import plan_of
 from modelium.errors import ModelError
 
 GIB = 2**30
@@ -77,21 +78,6 @@ def large(**facts: Any) -> Analysis:
         weights_bytes=14 * GIB,
         dtype="bfloat16",
         facts={**sizes, **facts},
-    )
-
-
-def plan_of(offer: Offer, **settings: Any) -> Plan:
-    return Plan(
-        brain="test",
-        runtime="vllm",
-        serving=offer.serving,
-        device_kind=offer.device_kinds[0],
-        devices=offer.devices,
-        settings={**offer.settings, **settings},
-        memory_bytes=offer.memory_bytes,
-        load_s=1,
-        reason="a test wants it",
-        confidence=1,
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from modelium_plugin_vllm.settings import VllmSettings
 from modelium.api import Analysis, Device, LoadRequest, Plan, RuntimeContext, RuntimeDriver, RuntimeInfo
 from modelium.api.fakes import silent
 from modelium.api.servers import ModelServers
+from modelium.api.testing import lay_out, plan_of
 from modelium.builtin.devices import host_device
 from modelium.builtin.huggingface import modelium_analyze
 from modelium.engine.processes import ProcessSupervisor
@@ -52,23 +52,10 @@ class Lab:
         backend = VllmBackend()
         device = host_device()
         offer = backend.offers(analysis, info, (device,))[0]
-        plan = Plan(
-            brain="test",
-            runtime=offer.runtime,
-            serving=offer.serving,
-            device_kind=offer.device_kinds[0],
-            settings={**offer.settings, **(SMALL if offer.serving == "generate" else {}), **settings},
-            memory_bytes=offer.memory_bytes,
-            load_s=offer.load_s,
-            reason="a test wants it",
-            confidence=1,
-        )
+        small = SMALL if offer.serving == "generate" else {}
+        plan = plan_of(offer, **{**small, **settings})
         folder = self.repository / name
-        layout = backend.layout(name, analysis, plan)
-        for to, source in layout.files.items():
-            shutil.copytree(drop / source, folder / to)
-        for to, text in layout.texts.items():
-            (folder / to).write_text(text)
+        lay_out(backend.layout(name, analysis, plan), drop, folder)
         return request(name, folder, plan, analysis, device)
 
     def crash(self) -> None:

@@ -8,7 +8,19 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from modelium.api import Analysis, Device, Layout, Offer, Plan, Report, RuntimeContext, RuntimeDriver, RuntimeInfo
+from modelium.api import (
+    DEFAULT_SETTINGS,
+    Analysis,
+    Device,
+    Layout,
+    Offer,
+    Plan,
+    Report,
+    RuntimeContext,
+    RuntimeDriver,
+    RuntimeInfo,
+)
+from modelium.api.estimates import READ_BYTES_PER_S
 from modelium.errors import ModelError
 from modelium_plugin_llamacpp import memory
 from modelium_plugin_llamacpp.analyzer import FORMAT
@@ -25,8 +37,6 @@ from modelium_plugin_llamacpp.settings import (
 RUNTIME = "llamacpp"
 SERVING = "gguf"
 
-READ_BYTES_PER_S = 500 * memory.MIB
-"""How fast weights come from disk, a cautious figure; for the first load only."""
 START_S = 1.0
 """Of a server whose model is small."""
 EMBEDDING_CTX = 2048
@@ -63,7 +73,7 @@ class LlamaCppBackend:
         if unsupported := analysis.facts.get("unsupported"):
             raise ModelError(str(unsupported))
         facts: Mapping[str, Any] = runtime.facts if runtime else {}
-        settings = chosen(analysis, facts.get("default_settings") or {})
+        settings = chosen(analysis, facts.get(DEFAULT_SETTINGS) or {})
         pooling = analysis.facts.get("pooling")
         own = {EMBEDDING: pooling} if pooling else {}
         if projector := analysis.facts.get("projector"):
@@ -91,7 +101,7 @@ class LlamaCppBackend:
 
 def chosen(analysis: Analysis, defaults: Mapping[str, Any]) -> ModelSettings:
     """The settings for a model where nobody has said more."""
-    settings = ModelSettings.model_validate(defaults)
+    settings = model_settings(defaults)
     if analysis.facts.get("pooling") and "ctx" not in defaults:
         settings = settings.model_copy(update={"ctx": EMBEDDING_CTX})
     return capped(settings, analysis)

@@ -9,7 +9,7 @@ from typing import Any
 
 import aiohttp
 
-from modelium.api import LoadRequest, Progress, RuntimeContext
+from modelium.api import DEFAULT_SETTINGS, LoadRequest, Progress, RuntimeContext
 from modelium.api.measuring import Gpus
 from modelium.api.ports import HOST
 from modelium.api.servers import Server, ServerCommand
@@ -91,7 +91,7 @@ class LlamaCppKind:
         facts = {
             "installed": program is not None,
             "gpu": program is not None and program.gpu,
-            "default_settings": self._settings.default_settings.model_dump(mode="json", exclude_unset=True),
+            DEFAULT_SETTINGS: self._settings.default_settings.model_dump(mode="json", exclude_unset=True),
         }
         return (program.version if program else PACKAGE.replace("==", " ")), facts
 

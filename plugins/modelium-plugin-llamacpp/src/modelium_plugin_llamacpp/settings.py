@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from modelium.api import Analysis
-from modelium.errors import ModelError
+from modelium.api.settings import plan_settings
 
 CacheType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"]
 Count = Annotated[int, Field(ge=1)]
@@ -80,13 +80,5 @@ def capped(settings: ModelSettings, analysis: Analysis) -> ModelSettings:
 
 def model_settings(settings: Mapping[str, Any]) -> ModelSettings:
     """The settings of a plan. Raises `ModelError` naming those that are wrong."""
-    try:
-        return ModelSettings.model_validate(
-            {key: value for key, value in settings.items() if key not in (EMBEDDING, PROJECTOR)}
-        )
-    except ValidationError as exc:
-        problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']} (found {e['input']!r:.60})" for e in exc.errors()[:4]]
-        known = ", ".join(ModelSettings.model_fields)
-        raise ModelError(
-            f"its settings for llama.cpp are not right: {'; '.join(problems)}; there are: {known}", code="bad_settings"
-        ) from exc
+    ours = {key: value for key, value in settings.items() if key not in (EMBEDDING, PROJECTOR)}
+    return plan_settings(ModelSettings, ours, "llama.cpp")

@@ -8,10 +8,21 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from modelium.api import Analysis, Device, Layout, Offer, Plan, Report, RuntimeContext, RuntimeDriver, RuntimeInfo
+from modelium.api import (
+    DEFAULT_SETTINGS,
+    Analysis,
+    Device,
+    Layout,
+    Offer,
+    Plan,
+    Report,
+    RuntimeContext,
+    RuntimeDriver,
+    RuntimeInfo,
+)
 from modelium_plugin_rayserve import packs, servings
 from modelium_plugin_rayserve.servings import RUNTIME
-from modelium_plugin_rayserve.settings import RayServeSettings, ReplicaSettings
+from modelium_plugin_rayserve.settings import RayServeSettings, replica_settings
 
 
 class RayServeBackend:
@@ -50,7 +61,7 @@ class RayServeBackend:
         installed = facts.get("packs") if runtime is not None else ()
         needed = (packs.BASE, *servings.packs_needed(serving, analysis))
         missing = [] if installed is None else [pack for pack in needed if pack not in installed]
-        defaults = ReplicaSettings.model_validate(facts.get("default_settings") or {})
+        defaults = replica_settings(facts.get(DEFAULT_SETTINGS) or {})
         plain = servings.offer(serving, analysis, kinds, defaults, missing)
         nodes = {device.id.rpartition("/")[0] for device in reached if device.kind == kinds[0]}
         if len(nodes) < 2:

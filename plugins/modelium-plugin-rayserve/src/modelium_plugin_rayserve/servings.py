@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Any
 
-from modelium.api import Analysis, Layout, Offer, Plan, Tensor
-from modelium.api.templates import render
+from modelium.api import Analysis, Layout, Offer, Plan
+from modelium.api.estimates import READ_BYTES_PER_S, transformers_bytes
+from modelium.api.templates import batching, huggingface_values, render, tensor_value
 from modelium.errors import ModelError
 from modelium_plugin_rayserve.packs import PACK_OF
 from modelium_plugin_rayserve.settings import MIB, ReplicaSettings, replica_settings
@@ -22,15 +22,6 @@ AS_IS = "as-is"
 PYTHON = "python-model"
 SPREAD = "-spread"
 """Behind the name of a way of serving: a replica on each of several nodes."""
-
-READ_BYTES_PER_S = 500 * MIB
-"""How fast weights come from disk into memory, a cautious figure; used for the first load only."""
-
-LONGEST_CACHE_TOKENS = 4096
-"""Tokens of all generations together for which a first estimate keeps room: more are rarely alive at once."""
-
-DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "uint8": 1}
-FP32_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,26 +135,8 @@ def memory_bytes(serving: Serving, analysis: Analysis, device_kind: str) -> int:
         imports = analysis.facts.get("imports", ())
         overhead = max([overhead, *(size for module, size in _LIKE.items() if module in imports)])
     if analysis.format == "huggingface":
-        if device_kind == "cpu":
-            # There the templates compute in FP32, whatever the checkpoint's own type.
-            weights = (
-                analysis.parameters * FP32_BYTES
-                if analysis.parameters
-                else weights * FP32_BYTES // DTYPE_BYTES.get(analysis.dtype or "", FP32_BYTES)
-            )
-        if analysis.task == "text-generation":
-            weights += _cache_bytes(analysis, device_kind)
+        weights = transformers_bytes(analysis, device_kind)
     return overhead + weights
-
-
-def _cache_bytes(analysis: Analysis, device_kind: str) -> int:
-    """Of the keys and values of `LONGEST_CACHE_TOKENS`: layers * 2 * key-value heads * head size * bytes each."""
-    facts = analysis.facts
-    layers, heads, hidden = (facts.get(name) or 0 for name in ("layers", "heads", "hidden_size"))
-    head = facts.get("head_dim") or (hidden // heads if heads else 0)
-    size = FP32_BYTES if device_kind == "cpu" else DTYPE_BYTES.get(analysis.dtype or "", FP32_BYTES)
-    tokens = min(facts.get("max_length") or LONGEST_CACHE_TOKENS, LONGEST_CACHE_TOKENS)
-    return int(layers * 2 * (facts.get("kv_heads") or heads) * head * size * tokens)
 
 
 def offer(
@@ -179,7 +152,7 @@ def offer(
         requires=tuple(missing),
         settings={
             **serving.settings,
-            **_batching(serving, analysis),
+            **batching(serving.settings, analysis),
             **defaults.model_dump(mode="json", exclude_none=True),
             "packs": list(packs_needed(serving, analysis)),
             "decoupled": serving.decoupled,
@@ -203,15 +176,6 @@ def spread(offer: Offer, nodes: int) -> Offer:
     )
 
 
-def _batching(serving: Serving, analysis: Analysis) -> dict[str, int]:
-    """No batching where the first dimension is not the batch, nor where it is the only one: as Triton has it."""
-    if "max_batch_size" not in serving.settings or analysis.format == "huggingface":
-        return {}
-    if analysis.facts.get("batch_dim") and all(len(t.shape) > 1 for t in (*analysis.inputs, *analysis.outputs)):
-        return {}
-    return {"max_batch_size": 0}
-
-
 # --------------------------------------------------------------------------- the files that they are made of
 
 
@@ -224,21 +188,17 @@ def layout(name: str, analysis: Analysis, plan: Plan) -> Layout:
     serving = SERVINGS.get(template)
     if serving is None:
         raise ModelError(f"Ray Serve has no way of serving called {template!r}: expected one of {sorted(SERVINGS)}")
-    settings = {**serving.settings, **_batching(serving, analysis), **plan.settings}
+    settings = {**serving.settings, **batching(serving.settings, analysis), **plan.settings}
     # Ray's replicas are Triton's instances, should Triton serve the folder.
     values = {**settings, "name": name, "device_kind": plan.device_kind, "instances": wanted.replicas}
     if analysis.format == "huggingface":
-        values |= {
-            "model_folder": str(PurePosixPath("model") / PurePosixPath(analysis.entry).parent),
-            "tokenizer": "true" if analysis.facts.get("tokenizer") else "false",
-            "width": analysis.facts.get("hidden_size") or -1,
-        }
+        values |= huggingface_values(analysis)
         return Layout(files={"1/model": "."}, texts=render(template, values))
     batched = settings.get("max_batch_size", 0) > 0
     values |= {
         "max_batch_size": settings.get("max_batch_size", 0),
-        "inputs": [_tensor(tensor, batched) for tensor in analysis.inputs],
-        "outputs": [_tensor(tensor, batched) for tensor in analysis.outputs],
+        "inputs": [tensor_value(tensor, batched) for tensor in analysis.inputs],
+        "outputs": [tensor_value(tensor, batched) for tensor in analysis.outputs],
     }
     if not analysis.entry:  # the drop is the one file
         values["model_file"] = "model.onnx" if analysis.format == "onnx" else "model.pt"
@@ -246,13 +206,3 @@ def layout(name: str, analysis: Analysis, plan: Plan) -> Layout:
     # In a folder of its own, so that no file of the drop can meet one of the template's.
     values["model_file"] = f"model/{analysis.entry}"
     return Layout(files={"1/model": "."}, texts=render(template, values))
-
-
-def _tensor(tensor: Tensor, batched: bool) -> dict[str, Any]:
-    """A tensor as the configuration has it: without the batch dimension, and a scalar as a tensor of one element."""
-    return {
-        "name": tensor.name,
-        "data_type": "TYPE_STRING" if tensor.datatype == "BYTES" else f"TYPE_{tensor.datatype}",
-        "dims": list(tensor.shape[1:] if batched else tensor.shape) or [1],
-        "optional": tensor.optional,
-    }

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from modelium.errors import ModelError
+from modelium.api.settings import plan_settings
 
 MIB = 2**20
 
@@ -108,10 +108,5 @@ class RayServeSettings(BaseModel):
 
 def replica_settings(settings: Mapping[str, Any]) -> ReplicaSettings:
     """Those of a plan, which holds others besides. Raises `ModelError` naming what is wrong."""
-    try:
-        return ReplicaSettings.model_validate({k: v for k, v in settings.items() if k in ReplicaSettings.model_fields})
-    except ValidationError as exc:
-        problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']} (found {e['input']!r:.60})" for e in exc.errors()[:4]]
-        raise ModelError(
-            f"its settings for Ray Serve are not right: {'; '.join(problems)}", code="bad_settings"
-        ) from exc
+    ours = {k: v for k, v in settings.items() if k in ReplicaSettings.model_fields}
+    return plan_settings(ReplicaSettings, ours, "Ray Serve")

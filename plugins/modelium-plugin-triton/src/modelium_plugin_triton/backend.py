@@ -9,6 +9,7 @@ from pydantic import BaseModel
 
 from modelium.api import Analysis, Device, Layout, Offer, Plan, RuntimeContext, RuntimeDriver, RuntimeInfo
 from modelium.api.environments import Environment
+from modelium.api.estimates import READ_BYTES_PER_S
 from modelium.errors import ModelError
 from modelium_plugin_triton import engines, servings, vllm
 from modelium_plugin_triton.install import has_pack
@@ -94,7 +95,7 @@ def as_is(analysis: Analysis, runtime: RuntimeInfo | None, devices: Sequence[Dev
         device_kinds=kinds,
         devices=takes.devices if takes is not None else 1,
         memory_bytes=memory,
-        load_s=like.load_s + analysis.weights_bytes / servings.READ_BYTES_PER_S,
+        load_s=like.load_s + analysis.weights_bytes / READ_BYTES_PER_S,
         requires=_missing(packs, runtime),
         settings={"packs": packs},
         note="a Triton ensemble" if facts["ensemble"] else f"Triton's {backend} backend, as its directory says",

@@ -8,6 +8,8 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
+from modelium_plugin_vllm.environment import FOLDER
+
 from modelium.api import (
     Endpoint,
     LoadOutcome,
@@ -29,6 +31,7 @@ from modelium_plugin_triton.client import TritonClient
 from modelium_plugin_triton.measure import Measurer
 from modelium_plugin_triton.session import Attempt, Session
 from modelium_plugin_triton.settings import TritonSettings
+from modelium_plugin_triton.unfinished import Unfinished
 
 log = logging.getLogger(__name__)
 
@@ -155,7 +158,7 @@ class TritonDriver:
                     backends=backends,
                     python_based=await asyncio.to_thread(locate.python_based, folder),
                     tail=lambda lines: processes.tail(name, lines),
-                    culprits=self._culprits,
+                    unfinished=Unfinished(culprits=self._culprits),
                 )
             )
         _, version, _ = await session.client.metadata()
@@ -331,7 +334,7 @@ class TritonDriver:
 
     @property
     def _vllm_place(self) -> Path:
-        return self._settings.vllm_environment or self._context.cache_dir / vllm_environment.FOLDER
+        return self._settings.vllm_environment or self._context.cache_dir / FOLDER
 
     async def _pack(self, pack: str, report: Report) -> None:
         """Have a pack in the environment; several loads wait for one installation, which goes on when they give up."""
@@ -358,7 +361,7 @@ class TritonDriver:
         """End our server with all its models; somebody else's is left alone."""
         if self._settings.endpoint is None:
             # A load that never ends is not waited for.
-            stuck = self._session is not None and bool(self._session.stuck or self._session.given_up)
+            stuck = self._session is not None and bool(self._session.unfinished.names)
             grace_s = server.STUCK_EXIT_S if stuck else server.EXIT_TIMEOUT_S + 15
             await self._context.processes.stop(self._context.name, grace_s=grace_s)
             await asyncio.to_thread(server.sweep_shm, self._repository)

@@ -182,11 +182,6 @@ def kserve_type(name: str) -> str:
     return "BYTES" if name == "TYPE_STRING" else name.removeprefix("TYPE_")
 
 
-def triton_type(name: str) -> str:
-    """A KServe datatype as the configuration calls it."""
-    return "TYPE_STRING" if name == "BYTES" else f"TYPE_{name}"
-
-
 def placed(config_text: str, gpus: Sequence[int]) -> str:
     """The configuration with its GPU instances on these GPUs, as JSON for the load request's `config` parameter.
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from modelium_plugin_vllm import reasons as vllm
+
 from modelium.errors import DriverError, LoadRejected
 
 _PREFIX = re.compile(r"^load failed for model '[^']*': ")
@@ -22,9 +24,7 @@ _MEMORY = re.compile(
 _DIED = re.compile(r"Stub process '[^']*' is not healthy")
 _ENGINE = "Engine core initialization failed"
 """What vLLM's frontend says of an engine that did not start, whose process has written why."""
-_ENGINE_SAID = re.compile(r"^\((?:EngineCore|\w*Worker)\S* pid=\d+\) ERROR [^\]]*\] (\w[\w.]*(?:Error|Exception): .+)")
-_ENGINE_MEMORY = re.compile(r"(?:Available|Free) memory on (?:node|device)|No available memory for the cache blocks")
-_ENGINE_KILLED = re.compile(r"Failed core proc\(s\): \{.*?: -9\b")
+_ENGINE_SAID = re.compile(r"^\((?:EngineCore|\w*Worker)\S* pid=\d+\)")
 POLL_FAILED = "failed to poll from model repository"
 FRAMES = 12
 """How many lines of a traceback are kept; those nearest to the error."""
@@ -65,16 +65,10 @@ def failure(name: str, said: str, *, backends: Sequence[str] = (), log: Sequence
 
 
 def _engine_failure(name: str, said: str, log: Sequence[str]) -> DriverError:
-    """Of vLLM; its first error is the cause of the others."""
-    reason = next((match[1] for line in log if (match := _ENGINE_SAID.match(line))), "")
-    if _ENGINE_KILLED.search(said):
-        return DriverError(
-            f"{name}: vLLM's engine was killed while it was loading, perhaps for lack of memory", code="process_died"
-        )
-    message = f"{name}: vLLM's engine did not start: {reason or 'it did not say why; the log may tell more'}"
-    if _MEMORY.search(reason) or _ENGINE_MEMORY.search(reason):
-        return DriverError(message, code="out_of_memory", reason=reason)
-    return LoadRejected(message, reason=reason)
+    error = vllm.failure(name, [*filter(_ENGINE_SAID.match, log), said])
+    if error.code in (vllm.SHORT_CACHE, vllm.TOO_LONG):  # here nothing would be set otherwise the next time
+        return LoadRejected(error.message, code=error.code, **error.fields)
+    return error
 
 
 def _read(said: str) -> tuple[str, list[str]]:

@@ -4,30 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Any
 
-from modelium.api import Analysis, Layout, Offer, Plan, Tensor
-from modelium.api.templates import render
+from modelium.api import Analysis, Layout, Offer, Plan
+from modelium.api.estimates import READ_BYTES_PER_S, transformers_bytes
+from modelium.api.templates import batching, huggingface_values, render, tensor_value
 from modelium.errors import ModelError
-from modelium_plugin_triton.modelconfig import triton_type
 
 RUNTIME = "triton"
 AS_IS = "as-is"
 
 MIB = 2**20
-FP32_BYTES = 4
-
-DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "uint8": 1}
-
-READ_BYTES_PER_S = 500 * MIB
-"""How fast weights come from disk into memory, a cautious figure for a laptop's SSD; used for the first load only."""
 
 STANDARD_FILES = {"onnx": "model.onnx", "openvino": "model.xml", "torchscript": "model.pt"}
 """What Triton's backends call a model's file unless told otherwise."""
-
-LONGEST_CACHE_TOKENS = 4096
-"""Tokens of all generations together for which a first estimate keeps room: more are rarely alive at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,26 +146,8 @@ def memory_bytes(serving: Serving, analysis: Analysis, device_kind: str) -> int:
     if analysis.format == "openvino":
         weights += int(analysis.facts.get("packed_bytes") or 0)
     if analysis.format == "huggingface":
-        if device_kind == "cpu":
-            # There the templates compute in FP32, whatever the checkpoint's own type.
-            weights = (
-                analysis.parameters * FP32_BYTES
-                if analysis.parameters
-                else weights * FP32_BYTES // DTYPE_BYTES.get(analysis.dtype or "", FP32_BYTES)
-            )
-        if analysis.task == "text-generation":
-            weights += _cache_bytes(analysis, device_kind)
+        weights = transformers_bytes(analysis, device_kind)
     return (serving.overhead_bytes + weights) * int(serving.settings["instances"])
-
-
-def _cache_bytes(analysis: Analysis, device_kind: str) -> int:
-    """Of the keys and values of `LONGEST_CACHE_TOKENS`: layers * 2 * key-value heads * head size * bytes each."""
-    facts = analysis.facts
-    layers, heads, hidden = (facts.get(name) or 0 for name in ("layers", "heads", "hidden_size"))
-    head = facts.get("head_dim") or (hidden // heads if heads else 0)
-    size = FP32_BYTES if device_kind == "cpu" else DTYPE_BYTES.get(analysis.dtype or "", FP32_BYTES)
-    tokens = min(facts.get("max_length") or LONGEST_CACHE_TOKENS, LONGEST_CACHE_TOKENS)
-    return int(layers * 2 * (facts.get("kv_heads") or heads) * head * size * tokens)
 
 
 def offer(serving: Serving, analysis: Analysis, device_kinds: Sequence[str], requires: tuple[str, ...] = ()) -> Offer:
@@ -192,24 +164,12 @@ def offer(serving: Serving, analysis: Analysis, device_kinds: Sequence[str], req
         requires=requires,
         settings={
             **serving.settings,
-            **_batching(serving, analysis),
+            **batching(serving.settings, analysis),
             "packs": list(serving.packs),
             "decoupled": serving.decoupled,
         },
         note=f"Triton's {serving.backend} backend",
     )
-
-
-def _batching(serving: Serving, analysis: Analysis) -> dict[str, int]:
-    """No batching where the first dimension is not the batch, nor where it is the only one.
-
-    Triton wants a dimension behind the batch's, and clients would have to send `[n, 1]` for the model's `[n]`.
-    """
-    if "max_batch_size" not in serving.settings or analysis.format == "huggingface":
-        return {}
-    if analysis.facts.get("batch_dim") and all(len(t.shape) > 1 for t in (*analysis.inputs, *analysis.outputs)):
-        return {}
-    return {"max_batch_size": 0}
 
 
 # --------------------------------------------------------------------------- the files that they are made of
@@ -220,14 +180,10 @@ def layout(name: str, analysis: Analysis, plan: Plan) -> Layout:
     serving = SERVINGS.get(plan.serving)
     if serving is None:
         raise ModelError(f"Triton has no way of serving called {plan.serving!r}: expected one of {sorted(SERVINGS)}")
-    settings = {**serving.settings, **_batching(serving, analysis), **plan.settings}
+    settings = {**serving.settings, **batching(serving.settings, analysis), **plan.settings}
     values = {**settings, "name": name, "device_kind": plan.device_kind}
     if analysis.format == "huggingface":
-        values |= {
-            "model_folder": str(PurePosixPath("model") / PurePosixPath(analysis.entry).parent),
-            "tokenizer": "true" if analysis.facts.get("tokenizer") else "false",
-            "width": analysis.facts.get("hidden_size") or -1,
-        }
+        values |= huggingface_values(analysis)
         return Layout(files={"1/model": "."}, texts=render(serving.name, values))
     standard = STANDARD_FILES[analysis.format]
     if not analysis.entry:
@@ -244,8 +200,8 @@ def layout(name: str, analysis: Analysis, plan: Plan) -> Layout:
     values |= {
         "model_file": model_file,
         "max_batch_size": settings.get("max_batch_size", 0),
-        "inputs": [] if untold else [_tensor(tensor, batched) for tensor in analysis.inputs],
-        "outputs": [] if untold else [_tensor(tensor, batched) for tensor in analysis.outputs],
+        "inputs": [] if untold else [tensor_value(tensor, batched) for tensor in analysis.inputs],
+        "outputs": [] if untold else [tensor_value(tensor, batched) for tensor in analysis.outputs],
         "accelerator": _accelerator(settings.get("accelerator"), plan.device_kind),
     }
     return Layout(files=files, texts=render(serving.name, values))
@@ -265,13 +221,3 @@ def _accelerator(setting: object, device_kind: str) -> dict[str, Any] | None:
             "parameters, such as {name: tensorrt, parameters: {precision_mode: FP16}}"
         )
     return {"name": given["name"], "parameters": {str(key): str(value) for key, value in parameters.items()}}
-
-
-def _tensor(tensor: Tensor, batched: bool) -> dict[str, Any]:
-    """A tensor as the configuration has it: without the batch dimension, and a scalar as a tensor of one element."""
-    return {
-        "name": tensor.name,
-        "data_type": triton_type(tensor.datatype),
-        "dims": list(tensor.shape[1:] if batched else tensor.shape) or [1],
-        "optional": tensor.optional,
-    }

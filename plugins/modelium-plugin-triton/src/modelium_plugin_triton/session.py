@@ -8,7 +8,7 @@ import json
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,18 +23,15 @@ from modelium.api import (
     UnloadOutcome,
 )
 from modelium.api.measuring import added, less
-from modelium.errors import DriverError, LoadRejected, ModelError, RuntimeStuck
-from modelium_plugin_triton import modelconfig, reasons
+from modelium.errors import DriverError, LoadRejected
+from modelium_plugin_triton import folders, reasons
 from modelium_plugin_triton.client import CallFailed, Counted, TritonClient
 from modelium_plugin_triton.measure import Family, Measurer, Stub, has_shaken_hands, kill
 from modelium_plugin_triton.settings import TritonSettings
+from modelium_plugin_triton.unfinished import Unfinished
 from modelium_plugin_triton.watch import LoadWatch
 
 log = logging.getLogger(__name__)
-
-PYTHON = "python"
-NO_BACKEND = ""
-"""An ensemble's."""
 
 LINGERING_S = 10.0
 """A stub that outlives its model's unload by this much is ended."""
@@ -44,8 +41,6 @@ BACK_S = 2.0
 """How long memory of a native backend may take to come back before it counts as kept."""
 SMALL_BYTES = 4 << 20
 """Below this a server's size changes for reasons of its own."""
-
-RESTART = "it can be loaded after a new start of Triton (for Modelium's own: `modelium down`, then `modelium serve`)"
 
 _FLUX = {"LOADING", "UNLOADING"}
 _ALIVE = {"READY", *_FLUX}
@@ -91,12 +86,7 @@ class Session:
     """Of the models that it holds or held."""
     missing_backends: set[str] = field(default_factory=set)
     busy: dict[str, str] = field(default_factory=dict)
-    stuck: dict[str, str] = field(default_factory=dict)
-    """Models that Triton never gets done with, and why."""
-    given_up: dict[str, float] = field(default_factory=dict)
-    """Models with a load that was given up and that Triton was not done with, and since when (monotonic)."""
-    culprits: dict[str, int] = field(default_factory=dict)
-    """Models for whose sake a server was started anew, with what told their files; outlives the session."""
+    unfinished: Unfinished = field(default_factory=Unfinished)
     native: dict[str, dict[str, int]] = field(default_factory=dict)
     stubs: dict[str, int] = field(default_factory=dict)
     """How many stubs each Python model has when it is well."""
@@ -146,30 +136,23 @@ class Session:
         """Its models; those that are loading or unloading are there as not ready, since they hold memory."""
         counted, family = await asyncio.gather(self.client.statistics(), self.look())
         stubs = family.by_model()
-        if self.lingering or self.stuck or self.given_up:
+        if self.lingering or self.unfinished.names:
             self.lingering &= await self._forget_done(set(stubs))
         serving = _by_name(counted)
         models = [self._observed(name, versions, stubs.get(name, [])) for name, versions in serving.items()]
-        for name in {*stubs, *self.busy, *self.lingering, *self.stuck, *self.given_up} - set(serving):
+        for name in {*stubs, *self.busy, *self.lingering, *self.unfinished.names} - set(serving):
             memory = added(stub.memory for stub in stubs.get(name, []))
-            reason = self.stuck.get(name) or self.busy.get(name) or "loading or unloading"
+            reason = self.unfinished.stuck.get(name) or self.busy.get(name) or "loading or unloading"
             models.append(ObservedModel(name=name, ready=False, memory=memory, reason=reason))
         known = added(sizes for name, sizes in self.native.items() if name in serving)
         return Observation(instance=self.instance, models=tuple(models), overhead=less(family.server, known))
 
     async def _forget_done(self, alive: Set[str]) -> set[str]:
-        """Forget the loads that Triton is done with after all; gives the models that it works on.
-
-        A model whose folder is gone is not listed: one that it waits for without end stays so, another is done when it
-        has no process any more. `alive`: the models that have one.
-        """
+        """Forget the loads that Triton is done with after all; gives the models that it works on. `alive`: those that
+        have a process."""
         index = await self.client.index()
-        listed = {m.name for m in index}
         flux = {m.name for m in index if m.state in _FLUX}
-        for name in {*self.stuck, *self.given_up} - flux:
-            if name in listed or (name not in self.stuck and name not in alive):
-                self.stuck.pop(name, None)
-                self.given_up.pop(name, None)
+        self.unfinished.forget_done({m.name for m in index}, flux, alive)
         return flux
 
     def _observed(self, name: str, versions: Sequence[Counted], stubs: Sequence[Stub]) -> ObservedModel:
@@ -199,33 +182,20 @@ class Session:
         Until the attempt has begun, the task may as well be cancelled.
         """
         async with self.turns[request.name]:
-            await self._check_stuck(request.name, request.path)
-            backend = await asyncio.to_thread(self._check_files, request)
+            await self._check_unfinished(request.name, request.path)
+            backend = await asyncio.to_thread(folders.check, request)
             with self._busy_with(request.name, "loading"):
-                if backend == NO_BACKEND or backend in self.python_based:
+                if backend == folders.NO_BACKEND or backend in self.python_based:
                     return await self._load(request, report, attempt, native=False)
                 async with self.alone:
                     return await self._load(request, report, attempt, native=True)
 
-    async def _check_stuck(self, name: str, folder: Path) -> None:
-        """Raise what is to be said of a model that Triton is not done with.
-
-        One that it never gets done with, a new start of Triton mends, which is worth it once for the files in `folder`:
-        not for such as did it before.
-        """
-        if name in self.stuck or name in self.given_up:
+    async def _check_unfinished(self, name: str, folder: Path) -> None:
+        """Raise what is to be said of a model that Triton is not done with."""
+        if name in self.unfinished.names:
             await self._forget_done(set((await self.look()).by_model()))
-        if name not in self.stuck and name not in self.given_up:
-            return
-        if name not in self.stuck and time.monotonic() - self.given_up[name] < self.settings.load_timeout_s:
-            raise DriverError(f"{name}: Triton is not done yet with a load that was given up", code="runtime_busy")
-        why = self.stuck.get(name) or f"{name}: Triton goes on without end with a load that was given up"
-        if self.own:
-            files = await asyncio.to_thread(_newest, folder)
-            if self.culprits.get(name) != files:
-                self.culprits[name] = files
-                raise RuntimeStuck(why)
-        raise DriverError(f"{why}; {RESTART}", code="model_stuck")
+            limit = self.settings.load_timeout_s
+            await asyncio.to_thread(self.unfinished.check, name, folder, limit, own=self.own)
 
     async def _load(self, request: LoadRequest, report: Report, attempt: Attempt, native: bool) -> LoadOutcome:
         name = request.name
@@ -233,7 +203,7 @@ class Session:
         if self.measurer is not None and len(before.of(name)) < self.stubs.get(name, 0):
             await self._remove(name)  # it lost a process: a plain load would change nothing
             before = await self.look()
-        parameters = await asyncio.to_thread(self._parameters, request)
+        parameters = await asyncio.to_thread(folders.parameters, request)
         attempt.begun = True
         began = time.monotonic()
         behind = not self.inherited.isdisjoint(before.zombies) and name in await self._in_flux()
@@ -256,7 +226,7 @@ class Session:
             raise
         load_s = time.monotonic() - began
         await self._until_ready(name)
-        self.culprits.pop(name, None)
+        self.unfinished.culprits.pop(name, None)
         with contextlib.suppress(CallFailed):
             versions = [c.version for c in await self.client.statistics() if c.name == name]
             await self._count_instances(name, versions)
@@ -312,7 +282,7 @@ class Session:
         for stub in watch.mine(family) if self.own else ():
             kill(stub)  # nothing will ever be asked of its other instances
         said = [line for line in reasons.since_load(name, self.tail(400)) if "Failed to" in line][-1:]
-        self.stuck[name] = f"{name}: Triton waits without end for a process of it that has died"
+        self.unfinished.stuck[name] = f"{name}: Triton waits without end for a process of it that has died"
         return LoadRejected(
             f"{name}: its Python process ended before it had read model.py: "
             + (said[0] if said else "it was killed, or the module ended it while it was imported"),
@@ -338,7 +308,7 @@ class Session:
             await asyncio.wait({call}, timeout=0.2)
         if not call.done():
             call.cancel()
-            self.given_up[name] = time.monotonic()
+            self.unfinished.give_up(name)
             log.warning("%s: Triton goes on with a load that was given up", name)
             return
         failed = call.exception() is not None  # asked for, so that it counts as seen
@@ -358,37 +328,6 @@ class Session:
                     raise DriverError(f"Triton loaded {name} and does not call it ready") from None
                 raise
 
-    def _check_files(self, request: LoadRequest) -> str:
-        """The model's backend. Raises `LoadRejected` for what Triton would wait for without end."""
-        if any(key.startswith("file:") for key in request.parameters):
-            return str(request.analysis.facts.get("backend") or PYTHON)  # the files come with the request
-        path = request.path
-        if not path.is_dir():
-            raise LoadRejected(f"{request.name}: its folder {path} is not there")
-        try:
-            file = path / modelconfig.CONFIG
-            config = modelconfig.read_config(file) if file.exists() else None
-        except ModelError as error:
-            raise LoadRejected(f"{request.name}: {error.message}") from error
-        versions = {v: p for p in path.iterdir() if p.is_dir() and (v := modelconfig.version_of(p.name)) is not None}
-        backend = modelconfig.backend_of(config, {f.name for p in versions.values() for f in p.iterdir()})
-        if backend == PYTHON:
-            needed = modelconfig.main_file(config, backend) or "model.py"
-            for version in modelconfig.served_versions(config, list(versions)):
-                if not (versions[version] / needed).is_file():
-                    raise LoadRejected(f"{request.name}: expected {version}/{needed}, and it is not there")
-        return backend
-
-    def _parameters(self, request: LoadRequest) -> Mapping[str, Any]:
-        here = [device.rpartition("/")[2] for device in request.devices]  # as that machine itself calls them
-        gpus = [int(device.partition(":")[2]) for device in here if device.startswith("cuda:")]
-        config = request.path / modelconfig.CONFIG
-        # A folder of somebody's own says for itself where it runs.
-        if not gpus or "config" in request.parameters or request.analysis.format == "triton" or not config.exists():
-            return request.parameters
-        placed = modelconfig.placed(config.read_text(encoding="utf-8"), gpus)
-        return {**request.parameters, "config": placed}
-
     def _limit(self, request: LoadRequest) -> float:
         return float(request.plan.settings.get("load_timeout_s") or self.settings.load_timeout_s)
 
@@ -402,9 +341,9 @@ class Session:
 
     async def unload(self, name: str) -> UnloadOutcome:
         async with self.turns[name]:
-            if name in self.stuck and not await self._serves(name):
+            if name in self.unfinished.stuck and not await self._serves(name):
                 return UnloadOutcome()  # nothing is left of it; only the next load needs a new start of Triton
-            await self._check_stuck(name, self.repository / name)
+            await self._check_unfinished(name, self.repository / name)
             with self._busy_with(name, "unloading"):
                 if name not in self.native:
                     await self._remove(name)
@@ -479,15 +418,6 @@ class Session:
             yield
         finally:
             self.busy.pop(name, None)
-
-
-def _newest(folder: Path) -> int:
-    """When a file of the model last changed, in nanoseconds."""
-    newest = 0
-    with contextlib.suppress(OSError):  # it is being changed
-        for path in folder.rglob("*"):
-            newest = max(newest, path.stat().st_mtime_ns)
-    return newest
 
 
 def _by_name(counted: Iterable[Counted]) -> dict[str, list[Counted]]:

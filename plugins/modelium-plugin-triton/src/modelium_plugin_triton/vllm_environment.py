@@ -9,17 +9,16 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
+
+from modelium_plugin_vllm.environment import INSTALL
+from modelium_plugin_vllm.registry import Known, known
 
 from modelium.api import Report, RuntimeInfo, environments
 from modelium.api.environments import Environment, hash_of, make_environment
 from modelium.errors import DriverError
 from modelium_plugin_triton.install import install_pack
 from modelium_plugin_triton.packs import BASE, CONSTRAINTS, PACKS, SITE_FILES
-
-FOLDER = "vllm"
-"""Of the cache, in which the vLLM plugin makes its environments."""
 
 _SITE = "modelium_vllm_site"
 _SITE_TEXT = '''"""Ends what vLLM starts with what started it: orphans of a killed process would keep its memory."""
@@ -51,22 +50,9 @@ class Found:
     cpu: bool
     """It is vLLM's build for CPUs; else for GPUs."""
 
-    def knows(self, architecture: str | None) -> bool:
-        """Whether vLLM has a model class of its own for it."""
-        return architecture in _architectures(self.site / "vllm/model_executor/models/registry.py")
-
-
-@lru_cache(maxsize=4)
-def _architectures(registry: Path) -> frozenset[str]:
-    """The names in its registry, which is read and not run: importing it takes as long as vLLM does to start."""
-    import ast
-
-    try:
-        tree = ast.parse(registry.read_bytes())
-    except (OSError, SyntaxError, ValueError):
-        return frozenset()
-    keys = (key for node in ast.walk(tree) if isinstance(node, ast.Dict) for key in node.keys)
-    return frozenset(key.value for key in keys if isinstance(key, ast.Constant) and isinstance(key.value, str))
+    @property
+    def known(self) -> Known:
+        return known(self.site / "vllm")
 
 
 def of(runtime: RuntimeInfo) -> Found | None:
@@ -104,8 +90,8 @@ async def prepare(
     if found is None or interpreter is None:
         version = f" for Python {interpreter.version}" if interpreter else ""
         raise DriverError(
-            f"the model is to run in vLLM, and there is none{version} in {place}: `modelium runtimes install vllm`, or "
-            "set `triton.vllm_environment` to an environment that has it",
+            f"the model is to run in vLLM, and there is none{version} in {place}: `{INSTALL}`, or set "
+            " `triton.vllm_environment` to an environment that has it",
             code="vllm_missing",
         )
     site_files = {

@@ -12,7 +12,7 @@ from modelium.api.ports import HOST
 from modelium.errors import LoadRejected
 from modelium_plugin_vllm.cpu import cores
 from modelium_plugin_vllm.environment import Vllm
-from modelium_plugin_vllm.settings import MODULE_OF, ModelSettings
+from modelium_plugin_vllm.settings import MODULE_OF, EngineSettings, ModelSettings
 
 SHARE = 0.98
 """Of a device, at most: vLLM asks for some room beside what it accounts for."""
@@ -52,7 +52,7 @@ def share(each_bytes: float, device_bytes: float) -> float:
     return round(min(each_bytes / device_bytes, SHARE), 4)
 
 
-def engine_args(analysis: Analysis, settings: ModelSettings, kind: str, devices: int) -> dict[str, Any]:
+def engine_args(analysis: Analysis, settings: EngineSettings, kind: str, devices: int) -> dict[str, Any]:
     """vLLM's own names and values, without those that depend on where the model lies and what is booked for it."""
     groups = settings.pipeline_parallel_size
     values: dict[str, Any] = {
@@ -65,17 +65,23 @@ def engine_args(analysis: Analysis, settings: ModelSettings, kind: str, devices:
         "kv_cache_dtype": settings.kv_cache_dtype if settings.kv_cache_dtype != "auto" else None,
         "tensor_parallel_size": devices // groups if devices > 1 else None,
         "pipeline_parallel_size": groups if groups > 1 else None,
-        "load_format": settings.load_format,
+        "load_format": settings.load_format if settings.load_format != "auto" else None,
         "enforce_eager": kind == "cpu" if settings.enforce_eager is None else settings.enforce_eager,
         "runner": "pooling" if analysis.task == "feature-extraction" else None,
     }
+    if kind == "cpu":
+        values["distributed_executor_backend"] = "uni"
+    return {name: value for name, value in values.items() if value is not None and value is not False}
+
+
+def server_args(analysis: Analysis, settings: ModelSettings, kind: str, devices: int) -> dict[str, Any]:
+    """As `engine_args`, with what a server of its own can do besides."""
+    values = engine_args(analysis, settings, kind, devices)
     if settings.lora_adapters:
         values |= {"enable_lora": True, "max_lora_rank": settings.max_lora_rank}
     if settings.sleep and kind == "cuda":
         values["enable_sleep_mode"] = True
-    if kind == "cpu":
-        values["distributed_executor_backend"] = "uni"
-    return {name: value for name, value in values.items() if value is not None and value is not False}
+    return values
 
 
 def command_line(

@@ -9,13 +9,26 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from modelium.api import Analysis, Device, Layout, Offer, Plan, Report, RuntimeContext, RuntimeDriver, RuntimeInfo
+from modelium.api import (
+    DEFAULT_SETTINGS,
+    Analysis,
+    Device,
+    Layout,
+    Offer,
+    Plan,
+    Report,
+    RuntimeContext,
+    RuntimeDriver,
+    RuntimeInfo,
+)
+from modelium.api.estimates import READ_BYTES_PER_S
 from modelium.api.templates import render
 from modelium.errors import ModelError
 from modelium_plugin_vllm import memory
-from modelium_plugin_vllm.arguments import engine_args, model_folder, share
+from modelium_plugin_vllm.arguments import model_folder, server_args, share
 from modelium_plugin_vllm.environment import INSTALL
-from modelium_plugin_vllm.registry import Known, known
+from modelium_plugin_vllm.limits import counts, refusal
+from modelium_plugin_vllm.registry import known
 from modelium_plugin_vllm.settings import DEVICE_BYTES, LEVELS, REPOSITORY, ModelSettings, VllmSettings, model_settings
 
 RUNTIME = "vllm"
@@ -24,20 +37,8 @@ GENERATE, EMBED = "generate", "embed"
 HALF = "-half"
 """The way of serving in two bytes on a CPU that computes in four by itself."""
 
-READ_BYTES_PER_S = 500 * memory.MIB
-"""How fast weights come from disk, a cautious figure; for the first load only."""
 START_S: Mapping[str, float] = {"cpu": 20.0, "cuda": 60.0}
 """Of a server whose model is small, on two cores; on a GPU with what is compiled and captured."""
-
-CPU_HEADS = frozenset({32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512})
-"""Sizes of a head that vLLM's attention on CPUs computes (v1/attention/backends/cpu_attn.py); with others the first
-request fails."""
-CPU_QUANTIZATION = frozenset({"awq", "gptq", "compressed-tensors"})
-"""Methods that it computes on CPUs (docs.vllm.ai, supported hardware of quantization)."""
-INT4 = frozenset({"awq", "gptq"})
-"""Those of four bits."""
-COUNTS = (1, 2, 4, 8, 16)
-"""Of GPUs that the layers of a model are divided over."""
 
 
 class VllmBackend:
@@ -80,9 +81,9 @@ class VllmBackend:
         if not here:
             return []
         vllm = known(Path(str(runtime.facts["package"])))
-        if refused := _refusal(analysis, vllm, kind, embed=embed, int4=bool(runtime.facts.get("int4", True))):
+        if refused := refusal(analysis, vllm, kind, embed=embed, int4=bool(runtime.facts.get("int4", True))):
             raise ModelError(f"vLLM {runtime.version} can't serve it: {refused}")
-        defaults = ModelSettings.model_validate(runtime.facts.get("default_settings") or {})
+        defaults = model_settings(runtime.facts.get(DEFAULT_SETTINGS) or {})
         found = _offers(analysis, defaults, here, embed=embed, packs=bool(runtime.facts.get("bf16", True)))
         place = {REPOSITORY: str(runtime.facts["repository"])}
         return [offer.model_copy(update={"settings": {**offer.settings, **place}}) for offer in found]
@@ -90,7 +91,7 @@ class VllmBackend:
     def layout(self, name: str, analysis: Analysis, plan: Plan) -> Layout:
         """The drop beside what Triton's own vLLM backend would read. Raises `ModelError` for wrong settings."""
         settings = model_settings(plan.settings)
-        engine = engine_args(analysis, settings, plan.device_kind, plan.devices)
+        engine = server_args(analysis, settings, plan.device_kind, plan.devices)
         place = Path(plan.settings.get(REPOSITORY, "/"), name)  # Triton takes an absolute path alone
         if plan.device_kind == "cuda":
             total = plan.settings.get(DEVICE_BYTES) or plan.memory_bytes
@@ -106,34 +107,8 @@ class VllmBackend:
         return Layout(files={"1/model": "."}, texts=texts)
 
 
-# --------------------------------------------------------------------------- what can be served
-
-
 def _task(analysis: Analysis) -> bool:
     return analysis.task in ("text-generation", "feature-extraction") and not analysis.facts.get("unsupported")
-
-
-def _refusal(analysis: Analysis, vllm: Known, kind: str, *, embed: bool, int4: bool) -> str:
-    """Why it can't be served, for a person; empty when it can."""
-    facts = analysis.facts
-    architecture, method = analysis.architecture, facts.get("quantization")
-    there = vllm.embed | vllm.generate if embed else vllm.generate
-    if architecture not in there:
-        return f"it has no {architecture}"
-    if facts.get("weights", "safetensors") != "safetensors":
-        return "its weights are not in safetensors"
-    if not facts.get("tokenizer"):
-        return "it has no tokenizer"
-    if method and vllm.quantization and method not in vllm.quantization:
-        return f"it can't read weights that are quantised with {method}"
-    if kind == "cpu":
-        if method and method not in CPU_QUANTIZATION:
-            return f"weights that are quantised with {method} take a GPU"
-        if method in INT4 and not int4:
-            return f"weights that are quantised with {method} take a processor with AVX-512, or a GPU"
-        if (head := memory.head_size(analysis)) not in CPU_HEADS and not facts.get("kv_lora_rank"):
-            return f"its heads have {head} numbers, and on CPUs {', '.join(map(str, sorted(CPU_HEADS)))} are computed"
-    return ""
 
 
 def _offers(
@@ -150,23 +125,12 @@ def _offers(
         yield _offer(serving, analysis, wide, devices, 1, embed=embed, packs=True)
         yield _offer(serving + HALF, analysis, half, devices, 1, embed=embed, packs=False)
         return
-    for count in _counts(analysis, defaults, len(devices)):
+    groups, asked = defaults.pipeline_parallel_size, defaults.tensor_parallel_size
+    for count in counts(analysis, len(devices), groups) if asked is None else (asked * groups,):
         offer = _offer(serving, analysis, defaults, devices, count, embed=embed, packs=True)
         yield offer
         if offer.memory_bytes <= count * memory.USABLE * min(device.total_bytes for device in devices):
             return  # over more devices it would only take more
-
-
-def _counts(analysis: Analysis, settings: ModelSettings, there: int) -> Iterator[int]:
-    """Of devices, fewest first: what is asked for, or those that the heads can be divided over."""
-    heads = analysis.facts.get("heads") or 1
-    groups = settings.pipeline_parallel_size
-    if settings.tensor_parallel_size is not None:
-        yield settings.tensor_parallel_size * groups
-        return
-    for count in COUNTS:
-        if count * groups <= there and heads % count == 0:
-            yield count * groups
 
 
 def _offer(

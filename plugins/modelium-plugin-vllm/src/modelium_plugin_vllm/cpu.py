@@ -24,10 +24,10 @@ def _siblings(number: int) -> str:
 def features(cpuinfo: Path = CPUINFO) -> frozenset[str]:
     """By the kernel's names, of x86 and ARM; none where it tells none."""
     try:
-        lines = cpuinfo.read_text().splitlines()
+        with cpuinfo.open() as lines:  # as long as there are cores, and the first one tells
+            line = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     except OSError:
         return frozenset()
-    line = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     return frozenset(line.partition(":")[2].split())
 
 

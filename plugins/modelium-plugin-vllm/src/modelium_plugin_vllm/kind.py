@@ -9,7 +9,7 @@ from typing import Any
 
 import aiohttp
 
-from modelium.api import LoadRequest, Progress, RuntimeContext
+from modelium.api import DEFAULT_SETTINGS, LoadRequest, Progress, RuntimeContext
 from modelium.api.measuring import Gpus
 from modelium.api.servers import LOG_LINES, Server, ServerCommand
 from modelium.errors import ConfigError, DriverError
@@ -64,7 +64,7 @@ class VllmKind:
             "bf16": cpu.computes_bf16(found),
             "int4": cpu.computes_int4(found),
             "repository": str(self._context.repository),
-            "default_settings": self._settings.default_settings.model_dump(mode="json", exclude_unset=True),
+            DEFAULT_SETTINGS: self._settings.default_settings.model_dump(mode="json", exclude_unset=True),
         }
 
     # ------------------------------------------------------------------ starting one
@@ -91,7 +91,7 @@ class VllmKind:
                 self._free[name] = int(former.fields["free_bytes"])
         settings = settings.model_copy(update=self._changed[name])
         kind = request.plan.device_kind
-        engine = arguments.engine_args(request.analysis, settings, kind, len(request.devices))
+        engine = arguments.server_args(request.analysis, settings, kind, len(request.devices))
         env = arguments.environment(self._vllm, settings, kind, self._context.cache_dir / FOLDER / "cache")
         if kind == "cuda":
             least = min(request.device_bytes[device] for device in request.devices)

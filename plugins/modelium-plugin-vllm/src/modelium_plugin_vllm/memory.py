@@ -1,4 +1,7 @@
-"""What a model takes in vLLM, and how large its cache of keys and values is to be."""
+"""What a model takes in vLLM, and how large its cache of keys and values is to be.
+
+Of vLLM in whatever process: what a process holds by itself on a CPU, its plugin says.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +10,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from modelium.api import Analysis
-from modelium_plugin_vllm.settings import ModelSettings
+from modelium_plugin_vllm.settings import EngineSettings
 
 MIB = 2**20
 
 WIDE = {"F64", "F32"}
 PLAIN = {*WIDE, "F16", "BF16"}
 """Dtypes of safetensors that are computed in the served one; what is quantised stays as it is."""
+NUMBER_BYTES = {"float64": 8, "float32": 4}
+"""Of a checkpoint whose dtype is all that is known; two in others."""
 
 LONGEST_ON_GPU, LONGEST_ON_CPU = 8192, 4096
 """Tokens of one request unless `max_model_len` says otherwise; longer ones take a larger cache."""
 UNKNOWN_LENGTH = 2048
-"""Tokens of one request where the model does not say how many it was trained for."""
+"""Tokens of one request where the model does not say how many it was trained for, as vLLM assumes then."""
 BLOCK_TOKENS = 128
 """Of a block of the cache on a CPU (vLLM's platforms/cpu.py), where one more than requests need is kept; on GPUs blocks
 are smaller."""
@@ -65,7 +70,7 @@ def head_size(analysis: Analysis) -> int:
     return int(facts.get("head_dim") or (hidden // heads if heads else 0))
 
 
-def length(analysis: Analysis, settings: ModelSettings, kind: str) -> int:
+def length(analysis: Analysis, settings: EngineSettings, kind: str) -> int:
     """Tokens of one request."""
     if settings.max_model_len is not None:
         return settings.max_model_len
@@ -73,7 +78,7 @@ def length(analysis: Analysis, settings: ModelSettings, kind: str) -> int:
     return int(min(analysis.facts.get("max_length") or UNKNOWN_LENGTH, longest))
 
 
-def token_bytes(analysis: Analysis, settings: ModelSettings, devices: int = 1) -> int:
+def token_bytes(analysis: Analysis, settings: EngineSettings, devices: int = 1) -> int:
     """Of the keys and values of one token in all layers, on all devices: a head that can't be divided is on each."""
     facts = analysis.facts
     layers = facts.get("layers") or 0
@@ -85,7 +90,7 @@ def token_bytes(analysis: Analysis, settings: ModelSettings, devices: int = 1) -
     return int(layers * 2 * max(heads, devices) * head_size(analysis) * size)
 
 
-def requests(analysis: Analysis, settings: ModelSettings, kind: str, devices: int, count: int) -> int:
+def requests(analysis: Analysis, settings: EngineSettings, kind: str, devices: int, count: int) -> int:
     """Bytes of the cache for so many requests of full length."""
     tokens = length(analysis, settings, kind)
     blocks = count * -(-tokens // BLOCK_TOKENS) + 1
@@ -94,24 +99,26 @@ def requests(analysis: Analysis, settings: ModelSettings, kind: str, devices: in
 
 def size(
     analysis: Analysis,
-    settings: ModelSettings,
+    settings: EngineSettings,
     kind: str,
     devices: int,
     device_bytes: int,
     *,
     embed: bool = False,
     packs: bool = True,
+    on_cpu_bytes: int = ON_CPU_BYTES,
 ) -> Size:
     """For a model over so many devices of this kind with so many bytes each.
 
-    `packs`: a CPU has arithmetic for the served dtype, so that weights are laid out for it.
+    `packs`: a CPU has arithmetic for the served dtype, so that weights are laid out for it. `on_cpu_bytes`: what the
+    processes hold there without a model.
     """
     weights = _weights(analysis, settings)
     if kind == "cpu" and packs:
         # Words as they come in and as they go out are laid out beside the table that they are looked up in.
         table = (analysis.facts.get("vocab_size") or 0) * (analysis.facts.get("hidden_size") or 0)
         weights += (1 if embed else 2) * table * width(settings.dtype)
-    rest = _rest(analysis, settings, kind, devices, device_bytes)
+    rest = _rest(analysis, settings, kind, devices, device_bytes, on_cpu_bytes)
     cache = settings.kv_cache_memory_bytes
     if cache is None:
         count = 1 if embed else min(settings.concurrent, settings.max_num_seqs or settings.concurrent)
@@ -123,28 +130,33 @@ def size(
     return Size(weights, cache, rest)
 
 
-def _weights(analysis: Analysis, settings: ModelSettings) -> int:
+def _weights(analysis: Analysis, settings: EngineSettings) -> int:
     dtypes: Mapping[str, int] = analysis.facts.get("dtypes") or {}
+    quantised = bool(analysis.facts.get("quantization"))
     served = width(settings.dtype)
-    if not dtypes:
-        return analysis.weights_bytes * served // (4 if analysis.dtype == "float32" else 2)
     total = 0
     for dtype, held in dtypes.items():
         wide = 8 if dtype == "F64" else 4 if dtype in WIDE else 2
         total += held * served // wide if dtype in PLAIN else held
-    if settings.quantization and not analysis.facts.get("quantization"):
+    if not dtypes:
+        total = analysis.weights_bytes
+        if not quantised:
+            total = total * served // NUMBER_BYTES.get(analysis.dtype or "", 2)
+    if settings.quantization and not quantised:
         total //= 2  # quantised to a byte as they come
     return total
 
 
-def _rest(analysis: Analysis, settings: ModelSettings, kind: str, devices: int, device_bytes: int) -> int:
+def _rest(
+    analysis: Analysis, settings: EngineSettings, kind: str, devices: int, device_bytes: int, on_cpu_bytes: int
+) -> int:
     facts: Mapping[str, Any] = analysis.facts
     large = kind != "cpu" and device_bytes >= SMALL_GPU_BYTES
     tokens = settings.max_num_batched_tokens or (BATCHED_ON_LARGE if large else BATCHED)
     # At the peak: an MLP's two inner results, about three and a half times as wide as the model, its input and output.
     computed = tokens * 9 * (facts.get("hidden_size") or 0) * width(settings.dtype)
     if kind == "cpu":
-        return ON_CPU_BYTES + computed
+        return on_cpu_bytes + computed
     # On GPUs vLLM tries out a whole batch, and the logits of as many sequences as there may be, twice.
     logits = 2 * (settings.max_num_seqs or 256) * (facts.get("vocab_size") or 0) * 4
     return devices * (ON_GPU_BYTES + computed + logits)

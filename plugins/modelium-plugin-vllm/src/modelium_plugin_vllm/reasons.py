@@ -190,7 +190,7 @@ def failure(name: str, lines: Sequence[str]) -> DriverError:
         return DriverError(f"{name}: vLLM did not start: {reason:.600}", code="process_died")
     last = " | ".join([line.strip() for line in said if line.strip() and not _NOISE.match(line)][-3:])
     return DriverError(
-        f"{name}: vLLM's server has ended without a word of why, as when the kernel ends what takes the last memory "
+        f"{name}: vLLM has ended without a word of why, as when the kernel ends what takes the last memory "
         f"(see `dmesg`); it said last: {last:.600}",
         code="process_died",
     )

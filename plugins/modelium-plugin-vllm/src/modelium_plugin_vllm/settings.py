@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from modelium.api.settings import plan_settings
 from modelium.api.urls import BaseUrl
-from modelium.errors import ModelError
 
 Count = Annotated[int, Field(ge=1)]
 Port = Annotated[int, Field(ge=0, le=65535)]
@@ -35,8 +35,8 @@ OURS = frozenset(
 """Arguments of vLLM's server that are not a user's to give: they say what is served where, and with how much."""
 
 
-class ModelSettings(BaseModel):
-    """How one model is served. A brain's rule may set each of these, and `default_settings` all of them at once."""
+class EngineSettings(BaseModel):
+    """How vLLM's engine computes one model, whatever process it runs in."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -70,6 +70,11 @@ class ModelSettings(BaseModel):
     """Compute without compiling first. By default so on a CPU, where compiling takes minutes and a compiler."""
     threads: int = Field(default=0, ge=0)
     """On a CPU: 0 is one for each core but one, which is the server's own."""
+
+
+class ModelSettings(EngineSettings):
+    """How one model is served. A brain's rule may set each of these, and `default_settings` all of them at once."""
+
     lora_adapters: Mapping[str, str] = Field(default_factory=dict)
     """Adapters by name, asked for as `MODEL:NAME`: folders in the one that was dropped, or absolute paths."""
     max_lora_rank: Count = 16
@@ -130,13 +135,11 @@ class VllmSettings(BaseModel):
 
 def model_settings(settings: Mapping[str, Any]) -> ModelSettings:
     """The settings of a plan. Raises `ModelError` naming those that are wrong."""
-    try:
-        return ModelSettings.model_validate(
-            {key: value for key, value in settings.items() if key not in (REPOSITORY, DEVICE_BYTES)}
-        )
-    except ValidationError as exc:
-        problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']} (found {e['input']!r:.60})" for e in exc.errors()[:4]]
-        known = ", ".join(ModelSettings.model_fields)
-        raise ModelError(
-            f"its settings for vLLM are not right: {'; '.join(problems)}; there are: {known}", code="bad_settings"
-        ) from exc
+    ours = {k: v for k, v in settings.items() if k not in (REPOSITORY, DEVICE_BYTES)}
+    return plan_settings(ModelSettings, ours, "vLLM")
+
+
+def engine_settings(settings: Mapping[str, Any]) -> EngineSettings:
+    """Those of a plan that are the engine's, among others. Raises `ModelError` naming those that are wrong."""
+    ours = {k: v for k, v in settings.items() if k in EngineSettings.model_fields and v is not None}
+    return plan_settings(EngineSettings, ours, "vLLM")

@@ -65,6 +65,23 @@ def onnx_linear(path: Path, *, external: bool = False, fixed_batch: int | None =
     return path
 
 
+def onnx_image(path: Path) -> Path:
+    """`y`, the means of `x` FP32 [batch, 3, height, width], FP32 [batch, 3]; an image has at least 64 by 64 points."""
+    from onnx import TensorProto, helper, save
+
+    shrink = helper.make_node("MaxPool", ["x"], ["small"], kernel_shape=[64, 64], strides=[64, 64])
+    mean = helper.make_node("ReduceMean", ["small"], ["y"], axes=[2, 3], keepdims=0)
+    graph = helper.make_graph(
+        [shrink, mean],
+        "image",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 3, "height", "width"])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 3])],
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10), path)
+    return path
+
+
 def onnx_odd(path: Path) -> Path:
     """Everything that is less usual: a scalar, a string, FP16 and BOOL, and an output of unknown rank.
 

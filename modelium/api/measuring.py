@@ -151,9 +151,12 @@ class Trees:
             while at not in owners and at not in leaders and at in found:
                 line.append(at)
                 at = found[at].parent
-            owners |= dict.fromkeys(line, leaders.get(at) or owners.get(at))
+            owners |= dict.fromkeys(line, leaders.get(at, owners.get(at)))
         for pid, process in found.items():
-            owners[pid] = leaders.get(pid) or owners.get(pid) or leaders.get(process.session)
+            if pid in leaders:
+                owners[pid] = leaders[pid]
+            elif owners[pid] is None:
+                owners[pid] = leaders.get(process.session)
         self._sizes.begin()
         families: dict[str, list[Process]] = {name: [] for name, pid in roots.items() if pid in found}
         for pid, owner in owners.items():

@@ -243,11 +243,12 @@ def test_trees() -> None:
         assert set(trees.look({"one": one[0]})) == {"one"}
 
 
-def test_a_root_within_a_tree_is_a_tree_of_its_own() -> None:
+@pytest.mark.parametrize(("outer", "inner"), [("all", "child"), ("", "child"), ("all", "")])
+def test_a_root_within_a_tree_is_a_tree_of_its_own(outer: str, inner: str) -> None:
     with tree() as (root, child, grandchild):
         nvml = Nvml({"GPU-aaa": [(root, 1), (child, 10), (grandchild, 100)]})
-        held = Trees(Gpus(nvml, {})).look({"all": root, "child": child})
-        assert {name: size["cuda:0"] for name, size in held.items()} == {"all": 101, "child": 10}
+        held = Trees(Gpus(nvml, {})).look({outer: root, inner: child})
+        assert {name: size["cuda:0"] for name, size in held.items()} == {outer: 101, inner: 10}
 
 
 def test_a_root_that_has_ended_has_nothing() -> None:

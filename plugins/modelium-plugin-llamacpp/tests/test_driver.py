@@ -132,6 +132,12 @@ async def test_it_answers_under_its_name_and_has_its_settings(driver: ModelServe
     assert any("listening on http://127.0.0.1:" in line for line in driver.logs("m-1.b", 50))
 
 
+async def test_what_a_model_knows_is_what_it_tells(driver: ModelServers, lab: Lab, tmp_path: Path) -> None:
+    outcome = await driver.load(lab.model("letters", llama(tmp_path / "letters.gguf", alphabet=True)), silent)
+    found = await ask(outcome, "/v1/completions", prompt="abc", max_tokens=3, temperature=0)
+    assert found["choices"][0]["text"] == "def"
+
+
 async def test_same_answer_by_split_parts_and_smaller_caches(driver: ModelServers, lab: Lab, tmp_path: Path) -> None:
     whole = llama(tmp_path / "whole.gguf", width=128)
     parts = llama(tmp_path / "parts" / "deep" / "net.gguf", width=128, split_bytes=300_000).parent

@@ -8,6 +8,7 @@ import pytest
 from llamacpp_lab import Lab
 from modelium_plugin_llamacpp.install import Program
 from modelium_plugin_llamacpp.kind import LlamaCppKind
+from modelium_plugin_llamacpp.settings import model_settings
 from tiny_gguf import llama
 
 from modelium.api import LoadRequest
@@ -100,6 +101,13 @@ async def test_wrong_settings_are_told(kind: LlamaCppKind, request_: LoadRequest
         await kind.command(request_.model_copy(update={"plan": plan}), 1, None)
 
 
+@pytest.mark.parametrize("arg", ["--host", "--port", "--gpu-layers", "--ctx_size", "-c", "-m", "-hf", "--model-url=x"])
+def test_what_is_ours_to_say_is_nobody_else_s(arg: str) -> None:
+    with pytest.raises(ModelError, match=r"args: .*(Modelium's to say|short form)"):
+        model_settings({"args": [arg, "0.0.0.0"]})
+    assert model_settings({"args": ["--chat-template-file", "/t", "--reasoning-budget", "-1"]}).args
+
+
 @pytest.mark.parametrize(
     ("line", "code", "told"),
     [
@@ -130,5 +138,5 @@ async def test_a_projector_and_more_arguments(kind: LlamaCppKind, request_: Load
     assert command is not None
     argv = list(command.argv)
     assert option(argv, "--mmproj") == str(request_.path / "1" / "p.gguf")
-    assert argv[-2:] == ["--lora", "l.gguf"]
+    assert argv[-6:] == ["--lora", "l.gguf", "--host", "127.0.0.1", "--port", "1"], "the last of a name counts"
     assert option(argv, "--threads") == "3"

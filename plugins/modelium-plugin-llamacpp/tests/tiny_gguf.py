@@ -62,8 +62,11 @@ class Model:
         quantised = GGMLQuantizationType[kind]
         self.writer.add_tensor(name, gguf.quants.quantize(values, quantised), raw_dtype=quantised)
 
+    def values(self, name: str, values: np.ndarray[Any, Any]) -> None:
+        self.writer.add_tensor(name, values.astype(np.float32))
+
     def ones(self, name: str, size: int) -> None:
-        self.writer.add_tensor(name, np.ones(size, np.float32))
+        self.values(name, np.ones(size))
 
     def write(self) -> Path:
         self.writer.write_header_to_file()
@@ -87,9 +90,14 @@ def llama(
     words: int = 0,
     chat: bool = True,
     split_bytes: int = 0,
+    alphabet: bool = False,
     **keys: Any,
 ) -> Path:
-    """A decoder of Llama's kind, which Qwen2 and Gemma 3 resemble but for their own tensors."""
+    """A decoder of Llama's kind, which Qwen2 and Gemma 3 resemble but for their own tensors.
+
+    With `alphabet` each letter is followed by the next one: its layers add nothing, and what a token is read as is what
+    the one behind it is written as.
+    """
     model = Model(path, arch, split_bytes=split_bytes)
     head = width // heads
     model.numbers(
@@ -110,9 +118,14 @@ def llama(
     tokens = model.bytes_vocabulary(words)
     if chat:
         model.writer.add_chat_template(CHAT)
-    model.tensor("token_embd.weight", tokens, width, kind=kind)
     model.ones("output_norm.weight", width)
-    model.tensor("output.weight", tokens, width, kind=kind)
+    if alphabet:
+        read_as = model.random.standard_normal((tokens, width))
+        model.values("token_embd.weight", read_as)
+        model.values("output.weight", np.roll(read_as, 1, axis=0))
+    else:
+        model.tensor("token_embd.weight", tokens, width, kind=kind)
+        model.tensor("output.weight", tokens, width, kind=kind)
     for layer in range(layers):
         at = f"blk.{layer}."
         model.ones(at + "attn_norm.weight", width)
@@ -125,7 +138,10 @@ def llama(
             ("ffn_up", feed_forward, width),
             ("ffn_down", width, feed_forward),
         ):
-            model.tensor(f"{at}{name}.weight", rows, columns, kind=kind)
+            if alphabet and name in ("attn_output", "ffn_down"):
+                model.values(f"{at}{name}.weight", np.zeros((rows, columns)))
+            else:
+                model.tensor(f"{at}{name}.weight", rows, columns, kind=kind)
         if arch == "qwen2":
             for name, size in (("attn_q", heads * head), ("attn_k", kv_heads * head), ("attn_v", kv_heads * head)):
                 model.ones(f"{at}{name}.bias", size)

@@ -193,6 +193,29 @@ def test_our_own_cluster_takes_the_ledgers_gpu_and_others_choose_one_with_room(t
     assert named["sees_gpus"] is None and named["options"]["ray_actor_options"]["num_gpus"] == 0.5
 
 
+@pytest.mark.parametrize(
+    ("planned", "booked", "replicas", "most", "share"),
+    [
+        (40, 40, 1, 4, 0.13),
+        (40, 40, 4, 4, 0.13),
+        (40, 10, 1, 4, 0.13),  # as it was measured while there was one
+        (40, 9, 1, 4, 0.12),
+        (40, 21, 1, 4, 0.14),
+        (40, 5, 2, 4, 0.04),
+        (10, 10, 1, None, 0.13),
+        (10, 15, 1, None, 0.19),
+    ],
+)
+def test_a_gpu_s_share_is_that_of_one_replica(
+    tmp_path: Path, planned: int, booked: int, replicas: int, most: int | None, share: float
+) -> None:
+    made = request(tmp_path, "cuda:0", kind="cuda", replicas=replicas, max_replicas=most)
+    plan = made.plan.model_copy(update={"memory_bytes": planned * GIB})
+    changes = {"plan": plan, "memory_bytes": booked * GIB, "device_bytes": {"cuda:0": 80 * GIB}}
+    options = ordered(made.model_copy(update=changes), own=False)["options"]
+    assert options["ray_actor_options"]["num_gpus"] == share
+
+
 def test_autoscaling_and_spreading(tmp_path: Path) -> None:
     options = ordered(request(tmp_path, replicas=2, max_replicas=5, target_ongoing_requests=3))["options"]
     assert "num_replicas" not in options

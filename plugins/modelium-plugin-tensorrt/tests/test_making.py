@@ -68,6 +68,29 @@ async def test_programs_of_torchscript(job: Job, exporter: Path, base: Path, tmp
         await exported(job, exporter, tmp_path / "odd", "torchscript", odd)
 
 
+def shapes(name: str, *profile: list[int]) -> list[dict[str, list[int]]]:
+    return [{name: shape} for shape in profile]
+
+
+async def test_samples_have_the_shapes_of_profiles(job: Job, exporter: Path, base: Path, tmp_path: Path) -> None:
+    wanted = shapes("INPUT__0", [1, 3, 20, 24], [2, 3, 30, 24], [4, 3, 50, 40])
+    image = models.make(base / "bin/python", "torchscript-image", tmp_path / "image.pt")
+    made = await exported(job, exporter, tmp_path / "image", "torchscript", image, shapes=wanted)
+    assert [t["shape"] for t in (*made.inputs, *made.outputs)] == [[-1, 3, -1, -1], [-1, 4]]
+    assert lengths(tmp_path / "image", "INPUT__0") == {(1, 3, 20, 24), (2, 3, 30, 24), (4, 3, 50, 40)}
+
+    drop = models.make(base / "bin/python", "text-classification", tmp_path / "drop")
+    options: dict[str, Any] = {"task": "text-classification"}
+    await exported(
+        job, exporter, tmp_path / "text", "transformers", drop, shapes=shapes("input_ids", [1, 8], [4, 64]), **options
+    )
+    assert lengths(tmp_path / "text", "attention_mask") == {(1, 8), (4, 64)}
+    with pytest.raises(ModelError, match=r"does not run on what its profiles say \(input_ids \[1, 500\]\): "):
+        await exported(
+            job, exporter, tmp_path / "long", "transformers", drop, shapes=shapes("input_ids", [1, 500]), **options
+        )
+
+
 async def test_onnx_in_a_lower_precision(job: Job, exporter: Path, tmp_path: Path) -> None:
     linear = models.onnx_linear(tmp_path / "linear.onnx")
     as_it_is = await exported(job, exporter, tmp_path / "fp32", "onnx", linear)
@@ -171,6 +194,30 @@ async def test_the_precision_and_the_profile_are_the_plan_s(
     assert [bound["x"] for bound in bounds] == [[1, 4], [2, 4], [3, 4]]
     assert facts["precision"] == "fp16"
     assert parse_config(form.texts["config.pbtxt"]).max_batch_size == 0
+
+
+IMAGES = {"x": {"min": [1, 3, 64, 64], "opt": [8, 3, 96, 80], "max": [16, 3, 200, 160]}}
+
+
+async def test_what_is_free_is_compared_within_its_profile(
+    maker: TensorRTOptimizer, base: Path, tmp_path: Path, job: Job
+) -> None:
+    model = served(tmp_path, "onnx", GPU, environment=base, settings={"tensorrt": {"profiles": IMAGES}})
+    models.onnx_image(model.path / "1/model.onnx")
+    facts, form = await make(maker, model, tmp_path / "made", job)
+    assert facts["difference"] < 1e-5
+    assert parse_config(form.texts["config.pbtxt"]).max_batch_size == 16, "the plan's is 32"
+    assert form.settings["max_batch_size"] == 16
+
+
+async def test_shapes_that_an_engine_does_not_take_are_told(
+    maker: TensorRTOptimizer, base: Path, tmp_path: Path, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("modelium_plugin_tensorrt.optimizer.sample_shapes", lambda *args, **named: [])
+    model = served(tmp_path, "onnx", GPU, environment=base, settings={"tensorrt": {"profiles": IMAGES}})
+    models.onnx_image(model.path / "1/model.onnx")
+    with pytest.raises(ModelError, match=r"engine does not run on sample 0: supplied dimension is 16, expected \[64"):
+        await make(maker, model, tmp_path / "made", job)
 
 
 async def test_an_engine_that_computes_otherwise_is_refused(

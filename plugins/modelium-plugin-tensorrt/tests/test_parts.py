@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,7 +14,7 @@ from modelium_plugin_tensorrt import tools
 from modelium_plugin_tensorrt.building import build_command, check_types, parse_outputs, run_command
 from modelium_plugin_tensorrt.compare import largest_difference, read
 from modelium_plugin_tensorrt.exporting import Exported
-from modelium_plugin_tensorrt.profiles import profiles
+from modelium_plugin_tensorrt.profiles import largest_batch, profiles, sample_shapes
 from modelium_plugin_tensorrt.settings import Profile, TensorRTSettings, wanted
 
 from modelium.errors import ConfigError, DriverError, ModelError
@@ -99,6 +102,26 @@ class TestProfiles:
             profiles([tensor("x", -1, 3)], max_batch_size=8, longest=None, given={"x": own})
         with pytest.raises(ModelError, match="no input z to have a profile: there is x"):
             profiles([tensor("x", -1, 3)], max_batch_size=8, longest=None, given={"z": own})
+
+    def test_what_is_compared_lies_within_them(self) -> None:
+        x = Profile(min=(1, 3, 64), opt=(8, 3, 224), max=(16, 3, 640))
+        assert sample_shapes({"x": x}, batched=True) == [{"x": [1, 3, 64]}, {"x": [8, 3, 224]}, {"x": [8, 3, 640]}]
+        assert sample_shapes({"x": x}, batched=False)[-1] == {"x": [16, 3, 640]}
+        y = Profile(min=(2, 5), opt=(2, 5), max=(4, 9))
+        both = sample_shapes({"x": x, "y": y}, batched=True)
+        assert both == [
+            {"x": [2, 3, 64], "y": [2, 5]},
+            {"x": [2, 3, 224], "y": [2, 5]},
+            {"x": [4, 3, 640], "y": [4, 9]},
+        ]
+        assert sample_shapes({"y": Profile(min=(1, 4), opt=(1, 4), max=(1, 4))}, batched=True) == [{"y": [1, 4]}]
+        assert sample_shapes({}, batched=True) == []
+
+    @pytest.mark.parametrize(("batch", "largest"), [(32, 16), (4, 4), (0, 0)])
+    def test_a_batch_is_no_larger_than_any_profile_has_it(self, batch: int, largest: int) -> None:
+        given = {"x": Profile(min=(1, 3), opt=(8, 3), max=(16, 3)), "s": Profile(min=(), opt=(), max=())}
+        assert largest_batch(batch, given) == largest
+        assert largest_batch(batch, {}) == batch
 
 
 class TestSettings:
@@ -224,3 +247,30 @@ def test_an_engine_s_types_are_those_that_clients_know() -> None:
     check_types(exported, {"ids": "torch.int64", "y": "torch.float32"})
     with pytest.raises(ModelError, match="has ids as INT32, and clients know it as INT64"):
         check_types(exported, {"ids": "torch.int32", "y": "torch.float32"})
+
+
+@pytest.fixture
+def build_program(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`programs.build`, as it is without TensorRT."""
+    monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(IProgressMonitor=object))
+    monkeypatch.delitem(sys.modules, "modelium_plugin_tensorrt.programs.build", raising=False)
+    yield importlib.import_module("modelium_plugin_tensorrt.programs.build")
+    sys.modules.pop("modelium_plugin_tensorrt.programs.build")
+
+
+def test_shapes_that_an_engine_does_not_take_are_no_reason_to_try_again(
+    build_program: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Engine:
+        def __init__(self, plan: Path, device: int):
+            pass
+
+        def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            raise ValueError(f"the engine was not made for x of shape {list(inputs['x'].shape)}")
+
+    monkeypatch.setitem(sys.modules, "on_tensorrt", SimpleNamespace(Engine=Engine))
+    monkeypatch.setattr("sys.path", [*sys.path])
+    stored: dict[str, Any] = {"i/0/x": np.zeros((1, 3))}
+    np.savez(tmp_path / "samples.npz", **stored)
+    with pytest.raises(build_program.Refused, match=r"the engine was not made for x of shape \[1, 3\]"):
+        build_program.run({"templates": str(tmp_path)}, tmp_path, tmp_path / "network.plan")

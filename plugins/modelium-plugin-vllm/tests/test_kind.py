@@ -229,9 +229,19 @@ def test_wrong_settings_are_named_with_those_that_there_are() -> None:
         model_settings({"dtype": "int3", "max_model_len": 0})
 
 
-@pytest.mark.parametrize("arg", ["--port", "--host=0.0.0.0", "--served-model-name", "--gpu_memory_utilization=0.9"])
-def test_what_is_ours_to_say_is_nobody_else_s(arg: str) -> None:
-    with pytest.raises(ValidationError, match="is Modelium's to say"):
+@pytest.mark.parametrize(
+    ("arg", "told"),
+    [
+        ("--port", "is Modelium's to say"),
+        ("--host=0.0.0.0", "found --host, which is Modelium's to say: leave it out"),
+        ("--served-model-name", "is Modelium's to say"),
+        ("--gpu_memory_utilization=0.9", "is Modelium's to say"),
+        ("--hos", "may mean --host"),
+        ("-asc", "found the short form '-asc': write"),
+    ],
+)
+def test_what_is_ours_to_say_is_nobody_else_s(arg: str, told: str) -> None:
+    with pytest.raises(ValidationError, match=told):
         ModelSettings(args=(arg, "1"))
     assert ModelSettings(args=("--enable-auto-tool-choice", "--tool-call-parser", "hermes"))
 

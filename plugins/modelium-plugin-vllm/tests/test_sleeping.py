@@ -45,6 +45,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.say(200, {})
 
     def do_GET(self):
+        if json.load(open(sys.argv[2])).get("deaf") == self.path:
+            time.sleep(600)
         self.say(200, {"is_sleeping": asleep} if self.path == "/is_sleeping" else {})
 
     def say(self, status, body):
@@ -156,6 +158,30 @@ async def test_a_level_that_nobody_wrote_down_is_taken_for_the_deepest(
     assert (await second.observe()).models[0].parked == 2
     await second.wake("m", silent)
     assert "/collective_rpc" in " ".join(asked(second, "m"))
+    await second.close()
+
+
+async def test_a_server_that_does_not_answer_is_taken_as_it_was_written_down(
+    driver: SleepingServers,
+    make_driver: Callable[[], SleepingServers],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("modelium_plugin_vllm.sleeping.ANSWERS_WITHIN_S", 0.5)
+    for name in ("parked", "awake", "also-parked"):
+        await driver.load(model(tmp_path, name), silent)
+    for name in ("parked", "also-parked"):
+        await driver.park(name, 1)
+    for name in ("parked", "awake"):
+        model(tmp_path, name, deaf="/is_sleeping")
+    second = make_driver()
+    await second.start()
+    assert {m.name: (m.ready, m.parked) for m in (await second.observe()).models} == {
+        "parked": (False, 1), "awake": (True, 0), "also-parked": (False, 1),
+    }  # fmt: skip
+    model(tmp_path, "parked")
+    await second.wake("parked", silent)
+    assert asked(second, "parked")[-2] == "/wake_up "
     await second.close()
 
 

@@ -126,8 +126,6 @@ class LlamaCppKind:
         options: dict[str, object] = {
             "--model": model_file(request.path, request.analysis),
             "--alias": request.name,
-            "--host": HOST,
-            "--port": port,
             "--ctx-size": settings.ctx * settings.parallel,
             "--parallel": settings.parallel,
             "--n-gpu-layers": layers if on_gpu else 0,
@@ -150,7 +148,7 @@ class LlamaCppKind:
             argv.append("--embedding")
         if not maps(request, settings):
             argv.append("--no-mmap")
-        return [*argv, *settings.args]
+        return [*argv, *settings.args, "--host", HOST, "--port", str(port)]
 
     def _devices(self, request: LoadRequest) -> dict[str, str]:
         """The GPUs that it may see, by names that mean the same in whatever order they are counted."""

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from modelium.api import Analysis
+from modelium.api.options import check_options
 from modelium.api.settings import plan_settings
 
 CacheType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"]
@@ -16,6 +17,14 @@ Count = Annotated[int, Field(ge=1)]
 
 EMBEDDING, PROJECTOR = "embedding", "projector"
 """What a plan carries beside these settings: how embeddings are pooled where they are wanted, and the projector."""
+
+OURS = frozenset(
+    {
+        "model", "model-url", "hf-repo", "hf-file", "docker-repo", "models-dir", "models-preset", "alias", "host",
+        "port", "reuse-port", "api-prefix", "ctx-size", "parallel", "n-gpu-layers", "gpu-layers",
+    }
+)  # fmt: skip
+"""Arguments of llama-server that are not a user's to give: they say what is served where, and with how much."""
 
 
 class ModelSettings(BaseModel):
@@ -43,7 +52,13 @@ class ModelSettings(BaseModel):
     """Whether weights are mapped from the file rather than read. By default they are, but for quantised ones on a CPU:
     llama.cpp rewrites most of those for the processor, and would hold them twice."""
     args: tuple[str, ...] = ()
-    """Further arguments of llama-server."""
+    """Further arguments of llama-server by their full names, such as `--chat-template-file`."""
+
+    @field_validator("args")
+    @classmethod
+    def _not_ours(cls, args: tuple[str, ...]) -> tuple[str, ...]:
+        check_options(args, OURS)
+        return args
 
 
 class LlamaCppSettings(BaseModel):

@@ -54,8 +54,14 @@ def order(
 
 
 def _share(request: LoadRequest, wanted: ReplicaSettings) -> float:
-    """Of a GPU, what the memory of one replica is of it, in hundredths."""
-    each = request.memory_bytes / max(wanted.replicas, len(request.devices))
+    """Of a GPU, what the memory of one replica is of it, in hundredths.
+
+    A plan is for as many replicas as there may be; what was measured is of as many as there were.
+    """
+    most = max(wanted.most, len(request.devices))
+    least = max(wanted.replicas, len(request.devices))
+    there_were = round(request.memory_bytes * most / request.plan.memory_bytes) if request.plan.memory_bytes else most
+    each = request.memory_bytes / min(max(there_were, least), most)
     smallest = min((request.device_bytes.get(device, 0) for device in request.devices), default=0)
     return min(1.0, max(0.01, math.ceil(100 * each / smallest) / 100)) if smallest else 1.0
 

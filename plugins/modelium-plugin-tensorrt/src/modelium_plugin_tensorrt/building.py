@@ -72,7 +72,7 @@ async def build(
     else:
         memory = workspace_bytes
         command = build_command(tool.path, exported.file, target / PLAN, profiles, workspace_bytes, timing_cache)
-        await _trtexec(job, command, env, "building the engine")
+        await _trtexec(job, command, env, "building the engine", "TensorRT can't make an engine of it")
         found = await _run_by_trtexec(job, tool, target, exported, profiles, env)
     expected = await asyncio.to_thread(read, target / SAMPLES, "o")
     difference = largest_difference(expected, found, precision, "its TensorRT engine")
@@ -171,8 +171,8 @@ def _named(name: str) -> str:
     return name
 
 
-async def _trtexec(job: Job, command: Sequence[str], env: Mapping[str, str], stage: str) -> None:
-    """trtexec says itself whether it passed."""
+async def _trtexec(job: Job, command: Sequence[str], env: Mapping[str, str], stage: str, wrong: str) -> None:
+    """trtexec says itself whether it passed; `wrong` is what it means when it did not."""
     job.report(Progress(stage=stage))
     said: list[str] = []
 
@@ -186,7 +186,7 @@ async def _trtexec(job: Job, command: Sequence[str], env: Mapping[str, str], sta
         text = "; ".join(said[:3])
         if re.search(r"out of memory|OutOfMemory|could not allocate", text, re.IGNORECASE) or not text:
             raise
-        raise ModelError(f"TensorRT can't make an engine of it: {text}") from exc
+        raise ModelError(f"{wrong}: {text}") from exc
 
 
 async def _run_by_trtexec(
@@ -209,7 +209,8 @@ async def _run_by_trtexec(
         shapes = {name: array.shape for name, array in arrays.items() if name in profiles}
         output = target / f"output-{number}.json"
         command = run_command(tool.path, target / PLAN, shapes, files, output)
-        await _trtexec(job, command, env, "comparing the engine with the model as it was dropped")
+        stage = "comparing the engine with the model as it was dropped"
+        await _trtexec(job, command, env, stage, f"its TensorRT engine does not run on sample {number}")
         found[number] = parse_outputs(await asyncio.to_thread(output.read_text), types)
     return found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,10 +46,11 @@ async def export(
     source: Path,
     precision: str,
     max_batch_size: int,
+    shapes: Sequence[Mapping[str, Sequence[int]]] = (),
     calibration: Path | None = None,
     timed: bool = False,
 ) -> Exported:
-    """Into `target`, with the samples that both were run on.
+    """Into `target`, with the samples that both were run on: of these shapes by input, where there are any.
 
     Raises `ModelError` when it can't be exported, or does not answer like the original.
     """
@@ -62,6 +63,7 @@ async def export(
         "target": str(target),
         "precision": precision,
         "max_batch": max_batch_size,
+        "shapes": shapes,
         "calibration": str(calibration or ""),
         "templates": str(templates),
         "timed": timed,

@@ -20,14 +20,13 @@ from modelium_plugin_tensorrt.building import PLAN, Engine, build
 from modelium_plugin_tensorrt.compare import TOLERANCE
 from modelium_plugin_tensorrt.exporting import NETWORK, Exported, check_no_slower, export
 from modelium_plugin_tensorrt.forms import Source
-from modelium_plugin_tensorrt.profiles import profiles
-from modelium_plugin_tensorrt.settings import TensorRTSettings, Wanted, wanted
+from modelium_plugin_tensorrt.profiles import SAMPLE_ROWS, largest_batch, profiles, sample_shapes
+from modelium_plugin_tensorrt.settings import Profile, TensorRTSettings, Wanted, wanted
 from modelium_plugin_tensorrt.tools import Tool
 
-FORMAT = 1
+FORMAT = 2
 """Counted up when what is made of equal models by equal tools becomes another."""
 
-SAMPLE_BATCH = 8
 OWN = {"float16": "fp16", "bfloat16": "bf16"}
 """The precision of a model by its weights' type; FP32 of all others."""
 
@@ -44,6 +43,11 @@ class Design:
     tool: Tool | None
     """None: ONNX, for the CPU."""
     capability: str = ""
+
+    @property
+    def profiles(self) -> Mapping[str, Profile]:
+        """Those that the plan gives: they are for engines alone."""
+        return self.wanted.profiles if self.tool is not None else {}
 
     @property
     def python(self) -> bool:
@@ -83,8 +87,7 @@ class TensorRTOptimizer:
         design = self._design(served)
         if design is None:
             return None
-        settings = served.plan.settings
-        batch = int(settings.get("max_batch_size", 0))
+        batch = _max_batch_size(served)
         depends_on = {
             "precision": design.precision,
             "max_batch_size": str(batch),
@@ -188,8 +191,7 @@ class TensorRTOptimizer:
         python = await environment.prepare(
             self._cache, design.base, design.source.kind != "onnx", self._settings.pip_args, job.report
         )
-        batch = int(served.plan.settings.get("max_batch_size", 0))
-        given = [profile.max[0] for profile in design.wanted.profiles.values() if profile.max]
+        batch = largest_batch(_max_batch_size(served), design.profiles)
         exported = await export(
             job,
             python,
@@ -198,7 +200,8 @@ class TensorRTOptimizer:
             task=design.source.task,
             source=design.source.path,
             precision=design.precision,
-            max_batch_size=batch or min(given, default=SAMPLE_BATCH),
+            max_batch_size=batch or SAMPLE_ROWS,
+            shapes=sample_shapes(design.profiles, batched=batch > 0),
             calibration=design.wanted.calibration if design.precision == "int8" else None,
             timed=design.tool is None,
         )
@@ -212,7 +215,7 @@ class TensorRTOptimizer:
         return {
             "inputs": exported.inputs,
             "outputs": exported.outputs,
-            "longest": exported.longest,
+            "longest": _longest(design, exported),
             "kept": forms.kept_files(served) if design.source.kind == "transformers" else [],
             "files": files,
             "memory_bytes": engine.bytes + engine.memory_bytes if engine is not None else exported.bytes,
@@ -236,7 +239,7 @@ class TensorRTOptimizer:
                 exported.inputs,
                 max_batch_size=batch,
                 longest=exported.longest if design.source.task in forms.TASKS else None,
-                given=own.profiles,
+                given=design.profiles,
             ),
             workspace_bytes=own.workspace_bytes or self._settings.workspace_bytes,
             timing_cache=self._cache / "timing" / f"{design.capability}-{design.tool.version}.cache",
@@ -248,12 +251,29 @@ class TensorRTOptimizer:
         if source is None:
             raise ModelError("it is not served in a way that can be converted")
         gpu, note = served.plan.device_kind == "cuda", _note(facts)
+        own = wanted(served.plan.settings) if gpu else None
+        if own is not None and own.profiles:
+            batch = {"max_batch_size": largest_batch(_max_batch_size(served), own.profiles)}
+            plan = served.plan.model_copy(update={"settings": {**served.plan.settings, **batch}})
+            served = served.model_copy(update={"plan": plan})
         if source.kind == "transformers":
             assert source.task is not None
             return forms.exported(served, source.task, PLAN if gpu else NETWORK, facts, gpu=gpu, note=note)
         if gpu:
             return forms.as_plan(served, facts, note=note)
         return forms.as_onnx(served, facts, native=self._is_native(served), note=note)
+
+
+def _max_batch_size(served: Served) -> int:
+    return int(served.plan.settings.get("max_batch_size", 0))
+
+
+def _longest(design: Design, exported: Exported) -> int:
+    """The most tokens that what was made takes; 0 where nothing limits it."""
+    given = [profile.max[1] for profile in design.profiles.values() if len(profile.max) == 2]
+    if design.source.kind != "transformers" or not given:
+        return exported.longest
+    return min([*given, *([exported.longest] if exported.longest else [])])
 
 
 def _note(facts: Mapping[str, Any]) -> str:

@@ -13,6 +13,8 @@ USUAL_LENGTH = 128
 """Tokens; most texts that are classified or embedded are no longer."""
 LONGEST = 2048
 """Tokens, where the model itself has no limit."""
+SAMPLE_ROWS = 8
+"""Of the largest batch that a model and its engine are both run on."""
 
 
 def profiles(
@@ -39,6 +41,28 @@ def profiles(
         if -1 not in shape:
             continue
         made[name] = own if own is not None else _by_what_is_known(name, shape, max_batch_size, longest)
+    return made
+
+
+def largest_batch(max_batch_size: int, given: Mapping[str, Profile]) -> int:
+    """What a plan's `max_batch_size` comes to with these profiles; 0 stays: there the first dimension is no batch."""
+    return min([max_batch_size, *(profile.max[0] for profile in given.values() if profile.max)])
+
+
+def sample_shapes(given: Mapping[str, Profile], *, batched: bool) -> list[dict[str, list[int]]]:
+    """The smallest, the usual and the largest shapes of the inputs that have a profile: an engine takes no others.
+
+    With `batched` the first dimension is the batch, the same for all inputs and no larger than need be.
+    """
+    made: list[dict[str, list[int]]] = []
+    for which in ("min", "opt", "max") if given else ():
+        shapes = {name: list(getattr(profile, which)) for name, profile in given.items()}
+        if batched:
+            rows = min([SAMPLE_ROWS, *(shape[0] for shape in shapes.values() if shape)])
+            rows = max([rows, *(profile.min[0] for profile in given.values() if profile.min)])
+            shapes = {name: [rows, *shape[1:]] for name, shape in shapes.items()}
+        if shapes not in made:
+            made.append(shapes)
     return made
 
 

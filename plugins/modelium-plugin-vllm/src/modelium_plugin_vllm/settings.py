@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from modelium.api.options import check_options
 from modelium.api.settings import plan_settings
 from modelium.api.urls import BaseUrl
 
@@ -83,17 +84,14 @@ class ModelSettings(EngineSettings):
     """Whether it can be put to sleep: its weights go to host memory, or away, and its GPU's memory is free. It takes
     a GPU, and is to be set in `default_settings`."""
     args: tuple[str, ...] = ()
-    """Further arguments of vLLM's server, such as `--enable-auto-tool-choice`."""
+    """Further arguments of vLLM's server by their full names, such as `--enable-auto-tool-choice`."""
     env: Mapping[str, str] = Field(default_factory=dict)
     """Further environment of vLLM's server, such as `VLLM_LOGGING_LEVEL`."""
 
     @field_validator("args")
     @classmethod
     def _not_ours(cls, args: tuple[str, ...]) -> tuple[str, ...]:
-        for arg in args:
-            word = arg.lstrip("-").partition("=")[0].replace("_", "-")
-            if arg.startswith("-") and word in OURS:
-                raise ValueError(f"{arg.partition('=')[0]} is Modelium's to say: leave it out")
+        check_options(args, OURS)
         return args
 
     @field_validator("lora_adapters")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import time
 from collections.abc import Mapping
@@ -26,10 +27,12 @@ from modelium.api import (
     RuntimeContext,
     RuntimeInfo,
 )
-from modelium.api.servers import ModelServers, Server
+from modelium.api.servers import ANSWERS_WITHIN_S, ModelServers, Server
 from modelium.errors import DriverError
 from modelium_plugin_vllm.kind import VllmKind
 from modelium_plugin_vllm.settings import LEVELS
+
+log = logging.getLogger(__name__)
 
 
 class SleepingServers(ModelServers):
@@ -45,13 +48,23 @@ class SleepingServers(ModelServers):
     async def start(self) -> RuntimeInfo:
         info = await super().start()
         told = await asyncio.to_thread(self._read)
-        for name, server in list(self._servers.items()):
-            if name not in self._asleep and await self._sleeps(server):
-                # Reading weights that are there does no harm.
-                self._asleep[name] = told.get(name, max(LEVELS))
+        names = [name for name in self._servers if name not in self._asleep]
+        levels = await asyncio.gather(*(self._level(self._servers[name], told.get(name)) for name in names))
+        self._asleep |= {name: level for name, level in zip(names, levels, strict=True) if level}
         return info
 
+    async def _level(self, server: Server, told: int | None) -> int | None:
+        """At which it sleeps; as it was written down where it does not answer, and else tells for itself."""
+        try:
+            asleep = await self._sleeps(server, ANSWERS_WITHIN_S)
+        except DriverError as error:
+            log.warning("%s", error)
+            return told
+        # Reading weights that are there does no harm.
+        return (told or max(LEVELS)) if asleep else None
+
     async def observe(self) -> Observation:
+        """Nobody is asked: what sleeps was told to here, on loopback, where nobody else has anything to tell it."""
         found = await super().observe()
         models = [
             model.model_copy(update={"ready": False, "parked": level, "reason": "asleep"})
@@ -114,9 +127,9 @@ class SleepingServers(ModelServers):
             await self._awake(name)
             return await self._outcome(server, began)
 
-    async def _sleeps(self, server: Server) -> bool:
+    async def _sleeps(self, server: Server, within_s: float | None = None) -> bool:
         """A server without the route never sleeps. Raises `DriverError` when it does not answer."""
-        answer = await self._ask(server, "/is_sleeping", method="GET")
+        answer = await self._ask(server, "/is_sleeping", method="GET", within_s=within_s)
         return bool(answer.get("is_sleeping"))
 
     async def _ask(
@@ -127,10 +140,11 @@ class SleepingServers(ModelServers):
         *,
         method: str = "POST",
         body: Mapping[str, Any] | None = None,
+        within_s: float | None = None,
     ) -> dict[str, Any]:
-        """Its answer; nothing where there is no such route. It may take as long as a load."""
+        """Its answer; nothing where there is no such route. By default it may take as long as a load."""
         assert self._http is not None
-        timeout = aiohttp.ClientTimeout(total=self._load_timeout_s)
+        timeout = aiohttp.ClientTimeout(total=within_s or self._load_timeout_s)
         try:
             async with self._http.request(
                 method, server.base + path, params=query, json=body, timeout=timeout

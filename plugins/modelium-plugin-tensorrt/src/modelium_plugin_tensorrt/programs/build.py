@@ -84,8 +84,12 @@ def run(request: dict[str, Any], target: Path, plan: Path) -> None:
             part, number, name = key.split("/", 2)
             if part == "i":
                 inputs.setdefault(number, {})[name] = samples[key]
+    try:
+        found = {number: engine.run(arrays) for number, arrays in inputs.items()}
+    except ValueError as error:
+        raise Refused(f"its TensorRT engine can't be compared with the model as it was dropped: {error}") from error
     made: dict[str, Any] = {
-        f"e/{number}/{name}": array for number, arrays in inputs.items() for name, array in engine.run(arrays).items()
+        f"e/{number}/{name}": array for number, arrays in found.items() for name, array in arrays.items()
     }
     np.savez(target / "engine.npz", **made)
     told = {

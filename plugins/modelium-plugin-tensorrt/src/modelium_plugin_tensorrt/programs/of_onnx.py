@@ -23,19 +23,32 @@ class Onnx(Original):
         self.outputs = [described(tensor) for tensor in self.session.get_outputs()]
         if any(tensor["datatype"] in ("BYTES", "BF16") for tensor in (*self.inputs, *self.outputs)):
             raise Refused("it takes or gives strings or BF16")
+        self.shapes = request["shapes"]
+        self.check_shapes()
+        if self.shapes:
+            return
         self.sizes = [size for size in SIZES if self._works(2, size)] or [s for s in SIZES if self._works(1, s)]
         if not self.sizes:
             raise Refused(f"it runs on no input of the shapes that were tried ({', '.join(map(str, SIZES))})")
 
     def _arrays(self, batch: int, size: int) -> Arrays:
+        return self._drawn({}, {}, batch, size)
+
+    def shaped(self, shapes: dict[str, list[int]]) -> Arrays:
+        known = {name: self.free[name] for name in shapes if name in self.free}
+        sizes = {dim: n for name, dims in known.items() for dim, n in zip(dims, shapes[name], strict=False)}
+        return self._drawn(shapes, sizes, 1, SIZES[0])
+
+    def _drawn(self, shapes: dict[str, list[int]], sizes: dict[Any, int], batch: int, size: int) -> Arrays:
         """Dimensions of one name have one size."""
         made = {}
         for tensor in self.inputs:
-            shape = [
-                dim if isinstance(dim, int) else batch if place == 0 else size
-                for place, dim in enumerate(self.free[tensor["name"]])
+            name = tensor["name"]
+            shape = shapes.get(name) or [
+                dim if isinstance(dim, int) else sizes.get(dim, batch if place == 0 else size)
+                for place, dim in enumerate(self.free[name])
             ]
-            made[tensor["name"]] = drawn(self.random, tensor["datatype"], shape)
+            made[name] = drawn(self.random, tensor["datatype"], shape)
         return made
 
     def _works(self, batch: int, size: int) -> bool:
@@ -46,6 +59,8 @@ class Onnx(Original):
         return True
 
     def samples(self) -> list[Arrays]:
+        if self.shapes:
+            return [self.shaped(shapes) for shapes in self.shapes]
         tried = [(1, self.sizes[0]), (min(self.max_batch, 2), self.sizes[-1]), (min(self.max_batch, 8), self.sizes[0])]
         return [self._arrays(*one) for one in dict.fromkeys(tried) if self._works(*one)]
 

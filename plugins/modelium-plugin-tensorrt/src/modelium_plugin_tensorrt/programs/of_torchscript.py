@@ -33,16 +33,19 @@ class TorchScript(Original):
         self.inputs = [_tensor(tensor) for tensor in inputs]
         if any(tensor["datatype"] == "BF16" for tensor in (*self.inputs, *map(_tensor, outputs))):
             raise Refused("it takes or gives BF16, which numpy has no type for")
-        self._settle_dims()
-        made = self.run(self._arrays(2, self.sizes[0]))
+        self.shapes = request["shapes"]
+        if self.shapes:
+            self.check_shapes()
+            tried = [self.shaped(shapes) for shapes in self.shapes]
+        else:
+            self._settle_dims()
+            tried = [self._arrays(2, size) for size in (self.sizes[0], self.sizes[-1])]
+        self.example = tried[len(tried) // 2]
+        made = list(zip(*(self.run(arrays).values() for arrays in tried), strict=True))
         self.outputs = [
-            {**_tensor(tensor), "shape": [-1, *array.shape[1:]] if array.ndim else [1]}
-            for tensor, array in zip(outputs, made.values(), strict=True)
+            {**_tensor(tensor), "shape": _in_common([array.shape for array in arrays])}
+            for tensor, arrays in zip(outputs, made, strict=True)
         ]
-        other = self.run(self._arrays(2, self.sizes[-1]))
-        for tensor, array in zip(self.outputs, other.values(), strict=True):
-            pairs = zip(tensor["shape"], array.shape, strict=True)
-            tensor["shape"] = [size if size == other_size else -1 for size, other_size in pairs]
 
     def _settle_dims(self) -> None:
         """Which free dimensions are really free: where one size alone works, it is that."""
@@ -67,7 +70,16 @@ class TorchScript(Original):
         shapes = {t["name"]: [batch, *(size if d == -1 else d for d in t["shape"][1:])] for t in self.inputs}
         return {t["name"]: drawn(self.random, t["datatype"], shapes[t["name"]]) for t in self.inputs}
 
+    def shaped(self, shapes: dict[str, list[int]]) -> Arrays:
+        made = self._arrays(next(iter(shapes.values()))[0], SIZES[0])
+        for tensor in self.inputs:
+            if (shape := shapes.get(tensor["name"])) is not None:
+                made[tensor["name"]] = drawn(self.random, tensor["datatype"], shape)
+        return made
+
     def samples(self) -> list[Arrays]:
+        if self.shapes:
+            return [self.shaped(shapes) for shapes in self.shapes]
         batches = sorted({1, min(self.max_batch, 2), min(self.max_batch, 8)})
         return [self._arrays(batch, self.sizes[n % len(self.sizes)]) for n, batch in enumerate(batches)]
 
@@ -87,7 +99,7 @@ class TorchScript(Original):
             # The newer exporter takes no TorchScript.
             torch.onnx.export(
                 self.model,
-                tuple(torch.from_numpy(array) for array in self._arrays(2, self.sizes[0]).values()),
+                tuple(torch.from_numpy(array) for array in self.example.values()),
                 str(file),
                 dynamo=False,
                 input_names=names[: len(self.inputs)],
@@ -96,6 +108,14 @@ class TorchScript(Original):
                 opset_version=OPSET,
             )
         return precision == "fp32"
+
+
+def _in_common(shapes: list[tuple[int, ...]]) -> list[int]:
+    """The first dimension is the batch; others are free where they differ."""
+    if not shapes[0]:
+        return [1]
+    _, *places = zip(*shapes, strict=True)
+    return [-1, *(sizes[0] if len(set(sizes)) == 1 else -1 for sizes in places)]
 
 
 def _tensor(tensor: dict[str, Any]) -> dict[str, Any]:

@@ -49,6 +49,7 @@ class Transformers(Original):
         self.model = on_torch.pretrained(
             getattr(transformers, name), folder, torch.device("cpu"), torch.float32, may_lack=may_lack
         )
+        self.shapes = request["shapes"]
         self.random = np.random.default_rng(0)
         width = self.model.config.get_text_config().hidden_size if self.task == "feature-extraction" else -1
         if self.task == "image-classification":
@@ -60,6 +61,7 @@ class Transformers(Original):
         self.output = "last_hidden_state" if self.task == "feature-extraction" else "logits"
         shape = [-1, -1, width] if self.task == "feature-extraction" else [-1, self.model.config.num_labels]
         self.outputs = [{"name": self.output, "datatype": "FP32", "shape": shape}]
+        self.check_shapes()
 
     def _of_texts(self, on_torch: Any, folder: Path) -> None:
         tokenizer = on_torch.tokenizer(folder)
@@ -95,12 +97,22 @@ class Transformers(Original):
         self.image = [getattr(config, "num_channels", 3), height, width]
 
     def samples(self) -> list[Arrays]:
+        if self.shapes:
+            return [self.shaped(shapes) for shapes in self.shapes]
         most = self.max_batch
         if self.task == "image-classification":
             return [{"pixel_values": self._pixels(batch)} for batch in sorted({1, min(2, most), min(4, most)})]
         long = min(self.longest or LONG, LONG)
         shapes = [(1, min(4, long)), (min(2, most), min(7, long)), (min(8, most), min(40, long)), (1, long)]
         return [self._tokens(batch, length) for batch, length in dict.fromkeys(shapes)]
+
+    def shaped(self, shapes: dict[str, list[int]]) -> Arrays:
+        """All inputs of texts have one shape."""
+        shape = next(iter(shapes.values()))
+        if self.task == "image-classification":
+            return {"pixel_values": self._pixels(shape[0])}
+        batch, length = shape
+        return self._tokens(batch, length)
 
     def _pixels(self, batch: int) -> np.ndarray:
         return self.random.standard_normal((batch, *self.image)).astype(np.float32)

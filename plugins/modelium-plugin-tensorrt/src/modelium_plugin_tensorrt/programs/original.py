@@ -21,6 +21,8 @@ class Refused(Exception):
 class Original:
     """The model as it was dropped."""
 
+    shapes: list[dict[str, list[int]]]
+    """By input, of the samples that are asked for; none: whichever it takes."""
     inputs: list[dict[str, Any]]
     """`name`, `datatype` as KServe calls it, `shape` with -1 where any size may do."""
     outputs: list[dict[str, Any]]
@@ -36,6 +38,19 @@ class Original:
 
     def samples(self) -> list[Arrays]:
         """Inputs of several shapes."""
+        raise NotImplementedError
+
+    def check_shapes(self) -> None:
+        """Raises `Refused` where it does not run on a sample that is asked for."""
+        for shapes in self.shapes:
+            try:
+                self.run(self.shaped(shapes))
+            except Exception as error:  # onnxruntime's own kinds have no common one
+                told = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+                raise Refused(f"it does not run on what its profiles say ({told}): {error}") from error
+
+    def shaped(self, shapes: dict[str, list[int]]) -> Arrays:
+        """Inputs of these shapes, and others that go with them."""
         raise NotImplementedError
 
     def export(self, file: Path, precision: str) -> bool:

@@ -128,15 +128,15 @@ class Effects:
         if transition.before in LIVE - {State.RECOVERING} and transition.after in (State.COLD, State.FAILED):
             self._engine.store.set_loaded(name, None)
 
-    def reroute(self, name: str) -> None:
-        """A model answers elsewhere than before."""
+    def reroute(self, name: str, runtime: str) -> None:
+        """A model in a runtime answers elsewhere than before."""
         route = self._engine.admission.routes.get(name)
-        if route is not None:
-            self._open(name, route.runtime)
+        if route is not None and route.runtime == runtime:
+            self._open(name, runtime)
 
     def _open(self, name: str, runtime: str) -> None:
         running, known = self._engine.running[runtime], self._engine.catalog.known.get(name)
-        endpoints = self._engine.runtimes.endpoints.get(name)
+        endpoints = self._engine.runtimes.endpoints.get((runtime, name))
         if endpoints is None:
             endpoints = {e.protocol: e.address for e in running.info.endpoints} if running.info else {}
         decoupled = known.decoupled if known else False

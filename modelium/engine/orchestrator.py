@@ -420,10 +420,10 @@ class Orchestrator:
         self.ledger.look(runtimes | self.processes.pids())
         return self.host.devices()
 
-    def _booked(self, name: str) -> bool:
-        """Whether a model's memory is on the books; what one holds that is not counts as others'."""
+    def _booked(self, name: str, runtime: str) -> bool:
+        """Whether a model's memory in a runtime is on the books; what one holds that is not counts as others'."""
         model = self.loop.world.models.get(name)
-        return model is not None and bool(model.booking)
+        return model is not None and model.home == runtime and bool(model.booking)
 
     def doubts(self) -> list[str]:
         """What the configuration names and is not there."""

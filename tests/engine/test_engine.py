@@ -905,3 +905,41 @@ async def test_a_folder_has_its_name_before_any_guest(tmp_path: Path) -> None:
         assert (await r.service.model("a")).plan is not None
         await r.service.unload("a")
         assert r.state("a") == "COLD"
+
+
+def _box(*names: str, **fields: Any) -> FakeRuntime:
+    """An external server that is up already, and serves these of its own accord."""
+    box = FakeRuntime("other")
+    box.external = box.up = True
+    for name in names:
+        box.put(name, endpoints=(Endpoint(protocol="openai", address="http://box.invalid"),), **fields)
+    return box
+
+
+async def test_what_another_runtime_shows_by_the_same_name_says_nothing_of_a_model(tmp_path: Path) -> None:
+    box, runtime = _box(), FakeRuntime()
+    runtime.endpoints["a"] = "http://here.invalid"
+    async with rig(tmp_path, runtime=runtime, others=[box]) as r:
+        await r.add("a")
+        box.put(
+            "a",
+            {"cpu:0": 9 * MB},
+            endpoints=(Endpoint(protocol="openai", address="http://box.invalid"),),
+            requests=100,
+        )
+        for requests in (100, 200):
+            box.models["a"] = box.models["a"].model_copy(update={"requests": requests})
+            await r.engine.runtimes.observe("other")
+            await r.look()
+        lease = await r.service.acquire("a")
+        assert lease.endpoints == {"openai": "http://here.invalid"}
+        lease.release()
+        usage = r.engine.usage.get("a")
+        assert usage is not None and usage.requests == 1
+        assert (await r.service.explain("a")).measured.memory_bytes == MB  # type: ignore[union-attr]
+        r.devices[0] = r.devices[0].model_copy(update={"used_bytes": 10 * MB})
+        await r.engine._look_at_devices()
+        assert r.engine.loop.world.devices["cpu:0"].foreign_bytes == 9 * MB
+        box.models["a"] = box.models["a"].model_copy(update={"endpoints": ()})
+        await r.engine.runtimes.observe("other")
+        assert (await r.service.acquire("a")).endpoints == {"openai": "http://here.invalid"}

@@ -160,7 +160,6 @@ class Orchestrator:
             self.effects.left_behind,
         )
         self.runtimes.moved = self.effects.reroute
-        self.runtimes.shown = Guests(lambda: self.loop, lambda name: name in self.catalog.known).see
         self.runtimes.devices_changed = lambda: self._background(self._look_at_devices())
         self.runtimes.parked = self.effects.parked
         self.runtimes.woken = self.effects.woken
@@ -176,6 +175,7 @@ class Orchestrator:
             self.runtimes_known,
             config.orchestration.settle_s,
         )
+        self.runtimes.shown = Guests(lambda: self.loop, self.catalog.claims).see
         self.ingest: Ingest | None = None
         if paths.incoming is not None:
             self.ingest = Ingest(

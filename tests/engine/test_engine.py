@@ -943,3 +943,47 @@ async def test_what_another_runtime_shows_by_the_same_name_says_nothing_of_a_mod
         box.models["a"] = box.models["a"].model_copy(update={"endpoints": ()})
         await r.engine.runtimes.observe("other")
         assert (await r.service.acquire("a")).endpoints == {"openai": "http://here.invalid"}
+
+
+async def test_a_guest_gives_its_name_to_a_folder_that_comes_and_has_it_again_when_that_goes(tmp_path: Path) -> None:
+    box = _box("a")
+    async with rig(tmp_path, others=[box]) as r:
+        await r.is_("a", "READY")
+        lease = await r.service.acquire("a")
+        assert lease.endpoints == {"openai": "http://box.invalid"}
+        lease.release()
+        r.drop("a", size=MB)
+        await r.until(lambda: "a" in r.engine.catalog.known, "the folder is known")
+        for _ in range(3):
+            r.advance(40)
+            await r.engine.runtimes.observe("other")
+        await r.until(lambda: r.state("a") == "READY" and r.loaded("a"), "the folder's model is loaded")
+        for _ in range(3):
+            r.advance(40)
+            await r.engine.runtimes.observe("other")
+        lease = await r.service.acquire("a")
+        assert lease.endpoints == {"kserve-http": "http://fake.invalid"}
+        lease.release()
+        assert r.runtime.count("load", "a") == 1 and not box.count("unload")
+        assert "FAILED" not in [t.after for t in r.engine.journal.last("a", 50)]
+        await r.service.remove("a")
+        await r.engine.runtimes.observe("other")
+        await r.is_("a", "READY")
+        assert (await r.service.acquire("a")).endpoints == {"openai": "http://box.invalid"}
+
+
+async def test_a_folder_that_was_not_looked_into_yet_has_its_name_before_any_guest(tmp_path: Path) -> None:
+    folder = tmp_path / "repository/a"
+    folder.mkdir(parents=True)
+    (folder / "x.toy").write_text(json.dumps({"size": MB}))
+    box = _box("a")
+    held = box.hold("start")
+    async with rig(tmp_path, others=[box]) as r:
+        await held.arrived.wait()
+        await r.engine.catalog.read_once.wait()
+        held.release()
+        await r.is_("a", "COLD")
+        await r.engine.runtimes.observe("other")
+        (await r.service.acquire("a")).release()
+        assert r.runtime.count("load", "a") == 1 and not box.count("unload")
+        assert not any("of its own accord" in t.reason for t in r.engine.journal.last("a", 50))

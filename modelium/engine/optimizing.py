@@ -280,6 +280,10 @@ class Optimizing:
         except ModeliumError as exc:
             self._say(name, f"{what} can't be taken up: {exc.message}")
             return
+        except Exception as exc:
+            log.exception("the optimizer failed to lay out %s of %s", what, name)
+            self._fail(optimization.key, f"an error in the optimizer itself: {type(exc).__name__}: {exc}")
+            return
         note = f" ({form.note})" if form.note else ""
         await self._exchange(judged, staged, f"converted: it is served as {what} from now on{note}")
 

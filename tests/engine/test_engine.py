@@ -29,7 +29,7 @@ from modelium.errors import (
     QueueFull,
     RuntimeUnavailable,
 )
-from tests.engine.harness import MB, ToyInspector, rig
+from tests.engine.harness import MB, First, ToyInspector, rig
 
 
 async def test_a_drop_becomes_ready_and_answers(tmp_path: Path) -> None:
@@ -858,6 +858,23 @@ async def test_what_was_measured_on_a_device_counts_there_and_what_is_held_besid
         await r.service.unload("a")
         assert (await r.service.explain("a")).measured.memory_bytes == 2 * MB  # type: ignore[union-attr]
         assert r.service.view("a").memory_bytes == 2 * MB
+
+
+async def test_what_is_kept_of_a_model_on_unequal_devices_is_what_its_next_load_is_placed_by(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = First.plan
+    monkeypatch.setattr(First, "plan", lambda *told: plan(*told).model_copy(update={"devices": 2}))
+    runtime = FakeRuntime()
+    runtime.memory["a"] = {"cpu:0": 3 * MB, "cpu:1": 2 * MB, "other": 7 * MB}
+    async with rig(tmp_path, runtime=runtime) as r:
+        r.devices.append(r.devices[0].model_copy(update={"id": "cpu:1"}))
+        await r.engine._look_at_devices()
+        await r.add("a")
+        await r.is_("a", "READY")
+        await r.look()
+        assert r.engine.loop.world.models["a"].estimate.memory_bytes == 6 * MB
+        assert (await r.service.explain("a")).measured.memory_bytes == 6 * MB  # type: ignore[union-attr]
 
 
 async def test_what_an_external_runtime_serves_of_its_own_accord_is_usable_and_stays(tmp_path: Path) -> None:

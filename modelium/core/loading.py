@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from modelium.core import events as e
 from modelium.core.instructions import OpenRoute
-from modelium.core.moves import DRAINED, admit, fail, onward, recycle, retire, unload_parts
+from modelium.core.moves import DRAINED, admit, end_unload, fail, recycle, retire, unload_parts
 from modelium.core.parking import not_woken
 from modelium.core.standby import learnt, parked_as
 from modelium.core.states import State, Want
@@ -139,30 +139,7 @@ def unloaded(turn: Turn, event: e.Unloaded) -> None:
     if model is None or model.op != event.op or model.state is not State.UNLOADING:
         return
     _note_unload(turn, model, event.residue)
-    again, whole = model.again, model
-    reason = model.reason.removeprefix(DRAINED)
-    if model.failure is not None:
-        model = turn.grant_gone(model)
-        model = fail(turn, model, model.failure or Failure("driver", reason))
-    else:
-        model = turn.move(
-            model,
-            State.COLD,
-            reason,
-            op=0,
-            booking=(),
-            extra=(),
-            measured=(),
-            placed=(),
-            held=None,
-            parked=None,
-            coming=None,
-            again=Want.NONE,
-            use=Use(),
-        )
-        model = turn.grant_gone(model)
-    onward(turn, model, again, reason)
-    unload_parts(turn, whole)
+    end_unload(turn, model)
 
 
 def _note_unload(turn: Turn, model: Model, residue: Booking) -> None:

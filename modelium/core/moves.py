@@ -93,7 +93,10 @@ def evict(turn: Turn, model: Model, reason: str) -> None:
 
 
 def begin_unload(turn: Turn, model: Model, reason: str, *, again: Want = Want.NONE) -> Model:
-    """Unload what is drained, parked, or not loaded yet; what is parked and wanted comes back."""
+    """Unload what is drained, parked, or not loaded yet; what is parked and wanted comes back.
+
+    A runtime keeps what it has of its own accord: that is let go of.
+    """
     op, dirty = turn.new_id(), turn.dirty
     drained = model.state is State.DRAINING
     if model.state is State.STANDBY and again is Want.NONE:
@@ -113,9 +116,40 @@ def begin_unload(turn: Turn, model: Model, reason: str, *, again: Want = Want.NO
     )
     if drained:
         turn.dirty = dirty  # its room was on its way back already
+    if model.visits:
+        end_unload(turn, model)
+        return turn.models.get(model.name, model)
     turn.wake(turn.now + turn.policy.unload_timeout_s)
     turn.out.append(Unload(model.name, op, model.home))
     return model
+
+
+def end_unload(turn: Turn, model: Model) -> None:
+    """Its runtime has it no more, or what it has is no longer taken for this model."""
+    again, whole = model.again, model
+    reason = model.reason.removeprefix(DRAINED)
+    if model.failure is not None:
+        model = turn.grant_gone(model)
+        model = fail(turn, model, model.failure or Failure("driver", reason))
+    else:
+        model = turn.move(
+            model,
+            State.COLD,
+            reason,
+            op=0,
+            booking=(),
+            extra=(),
+            measured=(),
+            placed=(),
+            held=None,
+            parked=None,
+            coming=None,
+            again=Want.NONE,
+            use=Use(),
+        )
+        model = turn.grant_gone(model)
+    onward(turn, model, again, reason)
+    unload_parts(turn, whole)
 
 
 _OF_ITS_OWN = frozenset({Want.DROPPED, Want.RESTORE})

@@ -7,6 +7,7 @@ from modelium.core.line import loads
 from modelium.core.loading import keep_old
 from modelium.core.moves import drain
 from modelium.core.placement import never_fits, spots
+from modelium.core.runtimes import HAS_A_FOLDER
 from modelium.core.states import RuntimeState, State, Want
 from modelium.core.turn import Turn
 from modelium.core.world import Failure, Held, Model, Spec
@@ -81,7 +82,8 @@ def _one_after_another(turn: Turn, model: Model) -> None:
                 going.append(whole)
     for member in reversed(going):
         why = "there is no room for both" if member is model else f"{model.name} is a part of it"
-        drain(turn, turn.models[member.name], f"its files changed, and {why}", again=Want.RESTORE)
+        reason = HAS_A_FOLDER if member.visits else f"its files changed, and {why}"
+        drain(turn, turn.models[member.name], reason, again=Want.RESTORE)
 
 
 def _say(turn: Turn, model: Model, reason: str) -> None:

@@ -114,6 +114,8 @@ def _reconcile(turn: Turn, runtime: str, observed: tuple[ObservedModel, ...], ta
         turn.runtimes = turn.runtimes.set(runtime, replace(known, foreign=tuple(sorted(foreign))))
 
 
+HAS_A_FOLDER = "a folder in the repository has its name"
+
 _ADOPTABLE = frozenset({State.COLD, State.QUEUED, State.FAILED, State.STANDBY})
 
 
@@ -155,6 +157,9 @@ def _remeasure(turn: Turn, model: Model, shown: ObservedModel) -> None:
 
 
 def _adopt(turn: Turn, model: Model, shown: ObservedModel) -> None:
+    if model.visits and model.spec is not None and not model.spec.guest:
+        _gone(turn, model, HAS_A_FOLDER, Want.RESTORE)
+        return
     if model.state is not State.RECOVERING:
         model = turn.move(model, State.RECOVERING, "found loaded in its runtime")
     model = turn.move(

@@ -176,6 +176,11 @@ class Model:
         )
 
     @property
+    def visits(self) -> bool:
+        """What is loaded is its runtime's own, and never unloaded from here."""
+        return self.held is not None and self.held.spec.guest
+
+    @property
     def kept(self) -> bool:
         """It should be loaded at all times."""
         return self.pinned or self.always_loaded or (self.spec is not None and self.spec.guest)

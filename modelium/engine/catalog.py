@@ -214,6 +214,11 @@ class Catalog:
             return self._background(done.wait())
         return None if self.read_once.is_set() else self._background(self.look(name, settled=True))
 
+    def claims(self, name: str) -> bool:
+        """Whether a name is, or may turn out to be, that of a folder here."""
+        there = (self.known, self._invalid, self._unstudied, self._studied)
+        return not self.read_once.is_set() or any(name in names for names in there)
+
     async def _study_now(self, entry: Entry) -> None:
         await self._study([entry], ahead=True)
         if (done := self._studied.get(entry.name)) is not None:

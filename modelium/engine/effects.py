@@ -10,6 +10,7 @@ from modelium.api.datapath import DataRoute
 from modelium.api.types import LoadRequest, Transition
 from modelium.core import events as e
 from modelium.core import instructions as i
+from modelium.core.loading import footprint
 from modelium.core.states import LIVE, State
 from modelium.engine.admission import Route
 from modelium.errors import (
@@ -128,15 +129,15 @@ class Effects:
         if transition.before in LIVE - {State.RECOVERING} and transition.after in (State.COLD, State.FAILED):
             self._engine.store.set_loaded(name, None)
 
-    def reroute(self, name: str) -> None:
-        """A model answers elsewhere than before."""
+    def reroute(self, name: str, runtime: str) -> None:
+        """A model in a runtime answers elsewhere than before."""
         route = self._engine.admission.routes.get(name)
-        if route is not None:
-            self._open(name, route.runtime)
+        if route is not None and route.runtime == runtime:
+            self._open(name, runtime)
 
     def _open(self, name: str, runtime: str) -> None:
         running, known = self._engine.running[runtime], self._engine.catalog.known.get(name)
-        endpoints = self._engine.runtimes.endpoints.get(name)
+        endpoints = self._engine.runtimes.endpoints.get((runtime, name))
         if endpoints is None:
             endpoints = {e.protocol: e.address for e in running.info.endpoints} if running.info else {}
         decoupled = known.decoupled if known else False
@@ -154,15 +155,20 @@ class Effects:
         self._engine.store.set_loaded(name, revision)
 
     def measured(self, name: str, memory: Mapping[str, int], load_s: float | None) -> None:
-        """What it takes of the kind of device that it was planned for is what its next load is placed by."""
-        known = self._engine.catalog.known.get(name)
-        kind = known.plan.device_kind if known is not None else ""
-        devices = self._engine.loop.world.devices
-        of_kind = [n for d, n in memory.items() if (account := devices.get(d)) is not None and account.kind == kind]
-        memory_bytes = sum(of_kind) or sum(memory.values())
+        """What its next load is placed by is kept, as the core has it."""
+        memory_bytes = footprint(tuple(memory.items()), self._placed(name, memory))
         key = self._key(name)
         if key is not None and memory_bytes:
             self._engine.store.measure(key, memory_bytes, load_s)
+
+    def _placed(self, name: str, memory: Mapping[str, int]) -> tuple[str, ...]:
+        """Where it was placed; of one that was found loaded, all that it takes of the kind that it was planned for."""
+        world, known = self._engine.loop.world, self._engine.catalog.known.get(name)
+        model = world.models.get(name)
+        if known is None or (model is not None and model.placed):
+            return model.placed if model is not None else ()
+        kind = known.plan.device_kind
+        return tuple(d for d, n in memory.items() if n and (a := world.devices.get(d)) is not None and a.kind == kind)
 
     def left_behind(self, name: str, runtime: str, size: int) -> None:
         """An unload did not give all back: note it against the way of serving."""

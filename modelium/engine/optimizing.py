@@ -22,9 +22,9 @@ from modelium.api.environments import locked
 from modelium.api.optimizing import Optimization, Optimizer, OptimizerContext
 from modelium.api.types import Manifest, OptimizationRecord, Progress, Transition
 from modelium.core.placement import spots
-from modelium.core.states import State
+from modelium.core.states import RuntimeState, State
 from modelium.core.turn import Turn
-from modelium.core.world import Estimate
+from modelium.core.world import Estimate, queued
 from modelium.engine import swapping
 from modelium.engine.job import NAME, Job
 from modelium.engine.judging import Judge, Judged, difference
@@ -157,8 +157,11 @@ class Optimizing:
     # ------------------------------------------------------------------ making
 
     def _who_waits(self) -> str:
-        """Models that wait for room; empty when none does."""
-        return ", ".join(sorted(self._engine.loop.world.queue)[:3])
+        """Models that wait for room, not for a retry or for their runtime; empty when none does."""
+        world = self._engine.loop.world
+        up = {name for name, r in world.runtimes.items() if r.state is RuntimeState.UP and not r.recycle}
+        waiting = (world.models[name] for name in sorted(world.queue))
+        return ", ".join([m.name for m in waiting if queued(m) and m.runtime in up][:3])
 
     def _in_use(self, devices: Iterable[str], within_s: float, *, others: bool = False) -> bool:
         """Whether anything on these devices was in use within so many seconds, or (`others`) is by somebody else."""
@@ -276,6 +279,10 @@ class Optimizing:
             return
         except ModeliumError as exc:
             self._say(name, f"{what} can't be taken up: {exc.message}")
+            return
+        except Exception as exc:
+            log.exception("the optimizer failed to lay out %s of %s", what, name)
+            self._fail(optimization.key, f"an error in the optimizer itself: {type(exc).__name__}: {exc}")
             return
         note = f" ({form.note})" if form.note else ""
         await self._exchange(judged, staged, f"converted: it is served as {what} from now on{note}")

@@ -163,7 +163,6 @@ class Orchestrator:
             self.effects.left_behind,
         )
         self.runtimes.moved = self.effects.reroute
-        self.runtimes.shown = Guests(lambda: self.loop, lambda name: name in self.catalog.known).see
         self.runtimes.devices_changed = lambda: self._background(self._look_at_devices())
         self.runtimes.parked = self.effects.parked
         self.runtimes.woken = self.effects.woken
@@ -179,6 +178,7 @@ class Orchestrator:
             self.runtimes_known,
             config.orchestration.settle_s,
         )
+        self.runtimes.shown = Guests(lambda: self.loop, self.catalog.claims).see
         self.ingest: Ingest | None = None
         if paths.incoming is not None:
             self.ingest = Ingest(
@@ -423,10 +423,10 @@ class Orchestrator:
         self.ledger.look(runtimes | self.processes.pids())
         return self.host.devices()
 
-    def _booked(self, name: str) -> bool:
-        """Whether a model's memory is on the books; what one holds that is not counts as others'."""
+    def _booked(self, name: str, runtime: str) -> bool:
+        """Whether a model's memory in a runtime is on the books; what one holds that is not counts as others'."""
         model = self.loop.world.models.get(name)
-        return model is not None and bool(model.booking)
+        return model is not None and model.home == runtime and bool(model.booking)
 
     def doubts(self) -> list[str]:
         """What the configuration names and is not there."""

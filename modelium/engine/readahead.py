@@ -124,6 +124,8 @@ class ReadAhead:
                 await self.look()
             except OSError as exc:
                 log.warning("files could not be kept warm: %s", exc)
+            except Exception:
+                log.exception("keeping files warm failed; it goes on")
             await asyncio.sleep(self._rest_s)
 
     async def look(self) -> None:
@@ -134,9 +136,12 @@ class ReadAhead:
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "readahead", initializer=_gently)
         loop = asyncio.get_running_loop()
-        candidates = [await self._candidate(model) for model in self._unloaded()]
+        candidates = [c for model in self._unloaded() if (c := await self._candidate(model)) is not None]
         for files in choose(candidates, budget):
-            revision, paths, _ = self._known[files.name]
+            found = self._known.get(files.name)
+            if found is None:
+                continue  # removed meanwhile
+            revision, paths, _ = found
             if self._warmed.get(files.name) != (revision, self._loads):
                 self._warmed[files.name] = (revision, self._loads)
                 await loop.run_in_executor(self._thread, warm, paths, self._stopped)
@@ -155,11 +160,15 @@ class ReadAhead:
         used = [models[u.name] for u in self._engine.usage if u.requests and u.name in models]
         return [m for m in used if _reads_files(m) and m.name in self._engine.catalog.known]
 
-    async def _candidate(self, model: Model) -> Files:
-        known, usage = self._engine.catalog.known[model.name], self._engine.usage.model(model.name)
-        found = self._known.get(model.name)
-        if found is None or found[0] != known.revision:
-            found = self._known[model.name] = (known.revision, *await asyncio.to_thread(_files, known.path))
+    async def _candidate(self, model: Model) -> Files | None:
+        """None for one that was removed meanwhile."""
+        known, found = self._engine.catalog.known.get(model.name), self._known.get(model.name)
+        if known is not None and (found is None or found[0] != known.revision):
+            found = (known.revision, *await asyncio.to_thread(_files, known.path))
+        usage = self._engine.usage.get(model.name)
+        if found is None or usage is None or model.name not in self._engine.catalog.known:
+            return None
+        self._known[model.name] = found
         now, policy = self._engine.clock(), self._engine.loop.policy
         use = Use(usage.in_flight, usage.requests, usage.last_used, usage.qps(now))
         return Files(model.name, found[2], reuse(use, now, policy.idle_s) * model.estimate.load_s)

@@ -90,10 +90,10 @@ class Runtimes:
         self._ops: dict[str, asyncio.Task[None]] = {}
         self.measured: dict[str, dict[str, dict[str, int]]] = {}
         """Bytes by runtime, model and device, as last observed."""
-        self.endpoints: dict[str, dict[str, str]] = {}
-        """Address by protocol of each model that does not answer where its runtime does."""
-        self.moved: Callable[[str], None] = lambda name: None
-        """Told when a model's endpoints are others than before."""
+        self.endpoints: dict[tuple[str, str], dict[str, str]] = {}
+        """By runtime and model, the address by protocol of each that does not answer where its runtime does."""
+        self.moved: Callable[[str, str], None] = lambda name, runtime: None
+        """Told when a model's endpoints in a runtime are others than before."""
         self.shown: Callable[[str, Observation], None] = lambda name, observation: None
         """Told what an external runtime shows, before the core is."""
         self.devices_changed: Callable[[], None] = lambda: None
@@ -163,7 +163,7 @@ class Runtimes:
                 request = await asyncio.to_thread(self._request_for, order)
                 outcome = await driver.load(request, self._report_for(order.name))
             memory = tuple(sorted(outcome.memory.items()))
-            self._note_endpoints(order.name, outcome.endpoints)
+            self._note_endpoints(order.runtime, order.name, outcome.endpoints)
             if isinstance(order, i.Wake):
                 self.woken(order.name, order.level, outcome.load_s)
             loads = outcome.load_s if isinstance(order, i.Load) else None
@@ -211,7 +211,7 @@ class Runtimes:
                 log.warning("%s: %s did not come back after its unload", order.name, dict(residue))
                 self._tell_residue(order.name, order.runtime, sum(size for _, size in residue))
             self.measured.get(order.runtime, {}).pop(order.name, None)
-            self.endpoints.pop(order.name, None)
+            self.endpoints.pop((order.runtime, order.name), None)
             loop.post(e.Unloaded(loop.clock(), order.name, order.op, residue))
         except asyncio.CancelledError:
             raise
@@ -309,15 +309,16 @@ class Runtimes:
             return
         running.misses = 0
         self._note(name, observation)
-        await self._counted({m.name: m.requests for m in observation.models if m.ready and m.requests is not None})
+        shown = [m for m in observation.models if m.ready and self._at_home(m.name, name)]
+        await self._counted({m.name: m.requests for m in shown if m.requests is not None})
         loop.post(e.RuntimeObserved(loop.clock(), name, epoch, taken_at, observation))
 
     def _note(self, name: str, observation: Observation) -> None:
         self.measured[name] = {m.name: dict(m.memory) for m in observation.models}
         for model in observation.models:
             if model.ready:
-                self._note_endpoints(model.name, model.endpoints)
-            if model.ready and model.memory:
+                self._note_endpoints(name, model.name, model.endpoints)
+            if model.ready and model.memory and self._at_home(model.name, name):
                 self._tell_measured(model.name, model.memory, None)
         running = self.running[name]
         if running.info is not None and running.info.external:
@@ -328,21 +329,26 @@ class Runtimes:
         if others:
             self.devices_changed()
 
-    def _note_endpoints(self, name: str, endpoints: Iterable[Endpoint]) -> None:
+    def _at_home(self, name: str, runtime: str) -> bool:
+        """Whether a model is this runtime's: what another shows by the same name is not that model."""
+        model = self._loop().world.models.get(name)
+        return model is not None and model.home == runtime
+
+    def _note_endpoints(self, runtime: str, name: str, endpoints: Iterable[Endpoint]) -> None:
         now = {endpoint.protocol: endpoint.address for endpoint in endpoints}
-        if self.endpoints.get(name, {}) == now:
+        if self.endpoints.get((runtime, name), {}) == now:
             return
         if now:
-            self.endpoints[name] = now
+            self.endpoints[runtime, name] = now
         else:
-            del self.endpoints[name]
-        self.moved(name)
+            del self.endpoints[runtime, name]
+        self.moved(name, runtime)
 
-    def accounted(self, booked: Callable[[str], bool]) -> dict[str, int]:
-        """Measured bytes of all models whose memory is `booked`, by device."""
+    def accounted(self, booked: Callable[[str, str], bool]) -> dict[str, int]:
+        """Measured bytes of all models whose memory, by model and runtime, is `booked`, by device."""
         total: dict[str, int] = {}
-        for models in self.measured.values():
-            for memory in (memory for name, memory in models.items() if booked(name)):
+        for runtime, models in self.measured.items():
+            for memory in (memory for name, memory in models.items() if booked(name, runtime)):
                 for device, size in memory.items():
                     total[device] = total.get(device, 0) + size
         return total

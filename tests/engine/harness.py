@@ -214,12 +214,15 @@ async def rig(
     repository: Path | None = None,
     converters: Sequence[Converter] = (),
     optimizers: Sequence[Optimizer] = (),
+    others: Sequence[FakeRuntime] = (),
     clock: Clock | None = None,
     standby: tuple[int, ...] = (),
     host_bytes: int = 100 * MB,
     **policies: Any,
 ) -> AsyncIterator[Rig]:
-    """With levels of `standby` models are on a GPU of `budget`, and can be parked on a host of `host_bytes`."""
+    """Models are loaded on `runtime`, and not on `others`. With levels of `standby` they are on a GPU of `budget`, and
+    can be parked on a host of `host_bytes`.
+    """
     runtime = runtime or FakeRuntime()
     clock = clock or Clock()
     kind = "cuda" if standby else "cpu"
@@ -228,7 +231,7 @@ async def rig(
         devices.append(Device(id="cpu:0", kind="cpu", name="host", total_bytes=host_bytes, used_bytes=0))
     toys = SimpleNamespace(
         MODELIUM_HOOKSPEC_VERSION=HOOKSPEC_VERSION,
-        modelium_runtime_backends=hookimpl(lambda: [FakeBackend(runtime, (kind,), standby)]),
+        modelium_runtime_backends=hookimpl(lambda: [FakeBackend(runtime, (kind,), standby), *map(FakeBackend, others)]),
         modelium_devices=hookimpl(lambda: devices),
         modelium_brains=hookimpl(lambda settings: [First()]),
         modelium_optimizers=hookimpl(lambda: list(optimizers)),

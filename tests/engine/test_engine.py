@@ -29,7 +29,7 @@ from modelium.errors import (
     QueueFull,
     RuntimeUnavailable,
 )
-from tests.engine.harness import MB, ToyInspector, rig
+from tests.engine.harness import MB, First, ToyInspector, rig
 
 
 async def test_a_drop_becomes_ready_and_answers(tmp_path: Path) -> None:
@@ -860,6 +860,23 @@ async def test_what_was_measured_on_a_device_counts_there_and_what_is_held_besid
         assert r.service.view("a").memory_bytes == 2 * MB
 
 
+async def test_what_is_kept_of_a_model_on_unequal_devices_is_what_its_next_load_is_placed_by(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = First.plan
+    monkeypatch.setattr(First, "plan", lambda *told: plan(*told).model_copy(update={"devices": 2}))
+    runtime = FakeRuntime()
+    runtime.memory["a"] = {"cpu:0": 3 * MB, "cpu:1": 2 * MB, "other": 7 * MB}
+    async with rig(tmp_path, runtime=runtime) as r:
+        r.devices.append(r.devices[0].model_copy(update={"id": "cpu:1"}))
+        await r.engine._look_at_devices()
+        await r.add("a")
+        await r.is_("a", "READY")
+        await r.look()
+        assert r.engine.loop.world.models["a"].estimate.memory_bytes == 6 * MB
+        assert (await r.service.explain("a")).measured.memory_bytes == 6 * MB  # type: ignore[union-attr]
+
+
 async def test_what_an_external_runtime_serves_of_its_own_accord_is_usable_and_stays(tmp_path: Path) -> None:
     runtime = FakeRuntime()
     runtime.external = True
@@ -905,3 +922,85 @@ async def test_a_folder_has_its_name_before_any_guest(tmp_path: Path) -> None:
         assert (await r.service.model("a")).plan is not None
         await r.service.unload("a")
         assert r.state("a") == "COLD"
+
+
+def _box(*names: str, **fields: Any) -> FakeRuntime:
+    """An external server that is up already, and serves these of its own accord."""
+    box = FakeRuntime("other")
+    box.external = box.up = True
+    for name in names:
+        box.put(name, endpoints=(Endpoint(protocol="openai", address="http://box.invalid"),), **fields)
+    return box
+
+
+async def test_what_another_runtime_shows_by_the_same_name_says_nothing_of_a_model(tmp_path: Path) -> None:
+    box, runtime = _box(), FakeRuntime()
+    runtime.endpoints["a"] = "http://here.invalid"
+    async with rig(tmp_path, runtime=runtime, others=[box]) as r:
+        await r.add("a")
+        box.put(
+            "a",
+            {"cpu:0": 9 * MB},
+            endpoints=(Endpoint(protocol="openai", address="http://box.invalid"),),
+            requests=100,
+        )
+        for requests in (100, 200):
+            box.models["a"] = box.models["a"].model_copy(update={"requests": requests})
+            await r.engine.runtimes.observe("other")
+            await r.look()
+        lease = await r.service.acquire("a")
+        assert lease.endpoints == {"openai": "http://here.invalid"}
+        lease.release()
+        usage = r.engine.usage.get("a")
+        assert usage is not None and usage.requests == 1
+        assert (await r.service.explain("a")).measured.memory_bytes == MB  # type: ignore[union-attr]
+        r.devices[0] = r.devices[0].model_copy(update={"used_bytes": 10 * MB})
+        await r.engine._look_at_devices()
+        assert r.engine.loop.world.devices["cpu:0"].foreign_bytes == 9 * MB
+        box.models["a"] = box.models["a"].model_copy(update={"endpoints": ()})
+        await r.engine.runtimes.observe("other")
+        assert (await r.service.acquire("a")).endpoints == {"openai": "http://here.invalid"}
+
+
+async def test_a_guest_gives_its_name_to_a_folder_that_comes_and_has_it_again_when_that_goes(tmp_path: Path) -> None:
+    box = _box("a")
+    async with rig(tmp_path, others=[box]) as r:
+        await r.is_("a", "READY")
+        lease = await r.service.acquire("a")
+        assert lease.endpoints == {"openai": "http://box.invalid"}
+        lease.release()
+        r.drop("a", size=MB)
+        await r.until(lambda: "a" in r.engine.catalog.known, "the folder is known")
+        for _ in range(3):
+            r.advance(40)
+            await r.engine.runtimes.observe("other")
+        await r.until(lambda: r.state("a") == "READY" and r.loaded("a"), "the folder's model is loaded")
+        for _ in range(3):
+            r.advance(40)
+            await r.engine.runtimes.observe("other")
+        lease = await r.service.acquire("a")
+        assert lease.endpoints == {"kserve-http": "http://fake.invalid"}
+        lease.release()
+        assert r.runtime.count("load", "a") == 1 and not box.count("unload")
+        assert "FAILED" not in [t.after for t in r.engine.journal.last("a", 50)]
+        await r.service.remove("a")
+        await r.engine.runtimes.observe("other")
+        await r.is_("a", "READY")
+        assert (await r.service.acquire("a")).endpoints == {"openai": "http://box.invalid"}
+
+
+async def test_a_folder_that_was_not_looked_into_yet_has_its_name_before_any_guest(tmp_path: Path) -> None:
+    folder = tmp_path / "repository/a"
+    folder.mkdir(parents=True)
+    (folder / "x.toy").write_text(json.dumps({"size": MB}))
+    box = _box("a")
+    held = box.hold("start")
+    async with rig(tmp_path, others=[box]) as r:
+        await held.arrived.wait()
+        await r.engine.catalog.read_once.wait()
+        held.release()
+        await r.is_("a", "COLD")
+        await r.engine.runtimes.observe("other")
+        (await r.service.acquire("a")).release()
+        assert r.runtime.count("load", "a") == 1 and not box.count("unload")
+        assert not any("of its own accord" in t.reason for t in r.engine.journal.last("a", 50))

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from pydantic import BaseModel
 
-from modelium.api import Job, Optimization, Optimized, OptimizerContext, Served
+from modelium.api import Endpoint, Job, Optimization, Optimized, OptimizerContext, Served
 from modelium.api.fakes import FakeRuntime, silent
 from modelium.api.testing import eventually
 from modelium.engine import job as jobs
@@ -393,6 +393,46 @@ async def test_what_may_pass_is_tried_again_later_and_a_bug_is_not(tmp_path: Pat
         else:
             await asyncio.sleep(0.02)
             assert as_dropped(r)
+
+
+async def test_one_that_can_not_be_laid_out_says_nothing_of_others(tmp_path: Path) -> None:
+    class Clumsy(Packer):
+        def layout(self, served: Served, optimization: Optimization, facts: Mapping[str, Any]) -> Optimized:
+            if served.name == "a":
+                raise KeyError("nothing")
+            return super().layout(served, optimization, facts)
+
+    packer = Clumsy()
+    async with optimized(tmp_path, packer) as r:
+        await r.add("a")
+        await r.add("b", size=2 * MB)
+        (await r.service.acquire("a")).release()  # it comes first
+        await quiet(r)
+        await r.until(lambda: packer.made)
+        await quiet(r)
+        await r.until(lambda: is_packed(r, "b"))
+        await r.until(lambda: "an error in the optimizer itself: KeyError: 'nothing'" in said(r, "a"))
+        assert packer.made == ["a", "b"] and as_dropped(r, "a")
+
+
+async def test_what_waits_for_anything_but_room_holds_up_nothing(tmp_path: Path) -> None:
+    packer, box = Packer(), FakeRuntime("other")
+    box.external = box.up = True
+    box.put("guest", endpoints=(Endpoint(protocol="openai", address="http://box.invalid"),))
+    async with optimized(tmp_path, packer, others=[box]) as r:
+        await r.is_("guest", "READY")
+        box.lose_contact()
+        r.engine.runtimes.poke("other")
+        for _ in range(9):
+            r.runtime.fail("load", LoadRejected("it is broken"), "bad")
+        await r.add("bad")
+        await r.service.pin("bad", True)
+        await r.is_("guest", "FAILED")
+        await r.is_("bad", "FAILED")
+        await r.add("a")
+        await quiet(r)
+        await r.until(lambda: is_packed(r, "a"))
+        assert set(r.engine.loop.world.queue) == {"bad", "guest"}
 
 
 async def test_it_waits_for_room_beside_what_serves(tmp_path: Path) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import mmap
 import os
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from modelium.api.testing import eventually
+from modelium.engine import readahead
 from modelium.engine.readahead import STEP_BYTES, Files, choose, warm
 from tests.engine.harness import MB, rig
 
@@ -124,3 +127,44 @@ async def test_what_a_person_unloaded_is_left_alone_and_what_is_warm_is_not_read
         (await r.service.acquire("a")).release()
         await ahead.look()
         assert ahead._warmed["b"] != before["b"]
+
+
+async def test_a_model_that_is_removed_during_a_look_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listing, listed, reading, read = (threading.Event() for _ in range(4))
+    done: list[str] = []
+
+    def files(folder: Path) -> tuple[tuple[Path, ...], int]:
+        listing.set()
+        listed.wait(30)
+        return (folder,), MB
+
+    def reads(paths: Sequence[Path], stopped: threading.Event) -> None:
+        done.extend(path.name for path in paths)
+        reading.set()
+        read.wait(30)
+
+    async def nothing(self: object) -> None: ...
+
+    monkeypatch.setattr(readahead, "_files", files)
+    monkeypatch.setattr(readahead, "warm", reads)
+    monkeypatch.setattr(readahead.ReadAhead, "run", nothing)
+    async with rig(tmp_path, budget=9 * MB, standby=(1,), standby_budget_bytes=0, min_resident_seconds=0) as r:
+        names = ["a", "b", "c", "d"]
+        for name in names:
+            await r.add(name)
+            (await r.service.acquire(name)).release()
+        r.advance(700)
+        for name in names:
+            await r.is_(name, "COLD")
+        looking = asyncio.ensure_future(r.engine.readahead.look())
+        await r.until(listing.is_set)
+        for name in ("a", "b"):
+            await r.service.remove(name)
+        listed.set()
+        await r.until(lambda: reading.is_set() or looking.done())
+        await r.service.remove("d" if done == ["c"] else "c")
+        read.set()
+        await looking
+        assert len(done) == 1 and done[0] in ("c", "d")

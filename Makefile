@@ -2,7 +2,7 @@
 # make test    set everything up and run all tests
 # make lint    linters, types, layers, and whether hookspecs.md is fresh
 # make bench   measure, and print a table
-# Flags for what is run go into ARGS: make serve ARGS="--port 9000", make test ARGS="-k config".
+# Flags for what is run go into ARGS: make serve ARGS="--port 9000", make test ARGS="-n 0 -k config".
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -23,8 +23,9 @@ help:
 serve: $(VENV)/.installed
 	$(BIN)/modelium serve --root models --sample $(ARGS)
 
+# What takes longest begins first; two at once, since much of it waits for processes to start.
 test: $(VENV)/.tools
-	$(BIN)/python -m pytest -rs $(ARGS) tests $(wildcard plugins/*/tests)
+	$(BIN)/python -m pytest -rs -n 2 --dist loadfile --no-loadscope-reorder $(ARGS) tests/e2e $(wildcard plugins/*/tests) tests
 
 lint: $(VENV)/.tools
 	$(BIN)/ruff check .

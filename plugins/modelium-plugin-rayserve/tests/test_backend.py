@@ -194,24 +194,27 @@ def test_our_own_cluster_takes_the_ledgers_gpu_and_others_choose_one_with_room(t
 
 
 @pytest.mark.parametrize(
-    ("planned", "booked", "replicas", "most", "share"),
+    ("booked", "replicas", "most", "share"),
     [
-        (40, 40, 1, 4, 0.13),
-        (40, 40, 4, 4, 0.13),
-        (40, 10, 1, 4, 0.13),  # as it was measured while there was one
-        (40, 9, 1, 4, 0.12),
-        (40, 21, 1, 4, 0.14),
-        (40, 5, 2, 4, 0.04),
-        (10, 10, 1, None, 0.13),
-        (10, 15, 1, None, 0.19),
+        (40, 1, 4, 0.13),
+        (40, 4, 4, 0.13),
+        (10, 1, 4, 0.13),  # as the default settings have it, or as it was measured while there was one
+        (60, 1, 4, 0.19),
+        (10, 4, None, 0.13),
+        (15, 1, None, 0.19),
     ],
 )
 def test_a_gpu_s_share_is_that_of_one_replica(
-    tmp_path: Path, planned: int, booked: int, replicas: int, most: int | None, share: float
+    tmp_path: Path, booked: int, replicas: int, most: int | None, share: float
 ) -> None:
     made = request(tmp_path, "cuda:0", kind="cuda", replicas=replicas, max_replicas=most)
-    plan = made.plan.model_copy(update={"memory_bytes": planned * GIB})
-    changes = {"plan": plan, "memory_bytes": booked * GIB, "device_bytes": {"cuda:0": 80 * GIB}}
+    changes = {
+        "analysis": made.analysis.model_copy(
+            update={"weights_bytes": 10 * GIB - SERVINGS["python-model"].overhead_bytes}
+        ),
+        "memory_bytes": booked * GIB,
+        "device_bytes": {"cuda:0": 80 * GIB},
+    }
     options = ordered(made.model_copy(update=changes), own=False)["options"]
     assert options["ray_actor_options"]["num_gpus"] == share
 

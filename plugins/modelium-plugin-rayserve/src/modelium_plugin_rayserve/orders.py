@@ -10,6 +10,7 @@ from typing import Any
 from modelium.api import LoadRequest
 from modelium.errors import LoadRejected, ModelError
 from modelium_plugin_rayserve.modelconfig import newest_version, read_config
+from modelium_plugin_rayserve.servings import one_replica_bytes
 from modelium_plugin_rayserve.settings import ReplicaSettings, replica_settings
 
 GRACE_S = 30.0
@@ -56,12 +57,11 @@ def order(
 def _share(request: LoadRequest, wanted: ReplicaSettings) -> float:
     """Of a GPU, what the memory of one replica is of it, in hundredths.
 
-    A plan is for as many replicas as there may be; what was measured is of as many as there were.
+    What is booked is of all that there may be by the default settings, or of as many as there were when it was
+    measured: no less than what one is estimated to take, since too small a share has Ray put too many on one GPU.
     """
-    most = max(wanted.most, len(request.devices))
-    least = max(wanted.replicas, len(request.devices))
-    there_were = round(request.memory_bytes * most / request.plan.memory_bytes) if request.plan.memory_bytes else most
-    each = request.memory_bytes / min(max(there_were, least), most)
+    each = request.memory_bytes / max(wanted.most, len(request.devices))
+    each = max(each, one_replica_bytes(request.plan, request.analysis))
     smallest = min((request.device_bytes.get(device, 0) for device in request.devices), default=0)
     return min(1.0, max(0.01, math.ceil(100 * each / smallest) / 100)) if smallest else 1.0
 

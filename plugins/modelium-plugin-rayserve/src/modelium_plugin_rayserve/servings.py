@@ -139,6 +139,12 @@ def memory_bytes(serving: Serving, analysis: Analysis, device_kind: str) -> int:
     return overhead + weights
 
 
+def one_replica_bytes(plan: Plan, analysis: Analysis) -> int:
+    """What one replica of a plan is estimated to take."""
+    serving = SERVINGS.get(plan.serving.removesuffix(SPREAD)) or Serving(AS_IS, (), _PYTHON, 3, {})
+    return memory_bytes(serving, analysis, plan.device_kind)
+
+
 def offer(
     serving: Serving, analysis: Analysis, device_kinds: Sequence[str], defaults: ReplicaSettings, missing: Sequence[str]
 ) -> Offer:

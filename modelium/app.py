@@ -32,12 +32,9 @@ from modelium.http.kserve import UNPARSABLE
 from modelium.http.rpc.server import serving_rpc
 from modelium.http.settings import MAX_HEADER_BYTES, HttpSettings
 from modelium.log import setup
-from modelium.paths import Paths, socket_folder
+from modelium.paths import LONGEST_SOCKET_PATH, Paths, socket_folder
 
 log = logging.getLogger(__name__)
-
-MAX_SOCKET_PATH_BYTES = 107
-"""unix(7)."""
 
 
 @asynccontextmanager
@@ -141,9 +138,9 @@ def _sockets(folder: Path | None) -> tuple[Path, Path] | None:
     """For HTTP and gRPC, where a folder for them is configured."""
     if folder is None:
         return None
-    if len(os.fsencode(folder / "grpc.sock")) > MAX_SOCKET_PATH_BYTES:
+    if len(os.fsencode(folder / "grpc.sock")) > LONGEST_SOCKET_PATH:
         raise ConfigError(
-            f"server.socket_directory is too long: a socket's path may have {MAX_SOCKET_PATH_BYTES} bytes, and "
+            f"server.socket_directory is too long: a socket's path may have {LONGEST_SOCKET_PATH} bytes, and "
             f"{folder / 'grpc.sock'} has {len(os.fsencode(folder / 'grpc.sock'))}"
         )
     try:

@@ -99,8 +99,8 @@ def _refuse_overlap(paths: Paths) -> None:
                 )
 
 
-LONGEST_SOCKET_PATH = 107
-"""Bytes: `sun_path` of unix(7), less its final zero."""
+LONGEST_SOCKET_PATH = 97
+"""Bytes. unix(7) has 107, and HAProxy first binds a socket under a name that is up to 10 bytes longer."""
 
 
 def socket_folder(state: Path) -> Path:

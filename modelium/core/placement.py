@@ -47,7 +47,9 @@ class Place:
         account = self.account
         parts = [f"needs {human(self.need)} on {account.id}: limit {human(account.limit_bytes)}"]
         if account.limit_bytes < account.budget_bytes:
-            parts.append(f"(budget {human(account.budget_bytes)}, {human(account.foreign_bytes)} used by others)")
+            parts.append(
+                f"(budget {human(account.budget_bytes)}, {human(account.unbooked_bytes)} used beyond what is booked)"
+            )
         parts.append(f"less {human(account.booked_bytes)} booked")
         if self.promised_to_others:
             parts.append(f"less {human(self.promised_to_others)} promised")

@@ -233,7 +233,8 @@ class Account:
     total_bytes: int
     used_bytes: int
     budget_bytes: int
-    foreign_bytes: int = 0
+    unbooked_bytes: int = 0
+    """Used beyond what models were measured to hold: by other processes, by runtimes for themselves."""
     booked_bytes: int = 0
     promised_bytes: int = 0
     reclaiming_bytes: int = 0
@@ -243,8 +244,8 @@ class Account:
 
     @property
     def limit_bytes(self) -> int:
-        """What models may occupy now: the budget, less when others use too much of the device."""
-        return max(0, min(self.budget_bytes, self.total_bytes - self.foreign_bytes))
+        """What models may occupy now: the budget, less when too much of the device is used for anything else."""
+        return max(0, min(self.budget_bytes, self.total_bytes - self.unbooked_bytes))
 
 
 @dataclass(frozen=True, slots=True)

@@ -421,7 +421,7 @@ class Orchestrator:
         return self.host.devices()
 
     def _booked(self, name: str, runtime: str) -> bool:
-        """Whether a model's memory in a runtime is on the books; what one holds that is not counts as others'."""
+        """Whether a model's memory in a runtime is on the books; what one holds that is not counts as used beyond that."""
         model = self.loop.world.models.get(name)
         return model is not None and model.home == runtime and bool(model.booking)
 

@@ -956,7 +956,7 @@ async def test_what_another_runtime_shows_by_the_same_name_says_nothing_of_a_mod
         assert (await r.service.explain("a")).measured.memory_bytes == MB  # type: ignore[union-attr]
         r.devices[0] = r.devices[0].model_copy(update={"used_bytes": 10 * MB})
         await r.engine._look_at_devices()
-        assert r.engine.loop.world.devices["cpu:0"].foreign_bytes == 9 * MB
+        assert r.engine.loop.world.devices["cpu:0"].unbooked_bytes == 9 * MB
         box.models["a"] = box.models["a"].model_copy(update={"endpoints": ()})
         await r.engine.runtimes.observe("other")
         assert (await r.service.acquire("a")).endpoints == {"openai": "http://here.invalid"}

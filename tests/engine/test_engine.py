@@ -13,6 +13,7 @@ import pytest
 
 from modelium.api import Device, Endpoint, Inspection
 from modelium.api.fakes import FakeRuntime
+from modelium.engine.ledger import Ledger
 from modelium.engine.orchestrator import Orchestrator
 from modelium.engine.repository import Repository
 from modelium.engine.service import Service
@@ -809,6 +810,34 @@ async def test_a_device_that_only_the_runtime_reaches_is_used_and_when_it_goes_i
         assert r.service.view("small").devices == ("cpu:0",)
         with pytest.raises(NeverFits):
             await r.service.acquire("large")
+
+
+async def test_the_devices_are_looked_at_by_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks, go = [], threading.Event()
+
+    def look(self: Ledger, runtimes: object) -> None:
+        looks.append(1)
+        go.wait(30)
+
+    async with rig(tmp_path) as r:
+        monkeypatch.setattr(Ledger, "look", look)
+        looking = asyncio.gather(*(r.engine._look_at_devices() for _ in range(2)))
+        await r.until(lambda: looks)
+        await asyncio.sleep(0.02)  # the other had every chance
+        assert len(looks) == 1
+        go.set()
+        await looking
+        assert len(looks) == 2
+
+
+async def test_a_background_task_that_is_done_is_let_go_of(tmp_path: Path) -> None:
+    async with rig(tmp_path) as r:
+        await r.engine.catalog.read_once.wait()
+        before = len(r.engine._tasks)
+        for _ in range(9):
+            r.engine.runtimes.devices_changed()
+        assert len(r.engine._tasks) == before + 9
+        await r.until(lambda: len(r.engine._tasks) <= before)
 
 
 async def test_a_model_answers_at_an_address_of_its_own_also_after_it_moved_or_was_adopted(tmp_path: Path) -> None:

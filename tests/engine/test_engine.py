@@ -812,6 +812,24 @@ async def test_a_device_that_only_the_runtime_reaches_is_used_and_when_it_goes_i
             await r.service.acquire("large")
 
 
+async def test_what_was_used_a_moment_ago_comes_back_when_its_device_is_gone(tmp_path: Path) -> None:
+    runtime = FakeRuntime()
+    runtime.devices = (_far(4 * MB),)
+    async with rig(tmp_path, budget=2 * MB, runtime=runtime) as r:
+        await r.until(lambda: "far/cpu:0" in r.engine.loop.world.devices)
+        await r.add("a")
+        assert r.service.view("a").devices == ("far/cpu:0",)
+        lease = r.service.try_acquire("a")  # the core is not told
+        assert lease is not None
+        lease.release()
+        r.engine.running["fake"].devices = ()
+        await r.engine._look_at_devices()
+        assert r.state("a") != "COLD"
+        r.advance(2)
+        await r.is_("a", "READY")
+        assert r.service.view("a").devices == ("cpu:0",)
+
+
 async def test_the_devices_are_looked_at_by_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     looks, go = [], threading.Event()
 

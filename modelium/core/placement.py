@@ -22,6 +22,12 @@ class Place:
     account: Account
     need: int
     promised_to_others: int
+    spare: int = 0
+    """What a load books besides where it is free, so that others leave it that room until it is measured."""
+
+    @property
+    def taken(self) -> int:
+        return self.need + max(0, min(self.spare, self.free_now - self.need))
 
     @property
     def free_now(self) -> int:
@@ -79,6 +85,11 @@ class Spot:
         return tuple((place.account.id, place.need) for place in self.places)
 
     @property
+    def taken(self) -> Booking:
+        """What a load that begins now books."""
+        return tuple((place.account.id, place.taken) for place in self.places)
+
+    @property
     def fits_ever(self) -> bool:
         """Whether there would be room if all else were unloaded."""
         return all(place.need <= place.account.budget_bytes for place in self.places)
@@ -116,6 +127,7 @@ def spots(turn: Turn, model: Model, ahead: Mapping[str, int] | None = None) -> l
             account,
             max(0, need - bytes_on(model.booking, account.id)) if where else need,
             account.promised_bytes - bytes_on(model.promise, account.id) if ahead is None else ahead.get(account.id, 0),
+            0 if where else model.spare,
         )
         for account in turn.devices.values()
         if account.kind == spec.device_kind

@@ -17,6 +17,9 @@ from modelium.core.states import LIVE, RuntimeState, State, Want
 Booking = tuple[tuple[str, int], ...]
 """Bytes by device id."""
 
+SPARE_SHARE = 0.1
+"""Of what a load is expected to take: no more is booked besides."""
+
 
 @dataclass(frozen=True, slots=True)
 class Standby:
@@ -38,6 +41,8 @@ class Estimate:
     measured: bool = False
     slowest_s: float = 0.0
     """The slowest of its last loads; 0 where none was measured."""
+    spread_bytes: int = 0
+    """By how much its measured loads differed."""
     standby: tuple[Standby, ...] = ()
     """The levels at which the model can be parked, the quickest to wake first."""
 
@@ -156,6 +161,14 @@ class Model:
         """What it is expected to take on each of its devices."""
         several = self.spec.devices if self.spec else 1
         return self.estimate.memory_bytes if several == 1 else -(-self.estimate.memory_bytes // several)
+
+    @property
+    def spare(self) -> int:
+        """What is booked besides on each of its devices where it is free: by so much its loads differed, and at most
+        by a share that bounds what one odd load costs."""
+        estimate = self.estimate
+        several = self.spec.devices if self.spec else 1
+        return min(estimate.spread_bytes, int(estimate.memory_bytes * SPARE_SHARE)) // several
 
     @property
     def home(self) -> str:

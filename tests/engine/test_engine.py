@@ -907,6 +907,26 @@ async def test_what_was_measured_on_a_device_counts_there_and_what_is_held_besid
         assert r.service.view("a").memory_bytes == 2 * MB
 
 
+async def test_what_measured_loads_differed_by_is_booked_besides_after_a_restart(tmp_path: Path) -> None:
+    runtime = FakeRuntime()
+    async with rig(tmp_path, runtime=runtime) as r:
+        await r.add("a")
+        for size in (19 * MB // 10, 2 * MB):
+            await r.service.unload("a")
+            runtime.memory["a"] = {"cpu:0": size}
+            (await r.service.acquire("a")).release()
+        await r.service.unload("a")
+    async with rig(tmp_path, runtime=runtime) as r:
+        await r.is_("a", "COLD")
+        held = runtime.hold("load", "a")
+        asking = asyncio.ensure_future(r.service.acquire("a"))
+        await held.arrived.wait()
+        assert r.engine.loop.world.devices["cpu:0"].booked_bytes == 22 * MB // 10
+        held.release()
+        (await asking).release()
+        assert r.engine.loop.world.devices["cpu:0"].booked_bytes == 2 * MB
+
+
 async def test_what_is_kept_of_a_model_on_unequal_devices_is_what_its_next_load_is_placed_by(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

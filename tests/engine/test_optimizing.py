@@ -617,12 +617,14 @@ async def test_what_a_killed_service_left_is_ended_at_the_next_start(tmp_path: P
     pids: list[int] = []
     task = asyncio.create_task(left.run([sys.executable, "-c", SPAWNING], tell=lambda line: pids.append(int(line))))
 
-    async def ended() -> bool:
-        return bool(pids) and status_of(pids[0]) in ("gone", psutil.STATUS_ZOMBIE)
+    async def told() -> bool:
+        return bool(pids)
 
-    async with optimized(tmp_path, Packer()) as r:
-        await r.until(lambda: pids)
-        await r.engine.processes.stop(jobs.NAME, grace_s=0)
+    async def ended() -> bool:
+        return status_of(pids[0]) in ("gone", psutil.STATUS_ZOMBIE)
+
+    await eventually(told, "it runs")
+    async with optimized(tmp_path, Packer()):
         await eventually(ended, "it is ended")
     with pytest.raises(DriverError):
         await task

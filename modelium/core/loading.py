@@ -75,7 +75,11 @@ def _learnt(model: Model, held: Held | None, placed: tuple[str, ...], event: e.L
         estimate = replace(estimate, load_s=event.load_s, slowest_s=max(estimate.slowest_s, event.load_s))
     elif (how := parked_as(model)) is not None:
         estimate = learnt(estimate, replace(how, wake_s=event.load_s))
-    return replace(estimate, memory_bytes=footprint(event.memory, placed), measured=True) if event.memory else estimate
+    if not event.memory:
+        return estimate
+    taken = footprint(event.memory, placed)
+    apart = abs(taken - estimate.memory_bytes) if estimate.measured else 0
+    return replace(estimate, memory_bytes=taken, measured=True, spread_bytes=max(estimate.spread_bytes, apart))
 
 
 def footprint(memory: Booking, placed: tuple[str, ...]) -> int:

@@ -25,10 +25,17 @@ class Place:
     held: int = 0
     """What it keeps there while it sleeps, beside what it needs."""
 
+    spare: int = 0
+    """What a load books besides where it is free, so that others leave it that room until it is measured."""
+
     @property
     def whole(self) -> int:
         """What it will hold there in all."""
         return self.need + self.held
+
+    @property
+    def taken(self) -> int:
+        return self.need + max(0, min(self.spare, self.free_now - self.need))
 
     @property
     def free_now(self) -> int:
@@ -54,7 +61,9 @@ class Place:
         account = self.account
         parts = [f"needs {human(self.need)} on {account.id}: limit {human(account.limit_bytes)}"]
         if account.limit_bytes < account.budget_bytes:
-            parts.append(f"(budget {human(account.budget_bytes)}, {human(account.foreign_bytes)} used by others)")
+            parts.append(
+                f"(budget {human(account.budget_bytes)}, {human(account.unbooked_bytes)} used beyond what is booked)"
+            )
         parts.append(f"less {human(account.booked_bytes)} booked")
         if self.promised_to_others:
             parts.append(f"less {human(self.promised_to_others)} promised")
@@ -82,6 +91,11 @@ class Spot:
     @property
     def booking(self) -> Booking:
         return tuple((place.account.id, place.need) for place in self.places)
+
+    @property
+    def taken(self) -> Booking:
+        """What a load that begins now books."""
+        return tuple((place.account.id, place.taken) for place in self.places)
 
     @property
     def fits_ever(self) -> bool:
@@ -122,6 +136,7 @@ def spots(turn: Turn, model: Model, ahead: Mapping[str, int] | None = None) -> l
             max(0, need - bytes_on(model.booking, account.id)) if where else need,
             account.promised_bytes - bytes_on(model.promise, account.id) if ahead is None else ahead.get(account.id, 0),
             bytes_on(model.booking, account.id) if where else 0,
+            0 if where else model.spare,
         )
         for account in turn.devices.values()
         if account.kind == spec.device_kind

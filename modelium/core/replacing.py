@@ -57,7 +57,7 @@ def _bring_up_to_date(turn: Turn, model: Model, spec: Spec) -> None:
         _say(turn, model, "its files changed: the new ones wait for their turn to load")
         return
     op = turn.new_id()
-    extra = here.booking
+    extra = here.taken
     turn.change(
         model,
         op=op,

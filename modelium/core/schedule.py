@@ -232,7 +232,7 @@ def _whole_never_fits(turn: Turn, model: Model) -> str | None:
 
 def _load(turn: Turn, line: Line, model: Model, spot: Spot) -> None:
     op, dirty = turn.new_id(), turn.dirty
-    booking = spot.booking
+    booking = spot.taken
     spec, asleep = model.spec, model.parked
     assert spec is not None
     if asleep is not None:

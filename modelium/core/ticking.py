@@ -36,13 +36,13 @@ def devices_observed(turn: Turn, event: e.DevicesObserved) -> None:
             _gone(turn, former)
     for device in event.devices:
         account = turn.devices.get(device.id)
-        foreign = max(0, device.used_bytes - event.accounted.get(device.id, 0))
+        unbooked = max(0, device.used_bytes - event.accounted.get(device.id, 0))
         if account is not None and device.id in loading:
-            foreign = min(foreign, account.foreign_bytes)
+            unbooked = min(unbooked, account.unbooked_bytes)
         budget = turn.policy.budgets.get(device.id, int(device.total_bytes * turn.policy.max_utilization))
         seen = Account(
             id=device.id, kind=device.kind, name=device.name, total_bytes=device.total_bytes,
-            used_bytes=device.used_bytes, budget_bytes=min(budget, device.total_bytes), foreign_bytes=foreign,
+            used_bytes=device.used_bytes, budget_bytes=min(budget, device.total_bytes), unbooked_bytes=unbooked,
             utilization=device.utilization, runtime=device.runtime,
         )  # fmt: skip
         if account is None:

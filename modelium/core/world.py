@@ -17,6 +17,9 @@ from modelium.core.states import LIVE, RuntimeState, State, Want
 Booking = tuple[tuple[str, int], ...]
 """Bytes by device id."""
 
+SPARE_SHARE = 0.1
+"""Of what a load is expected to take: no more is booked besides."""
+
 
 @dataclass(frozen=True, slots=True)
 class Standby:
@@ -38,6 +41,8 @@ class Estimate:
     measured: bool = False
     slowest_s: float = 0.0
     """The slowest of its last loads; 0 where none was measured."""
+    spread_bytes: int = 0
+    """By how much its measured loads differed."""
     standby: tuple[Standby, ...] = ()
     """The levels at which the model can be parked, the quickest to wake first."""
 
@@ -158,6 +163,14 @@ class Model:
         return self.estimate.memory_bytes if several == 1 else -(-self.estimate.memory_bytes // several)
 
     @property
+    def spare(self) -> int:
+        """What is booked besides on each of its devices where it is free: by so much its loads differed, and at most
+        by a share that bounds what one odd load costs."""
+        estimate = self.estimate
+        several = self.spec.devices if self.spec else 1
+        return min(estimate.spread_bytes, int(estimate.memory_bytes * SPARE_SHARE)) // several
+
+    @property
     def home(self) -> str:
         """The runtime that has it, else the one that should."""
         return self.held.spec.runtime if self.held else self.runtime
@@ -233,7 +246,8 @@ class Account:
     total_bytes: int
     used_bytes: int
     budget_bytes: int
-    foreign_bytes: int = 0
+    unbooked_bytes: int = 0
+    """Used beyond what models were measured to hold: by other processes, by runtimes for themselves."""
     booked_bytes: int = 0
     promised_bytes: int = 0
     reclaiming_bytes: int = 0
@@ -243,8 +257,8 @@ class Account:
 
     @property
     def limit_bytes(self) -> int:
-        """What models may occupy now: the budget, less when others use too much of the device."""
-        return max(0, min(self.budget_bytes, self.total_bytes - self.foreign_bytes))
+        """What models may occupy now: the budget, less when too much of the device is used for anything else."""
+        return max(0, min(self.budget_bytes, self.total_bytes - self.unbooked_bytes))
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,8 @@ NAME = "optimizer"
 """Of its processes, by which those of a Modelium that was killed are found."""
 NICE = ("nice", "-n", "10")
 LAST_LINES = 12
+LONGEST_LINE = 4096
+"""Of a longer one, in characters, the end is kept."""
 
 
 class Job:
@@ -58,7 +60,7 @@ class Job:
             assert process.stdout is not None
             rest = ""
             while chunk := await process.stdout.read(1 << 16):
-                *lines, rest = (rest + chunk.decode(errors="replace")).split("\n")
+                *lines, rest = _lines(rest + chunk.decode(errors="replace"))
                 for line in lines:
                     last.append(line)
                     if tell is not None:
@@ -86,3 +88,9 @@ class Job:
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, number)
+
+
+def _lines(text: str) -> list[str]:
+    """Progress bars end theirs with a carriage return."""
+    ended = text.replace("\r\n", "\n").replace("\r", "\n")
+    return [line[-LONGEST_LINE:] for line in ended.split("\n")]

@@ -34,7 +34,7 @@ class Holding:
 
 @dataclass(slots=True)
 class Ledger:
-    """Looks at all processes of this machine, in one thread at a time."""
+    """Looks at all processes of this machine; whoever calls it lets one look end before the next."""
 
     gpus: Gpus | None = None
     holdings: Mapping[str, Holding] = field(default_factory=dict)

@@ -23,7 +23,9 @@ log = logging.getLogger(__name__)
 
 Clock = Callable[[], float]
 
-_JUDGES_BY_USE = (e.ReadyAsked, e.Ticked, e.RuntimeDown, e.RuntimeObserved, e.Loaded, e.LoadFailed, e.Unloaded)
+_JUDGES_BY_USE = (
+    e.ReadyAsked, e.Ticked, e.RuntimeDown, e.RuntimeObserved, e.DevicesObserved, e.Loaded, e.LoadFailed, e.Unloaded,
+)  # fmt: skip
 """What may evict, or drain a runtime that is stuck, and what may have lost models, of which those in use come back."""
 
 

@@ -197,7 +197,9 @@ class Orchestrator:
             )
         self.optimizing = Optimizing(self, sections)
         self._watcher: Watcher | None = None
-        self._tasks: list[asyncio.Task[Any]] = []
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._looking = asyncio.Lock()
+        """Held while the devices are looked at."""
         self._idle_due = False
         self._tickets = 0
 
@@ -328,10 +330,10 @@ class Orchestrator:
         self.loop.stop()
         if self._watcher is not None:
             await asyncio.to_thread(self._watcher.stop)
-        for task in self._tasks:
+        for task in list(self._tasks):
             task.cancel()
         if self._tasks:
-            await asyncio.wait(self._tasks, timeout=10)
+            await asyncio.wait(list(self._tasks), timeout=10)
         self.readahead.close()
         if self.ingest is not None:
             await self.ingest.close()
@@ -347,9 +349,10 @@ class Orchestrator:
 
     def _background(self, work: Any) -> None:
         task = asyncio.get_running_loop().create_task(work)
-        self._tasks.append(task)
+        self._tasks.add(task)
 
         def ended(done: asyncio.Task[Any]) -> None:
+            self._tasks.discard(done)
             if not done.cancelled() and done.exception() is not None:
                 log.error("a background task ended", exc_info=done.exception())
 
@@ -388,7 +391,6 @@ class Orchestrator:
     def _background_look(self, entry: str) -> None:
         if self.ingest is not None and self.ingest.is_taking(entry):
             return
-        self._tasks = [t for t in self._tasks if not t.done()]
         self._background(self.catalog.look(entry))
 
     def _recall_quarantine(self) -> None:
@@ -409,11 +411,13 @@ class Orchestrator:
     # ------------------------------------------------------------------ devices, use, housekeeping
 
     async def _look_at_devices(self) -> None:
-        devices = await asyncio.to_thread(self._take_stock)
-        devices += tuple(device for running in self.running.values() for device in running.devices)
-        if devices:
-            self.devices = devices
-            self.loop.post(e.DevicesObserved(self.clock(), devices, self.runtimes.accounted(self._booked)))
+        """One look after another: each tells what is newer than the one before."""
+        async with self._looking:
+            devices = await asyncio.to_thread(self._take_stock)
+            devices += tuple(device for running in self.running.values() for device in running.devices)
+            if devices:
+                self.devices = devices
+                self.loop.post(e.DevicesObserved(self.clock(), devices, self.runtimes.accounted(self._booked)))
 
     def _take_stock(self) -> tuple[Device, ...]:
         """The devices as they are, and who holds what of them; in a thread."""
@@ -424,7 +428,7 @@ class Orchestrator:
         return self.host.devices()
 
     def _booked(self, name: str, runtime: str) -> bool:
-        """Whether a model's memory in a runtime is on the books; what one holds that is not counts as others'."""
+        """Whether a model's memory in a runtime is on the books."""
         model = self.loop.world.models.get(name)
         return model is not None and model.home == runtime and bool(model.booking)
 

@@ -112,7 +112,13 @@ class Planner:
         estimate = Estimate(plan.memory_bytes, plan.load_s)
         if found is not None:
             load_s = found.load_s or plan.load_s
-            estimate = Estimate(found.memory_bytes, load_s, measured=True, slowest_s=found.slowest_s)
+            estimate = Estimate(
+                found.memory_bytes,
+                load_s,
+                measured=True,
+                slowest_s=found.slowest_s,
+                spread_bytes=found.memory_spread_bytes,
+            )
         running = self.runtimes.get(plan.runtime)
         if not plan.standby or running is None or not isinstance(running.driver, Parks):
             return estimate

@@ -369,7 +369,7 @@ def test_foreign_memory_shrinks_the_limit() -> None:
     sim.run()
     ticket = sim.ask("a")
     assert sim.state("a") is State.QUEUED
-    assert "limit 40 B (budget 80 B, 60 B used by others)" in sim.world.models["a"].reason
+    assert "limit 40 B (budget 80 B, 60 B used beyond what is booked)" in sim.world.models["a"].reason
     sim.foreign[0] = 10
     sim.see_devices()
     sim.run()
@@ -382,7 +382,7 @@ def test_a_load_under_way_is_not_taken_for_foreign_memory() -> None:
     sim.ask("a")
     sim.foreign[0] = 45
     sim.see_devices()
-    assert sim.world.devices["cpu:0"].foreign_bytes == 0
+    assert sim.world.devices["cpu:0"].unbooked_bytes == 0
 
 
 def test_a_device_that_is_seen_late_has_its_bookings() -> None:

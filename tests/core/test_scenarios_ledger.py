@@ -155,3 +155,52 @@ def test_residue_adds_up_and_a_much_too_large_one_does_not_wait_for_quiet() -> N
     sim.run()
     assert sim.real["r"].instance == 2
     assert booked(sim)[0] <= 20
+
+
+# --------------------------------------------------------------------------- measured loads that differ
+
+
+def loaded_with(sim: Sim, *sizes: int) -> None:
+    """`a` was loaded and took each of these, and is COLD again."""
+    for size in sizes:
+        sim.files["a"].real = size
+        sim.load("a")
+        sim.unload("a")
+        sim.run()
+    assert sim.state("a") is State.COLD
+
+
+@pytest.mark.parametrize(
+    ("limit", "sizes", "books"),
+    [
+        (100, (50,), 50),
+        (100, (50, 50), 50),
+        (100, (48, 50), 52),  # the last and by how much they differed
+        (100, (53, 50), 53),
+        (100, (20, 50), 55),  # one odd load costs no more than a tenth
+        (51, (48, 50), 51),  # what is not free is not booked
+        (50, (48, 50), 50),
+    ],
+)
+def test_what_measured_loads_differed_by_is_booked_besides_where_it_is_free(
+    limit: int, sizes: tuple[int, ...], books: int
+) -> None:
+    sim = make(limit)
+    sim.accept("a", memory=40)
+    loaded_with(sim, *sizes)
+    sim.ask("a")
+    assert (sim.state("a"), booked(sim)[0]) == (State.LOADING, books)
+    sim.run()
+    assert (sim.state("a"), booked(sim)[0]) == (State.READY, sizes[-1])
+
+
+def test_nobody_goes_for_what_loads_differ_by() -> None:
+    sim = make()
+    sim.accept("a", memory=40)
+    loaded_with(sim, 46, 50)
+    sim.accept("b", memory=50)
+    sim.load("b")
+    sim.wait(31)
+    ticket = sim.ask("a")
+    sim.run()
+    assert sim.answer(ticket) == "granted" and sim.states() == {"a": "READY", "b": "READY"}

@@ -13,6 +13,7 @@ import pytest
 
 from modelium.api import Device, Endpoint, Inspection
 from modelium.api.fakes import FakeRuntime
+from modelium.engine.ledger import Ledger
 from modelium.engine.orchestrator import Orchestrator
 from modelium.engine.repository import Repository
 from modelium.engine.service import Service
@@ -811,6 +812,52 @@ async def test_a_device_that_only_the_runtime_reaches_is_used_and_when_it_goes_i
             await r.service.acquire("large")
 
 
+async def test_what_was_used_a_moment_ago_comes_back_when_its_device_is_gone(tmp_path: Path) -> None:
+    runtime = FakeRuntime()
+    runtime.devices = (_far(4 * MB),)
+    async with rig(tmp_path, budget=2 * MB, runtime=runtime) as r:
+        await r.until(lambda: "far/cpu:0" in r.engine.loop.world.devices)
+        await r.add("a")
+        assert r.service.view("a").devices == ("far/cpu:0",)
+        lease = r.service.try_acquire("a")  # the core is not told
+        assert lease is not None
+        lease.release()
+        r.engine.running["fake"].devices = ()
+        await r.engine._look_at_devices()
+        assert r.state("a") != "COLD"
+        r.advance(2)
+        await r.is_("a", "READY")
+        assert r.service.view("a").devices == ("cpu:0",)
+
+
+async def test_the_devices_are_looked_at_by_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks, go = [], threading.Event()
+
+    def look(self: Ledger, runtimes: object) -> None:
+        looks.append(1)
+        go.wait(30)
+
+    async with rig(tmp_path) as r:
+        monkeypatch.setattr(Ledger, "look", look)
+        looking = asyncio.gather(*(r.engine._look_at_devices() for _ in range(2)))
+        await r.until(lambda: looks)
+        await asyncio.sleep(0.02)  # the other had every chance
+        assert len(looks) == 1
+        go.set()
+        await looking
+        assert len(looks) == 2
+
+
+async def test_a_background_task_that_is_done_is_let_go_of(tmp_path: Path) -> None:
+    async with rig(tmp_path) as r:
+        await r.engine.catalog.read_once.wait()
+        before = len(r.engine._tasks)
+        for _ in range(9):
+            r.engine.runtimes.devices_changed()
+        assert len(r.engine._tasks) == before + 9
+        await r.until(lambda: len(r.engine._tasks) <= before)
+
+
 async def test_a_model_answers_at_an_address_of_its_own_also_after_it_moved_or_was_adopted(tmp_path: Path) -> None:
     runtime = FakeRuntime()
     runtime.endpoints["a"] = "http://first.invalid"
@@ -858,6 +905,26 @@ async def test_what_was_measured_on_a_device_counts_there_and_what_is_held_besid
         await r.service.unload("a")
         assert (await r.service.explain("a")).measured.memory_bytes == 2 * MB  # type: ignore[union-attr]
         assert r.service.view("a").memory_bytes == 2 * MB
+
+
+async def test_what_measured_loads_differed_by_is_booked_besides_after_a_restart(tmp_path: Path) -> None:
+    runtime = FakeRuntime()
+    async with rig(tmp_path, runtime=runtime) as r:
+        await r.add("a")
+        for size in (19 * MB // 10, 2 * MB):
+            await r.service.unload("a")
+            runtime.memory["a"] = {"cpu:0": size}
+            (await r.service.acquire("a")).release()
+        await r.service.unload("a")
+    async with rig(tmp_path, runtime=runtime) as r:
+        await r.is_("a", "COLD")
+        held = runtime.hold("load", "a")
+        asking = asyncio.ensure_future(r.service.acquire("a"))
+        await held.arrived.wait()
+        assert r.engine.loop.world.devices["cpu:0"].booked_bytes == 22 * MB // 10
+        held.release()
+        (await asking).release()
+        assert r.engine.loop.world.devices["cpu:0"].booked_bytes == 2 * MB
 
 
 async def test_what_is_kept_of_a_model_on_unequal_devices_is_what_its_next_load_is_placed_by(
@@ -956,7 +1023,7 @@ async def test_what_another_runtime_shows_by_the_same_name_says_nothing_of_a_mod
         assert (await r.service.explain("a")).measured.memory_bytes == MB  # type: ignore[union-attr]
         r.devices[0] = r.devices[0].model_copy(update={"used_bytes": 10 * MB})
         await r.engine._look_at_devices()
-        assert r.engine.loop.world.devices["cpu:0"].foreign_bytes == 9 * MB
+        assert r.engine.loop.world.devices["cpu:0"].unbooked_bytes == 9 * MB
         box.models["a"] = box.models["a"].model_copy(update={"endpoints": ()})
         await r.engine.runtimes.observe("other")
         assert (await r.service.acquire("a")).endpoints == {"openai": "http://here.invalid"}

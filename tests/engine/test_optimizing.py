@@ -602,18 +602,29 @@ async def test_a_program_that_fails_says_why(tmp_path: Path) -> None:
     await job.run([sys.executable, "-c", "import os; assert os.environ['X'] == '1'"], env={"X": "1"})
 
 
+async def test_of_a_program_that_ends_no_line_little_is_kept() -> None:
+    told: list[str] = []
+    code = "import sys; sys.stdout.write('10%\\r20%\\r\\n' + 'x' * 1_000_000 + 'end'); sys.exit(3)"
+    with pytest.raises(DriverError, match=r"(?s)20%.*xend$") as failed:
+        await jobs.Job("root", silent).run([sys.executable, "-c", code], tell=told.append)
+    assert told[:2] == ["10%", "20%"]
+    assert len(failed.value.message) < 2 * jobs.LONGEST_LINE
+
+
 async def test_what_a_killed_service_left_is_ended_at_the_next_start(tmp_path: Path) -> None:
     async with rig(tmp_path) as r:
         left = jobs.Job(r.engine.processes.root_id, silent)
     pids: list[int] = []
     task = asyncio.create_task(left.run([sys.executable, "-c", SPAWNING], tell=lambda line: pids.append(int(line))))
 
-    async def ended() -> bool:
-        return bool(pids) and status_of(pids[0]) in ("gone", psutil.STATUS_ZOMBIE)
+    async def told() -> bool:
+        return bool(pids)
 
-    async with optimized(tmp_path, Packer()) as r:
-        await r.until(lambda: pids)
-        await r.engine.processes.stop(jobs.NAME, grace_s=0)
+    async def ended() -> bool:
+        return status_of(pids[0]) in ("gone", psutil.STATUS_ZOMBIE)
+
+    await eventually(told, "it runs")
+    async with optimized(tmp_path, Packer()):
         await eventually(ended, "it is ended")
     with pytest.raises(DriverError):
         await task

@@ -31,7 +31,7 @@ def use_observed(turn: Turn, event: e.UseObserved) -> None:
 def devices_observed(turn: Turn, event: e.DevicesObserved) -> None:
     loading = {d for n in turn.moving for d, _ in _unmeasured(turn.models[n])}
     seen_ids = {device.id for device in event.devices}
-    for former in list(turn.devices.values()):
+    for _, former in sorted(turn.devices.items()):
         if former.runtime and former.id not in seen_ids:
             _gone(turn, former)
     for device in event.devices:
@@ -108,7 +108,7 @@ def ticked(turn: Turn, event: e.Ticked) -> None:
             expired(turn, ticket)
         else:
             turn.wake(ticket.deadline_at)
-    for runtime in list(turn.runtimes.values()):
+    for _, runtime in sorted(turn.runtimes.items()):
         if runtime.state is RuntimeState.CRASHED:
             if runtime.retry_at <= turn.now:
                 start(turn, runtime, "tried again")
@@ -122,7 +122,7 @@ def ticked(turn: Turn, event: e.Ticked) -> None:
             _release(turn, turn.models[name])
         for account in sorted(turn.devices.values(), key=lambda a: a.id):
             _relieve(turn, account)
-        for runtime in list(turn.runtimes.values()):
+        for _, runtime in sorted(turn.runtimes.items()):
             _keeps(turn, runtime)
         turn.next_sweep = turn.now + turn.policy.sweep_s
         turn.sweeping = True

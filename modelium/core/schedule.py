@@ -138,7 +138,12 @@ def _serve(turn: Turn, line: Line, model: Model) -> None:
         if not line.aged(model):
             turn.wake(line.ages_at(model))
         return
-    found = spots(turn, model, line.ahead)
+    everywhere = spots(turn, model, line.ahead)
+    found = [s for s in everywhere if s.seen]
+    missed = [s.arithmetic for s in everywhere if s.fits_ever and not s.seen]
+    if missed and not any(s.fits_ever if line.urgent(model) else s.fits_now for s in found):
+        _wait(turn, model, f"waits for a device: {missed[0]}")
+        return
     if full:
         kept = next((s for s in found if s.booking == model.promise), None)
         if kept is not None and kept.shortage <= 0:
@@ -325,7 +330,7 @@ def _make_room(turn: Turn, line: Line, model: Model, found: list[Spot]) -> None:
 
 def _goes_elsewhere(turn: Turn, line: Line, model: Model, found: list[Spot]) -> bool:
     """Whether what sleeps is better loaded anew: there is room now, or there will be and none where it sleeps."""
-    anywhere = spots_anew(turn, model, line.ahead)
+    anywhere = [s for s in spots_anew(turn, model, line.ahead) if s.seen]
     if any(s.fits_now for s in anywhere):
         return True
     in_vain = line.urgent(model) and not any(_claimable(line, model, s) for s in found)

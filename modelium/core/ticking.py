@@ -33,7 +33,7 @@ def devices_observed(turn: Turn, event: e.DevicesObserved) -> None:
     seen_ids = {device.id for device in event.devices}
     for _, former in sorted(turn.devices.items()):
         if former.runtime and former.id not in seen_ids:
-            _gone(turn, former)
+            _missed(turn, former)
     for device in event.devices:
         account = turn.devices.get(device.id)
         foreign = max(0, device.used_bytes - event.accounted.get(device.id, 0))
@@ -55,9 +55,22 @@ def devices_observed(turn: Turn, event: e.DevicesObserved) -> None:
                 reclaiming_bytes=account.reclaiming_bytes,
             )
             turn.devices = turn.devices.set(device.id, seen)
-        before = None if account is None else (account.limit_bytes, account.budget_bytes)
-        if before != (seen.limit_bytes, seen.budget_bytes):
-            turn.dirty = turn.dirty or bool(turn.queue)
+        before = None if account is None else (account.limit_bytes, account.budget_bytes, account.missed)
+        if before != (seen.limit_bytes, seen.budget_bytes, seen.missed):
+            turn.dirty = turn.dirty or bool(turn.queue) or bool(turn.stale)
+
+
+GONE_AFTER = 3
+"""So many looks in a row without it, and a device of another machine is gone: one may just have been slow to answer."""
+
+
+def _missed(turn: Turn, account: Account) -> None:
+    """What is loaded there serves on while its runtime shows it."""
+    account = replace(account, missed=account.missed + 1)
+    if account.missed < GONE_AFTER:
+        turn.devices = turn.devices.set(account.id, account)
+    else:
+        _gone(turn, account)
 
 
 def _gone(turn: Turn, account: Account) -> None:

@@ -240,6 +240,8 @@ class Account:
     utilization: float | None = None
     runtime: str = ""
     """The only runtime that reaches it; empty: any."""
+    missed: int = 0
+    """So many looks in a row were without it; nothing is placed on it meanwhile."""
 
     @property
     def limit_bytes(self) -> int:

@@ -134,7 +134,7 @@ def _serve(turn: Turn, line: Line, model: Model) -> None:
     if full and not model.promise:
         _wait(turn, model, turns)
         return
-    if model.reason.startswith(_NO_ROOM) and not turn.sweeping and line.in_vain(model):
+    if model.reason.startswith(NO_ROOM) and not turn.sweeping and line.in_vain(model):
         if not line.aged(model):
             turn.wake(line.ages_at(model))
         return
@@ -158,7 +158,8 @@ def _serve(turn: Turn, line: Line, model: Model) -> None:
     _make_room(turn, line, model, [s for s in found if s.fits_ever])
 
 
-_NO_ROOM = "waits for room: "
+NO_ROOM = "waits for room: "
+"""How the reason of one begins that waits, and for which nothing may be evicted."""
 
 
 def _cannot(turn: Turn, model: Model, failure: Failure) -> None:
@@ -317,7 +318,7 @@ def _make_room(turn: Turn, line: Line, model: Model, found: list[Spot]) -> None:
         turn.wake(line.ages_at(model))
     obstacles = line.victims.obstacles(worst)
     told = "; ".join(obstacles[:4]) + (f"; and {len(obstacles) - 4} more" if len(obstacles) > 4 else "")
-    reason = f"{_NO_ROOM}{_first(found)}{'; ' + told if told else ''}"
+    reason = f"{NO_ROOM}{_first(found)}{'; ' + told if told else ''}"
     if model.spec is not None:
         line.found_none(model)
     if old:

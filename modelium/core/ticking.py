@@ -13,9 +13,11 @@ from modelium.core.line import Line
 from modelium.core.loading import keep_old, stuck
 from modelium.core.moves import begin_unload, drain, evict, give_up_load, recycle, unload_parts
 from modelium.core.parking import not_parked, not_woken
+from modelium.core.placement import spots
 from modelium.core.runtimes import lose, start, unwanted
+from modelium.core.schedule import NO_ROOM
 from modelium.core.states import RuntimeState, State, Want
-from modelium.core.turn import Turn
+from modelium.core.turn import Turn, bytes_on
 from modelium.core.world import Account, Failure, Model, Runtime, queued
 
 
@@ -132,9 +134,9 @@ def ticked(turn: Turn, event: e.Ticked) -> None:
     if turn.now >= turn.next_sweep or turn.next_sweep > turn.now + turn.policy.sweep_s:
         for name in sorted(turn.live):
             _idle(turn, turn.models[name])
-            _release(turn, turn.models[name])
         for account in sorted(turn.devices.values(), key=lambda a: a.id):
             _relieve(turn, account)
+        _release(turn)
         for _, runtime in sorted(turn.runtimes.items()):
             _keeps(turn, runtime)
         turn.next_sweep = turn.now + turn.policy.sweep_s
@@ -220,16 +222,38 @@ def _late(turn: Turn, model: Model) -> None:
     )
 
 
-def _release(turn: Turn, model: Model) -> None:
-    """A model that could not be unloaded, and holds what somebody waits for, goes with its runtime."""
-    stuck_s = turn.now - model.since
-    if model.state is not State.FAILED or model.held is None or stuck_s < STUCK_S:
+def _release(turn: Turn) -> None:
+    """What could not be unloaded, and keeps somebody from the room that it holds, goes with its runtime."""
+    live = (turn.models[n] for n in sorted(turn.live))
+    stuck = [
+        m
+        for m in live
+        if m.state is State.FAILED and turn.now - m.since >= STUCK_S and not turn.runtimes[m.home].external
+    ]
+    if not stuck:
         return
-    held = {device for device, _ in model.booking}
-    kinds = {turn.devices[device].kind for device in held if device in turn.devices}
-    waiting = (turn.models[n] for n in turn.queue)
-    if any(queued(m) and m.spec is not None and m.spec.device_kind in kinds for m in waiting):
-        recycle(turn, model.home, f"{model.name} could not be unloaded, and others wait for its room")
+    line = Line(turn)
+    needed = {device for n in turn.queue for device in _kept_from(turn, line, turn.models[n], stuck)}
+    for model in stuck:
+        if any(device in needed for device, _ in model.booking):
+            recycle(turn, model.home, f"{model.name} could not be unloaded, and others wait for its room")
+
+
+def _kept_from(turn: Turn, line: Line, model: Model, stuck: list[Model]) -> list[str]:
+    """The devices on which one who waits never gets its room as long as these stay, and gets it without them."""
+    if not queued(model) or not model.reason.startswith(NO_ROOM):
+        return []
+    place = line.place(model)
+    lacks = [
+        {p.account.id: p.need - line.victims.claimable(p.account.id, place) for p in spot.places}
+        for spot in spots(turn, model)
+    ]
+    if any(all(size <= 0 for size in lack.values()) for lack in lacks):
+        return []
+    for lack in lacks:
+        if all(size <= sum(bytes_on(m.booking, device) for m in stuck) for device, size in lack.items()):
+            return [device for device, size in lack.items() if size > 0]
+    return []
 
 
 def _keeps(turn: Turn, runtime: Runtime) -> None:

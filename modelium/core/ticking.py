@@ -16,6 +16,7 @@ from modelium.core.parking import not_parked, not_woken
 from modelium.core.placement import spots
 from modelium.core.runtimes import lose, start, unwanted
 from modelium.core.schedule import NO_ROOM
+from modelium.core.standby import parked_as
 from modelium.core.states import RuntimeState, State, Want
 from modelium.core.turn import Turn, bytes_on
 from modelium.core.world import Account, Failure, Model, Runtime, queued
@@ -148,7 +149,10 @@ def ticked(turn: Turn, event: e.Ticked) -> None:
 def _overdue(turn: Turn, model: Model) -> None:
     """End what was not answered in time."""
     policy = turn.policy
+    wake = parked_as(model)
     match model.state:
+        case State.LOADING if wake is not None:
+            limit_s = min(policy.load_timeout_s, _late_after(wake.wake_s))
         case State.LOADING | State.READY:
             limit_s = policy.load_timeout_s
         case State.DRAINING:
@@ -164,7 +168,8 @@ def _overdue(turn: Turn, model: Model) -> None:
         case State.PARKING:
             not_parked(turn, model, Failure("driver", f"not within {limit_s:.0f} s"))
         case State.LOADING if model.parked is not None:
-            not_woken(turn, model, Failure("load_timeout", f"not within {limit_s:.0f} s"))
+            told = f", and expected were {wake.wake_s:.1f} s" if wake is not None else ""
+            not_woken(turn, model, Failure("load_timeout", f"not within {limit_s:.0f} s{told}"))
         case State.LOADING:
             failure = Failure("load_timeout", f"{model.name} did not load within {limit_s:.0f} s")
             give_up_load(turn, turn.refuse_all(model, failure), failure.message, failure)
@@ -181,9 +186,16 @@ def _overdue(turn: Turn, model: Model) -> None:
 
 LATE_FACTOR = 4
 LATE_LEAST_S = 60.0
-"""An operation is late when it takes this many times as long as the slowest of its kind did, and at least so long."""
+"""An operation is late when it takes this many times as long as the slowest of its kind did, and at least so long.
+
+So it is with a wake, by what is expected of one: it is given up then, since a load can be had instead.
+"""
 STUCK_S = 60.0
 """So long a runtime may still show that a model is gone after all that it did not unload in time."""
+
+
+def _late_after(usual_s: float) -> float:
+    return max(LATE_FACTOR * usual_s, LATE_LEAST_S)
 
 
 def _late(turn: Turn, model: Model) -> None:
@@ -199,7 +211,7 @@ def _late(turn: Turn, model: Model) -> None:
             return
     if not slowest_s:
         return
-    bound_s = max(LATE_FACTOR * slowest_s, LATE_LEAST_S) * 2**model.late
+    bound_s = _late_after(slowest_s) * 2**model.late
     told_at, anew_at = model.op_since + bound_s, model.op_since + 2 * bound_s
     if told_at > turn.now:
         turn.wake(told_at)

@@ -83,6 +83,24 @@ def test_an_unload_that_is_late_is_told_and_left_to_its_limit() -> None:
     assert sim.state("a") is State.UNLOADING
 
 
+def test_the_unload_of_a_load_that_was_given_up_says_nothing_of_how_long_unloads_take() -> None:
+    sim = make()
+    sim.accept("a")
+    sim.withdraw(sim.ask("a"))
+    assert sim.state("a") is State.LOADING
+    sim.unload("a")
+    assert sim.state("a") is State.UNLOADING
+    sim.wait(100)
+    sim.complete(sim.pending[-1])
+    assert sim.world.runtimes["r"].slowest_unload_s == 0
+    sim.load("a")
+    sim.unload("a")
+    sim.complete(sim.pending[-1])
+    sim.wait(20)
+    sim.complete(sim.pending[-1])
+    assert sim.world.runtimes["r"].slowest_unload_s == 20
+
+
 def test_what_could_not_be_unloaded_goes_with_its_runtime_once_others_wait_for_its_room() -> None:
     sim = make(unload_timeout_s=60)
     sim.accept("a", memory=60)

@@ -150,7 +150,7 @@ def _note_unload(turn: Turn, model: Model, residue: Booking) -> None:
     runtime = turn.runtimes.get(model.home)
     if runtime is None:
         return
-    took_s = turn.now - model.op_since
+    took_s = 0.0 if model.given_up else turn.now - model.op_since
     if residue or took_s > runtime.slowest_unload_s:
         kept = dict(runtime.residue)
         for device, size in residue:

@@ -111,6 +111,7 @@ def begin_unload(turn: Turn, model: Model, reason: str, *, again: Want = Want.NO
         extra=() if model.state is State.PARKING else model.extra,
         promise=(),
         parked=None,
+        given_up=model.state is State.LOADING,
         again=again if again in _OF_ITS_OWN else model.again,
         want=Want.NONE,
     )

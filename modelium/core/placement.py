@@ -59,6 +59,8 @@ class Place:
     @property
     def arithmetic(self) -> str:
         account = self.account
+        if account.missed:
+            return f"{account.id} is not seen at present"
         parts = [f"needs {human(self.need)} on {account.id}: limit {human(account.limit_bytes)}"]
         if account.limit_bytes < account.budget_bytes:
             parts.append(
@@ -101,6 +103,11 @@ class Spot:
     def fits_ever(self) -> bool:
         """Whether there would be room if all else were unloaded."""
         return all(place.whole <= place.account.budget_bytes for place in self.places)
+
+    @property
+    def seen(self) -> bool:
+        """Whether the last look was with all of them."""
+        return not any(place.account.missed for place in self.places)
 
     @property
     def free_now(self) -> int:

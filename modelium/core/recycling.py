@@ -14,7 +14,7 @@ WHY = "its runtime is to be started anew"
 
 def go_on(turn: Turn) -> None:
     """Drain what runtimes that are to be started anew hold, and stop those that hold nothing any more."""
-    for runtime in list(turn.runtimes.values()):
+    for _, runtime in sorted(turn.runtimes.items()):
         if runtime.recycle and runtime.state is RuntimeState.UP:
             _empty(turn, runtime)
 

@@ -43,6 +43,9 @@ def _bring_up_to_date(turn: Turn, model: Model, spec: Spec) -> None:
         _say(turn, model, "its files changed, but not all that they are made of can be loaded")
         return
     here = next((s for s in found if sorted(d for d, _ in s.booking) == sorted(model.placed)), None)
+    if here is not None and not here.seen:
+        _say(turn, model, f"its files changed: the new ones wait to load; {here.arithmetic}")
+        return
     together = (
         here is not None
         and here.fits_now

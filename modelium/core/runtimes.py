@@ -48,7 +48,8 @@ def runtime_up(turn: Turn, event: e.RuntimeUp) -> None:
         slowest_unload_s=runtime.slowest_unload_s if known else 0.0,
     )
     _reconcile(turn, event.name, event.observation.models, inf)
-    for model in list(turn.models.values()):
+    for name in sorted(turn.models):
+        model = turn.models[name]
         if model.home == event.name:
             unwanted(turn, model, f"{event.name} is up again")
     turn.dirty = True

@@ -134,11 +134,16 @@ def _serve(turn: Turn, line: Line, model: Model) -> None:
     if full and not model.promise:
         _wait(turn, model, turns)
         return
-    if model.reason.startswith(_NO_ROOM) and not turn.sweeping and line.in_vain(model):
+    if model.reason.startswith(NO_ROOM) and not turn.sweeping and line.in_vain(model):
         if not line.aged(model):
             turn.wake(line.ages_at(model))
         return
-    found = spots(turn, model, line.ahead)
+    everywhere = spots(turn, model, line.ahead)
+    found = [s for s in everywhere if s.seen]
+    missed = [s.arithmetic for s in everywhere if s.fits_ever and not s.seen]
+    if missed and not any(s.fits_ever if line.urgent(model) else s.fits_now for s in found):
+        _wait(turn, model, f"waits for a device: {missed[0]}")
+        return
     if full:
         kept = next((s for s in found if s.booking == model.promise), None)
         if kept is not None and kept.shortage <= 0:
@@ -153,7 +158,8 @@ def _serve(turn: Turn, line: Line, model: Model) -> None:
     _make_room(turn, line, model, [s for s in found if s.fits_ever])
 
 
-_NO_ROOM = "waits for room: "
+NO_ROOM = "waits for room: "
+"""How the reason of one begins that waits, and for which nothing may be evicted."""
 
 
 def _cannot(turn: Turn, model: Model, failure: Failure) -> None:
@@ -312,7 +318,7 @@ def _make_room(turn: Turn, line: Line, model: Model, found: list[Spot]) -> None:
         turn.wake(line.ages_at(model))
     obstacles = line.victims.obstacles(worst)
     told = "; ".join(obstacles[:4]) + (f"; and {len(obstacles) - 4} more" if len(obstacles) > 4 else "")
-    reason = f"{_NO_ROOM}{_first(found)}{'; ' + told if told else ''}"
+    reason = f"{NO_ROOM}{_first(found)}{'; ' + told if told else ''}"
     if model.spec is not None:
         line.found_none(model)
     if old:
@@ -325,7 +331,7 @@ def _make_room(turn: Turn, line: Line, model: Model, found: list[Spot]) -> None:
 
 def _goes_elsewhere(turn: Turn, line: Line, model: Model, found: list[Spot]) -> bool:
     """Whether what sleeps is better loaded anew: there is room now, or there will be and none where it sleeps."""
-    anywhere = spots_anew(turn, model, line.ahead)
+    anywhere = [s for s in spots_anew(turn, model, line.ahead) if s.seen]
     if any(s.fits_now for s in anywhere):
         return True
     in_vain = line.urgent(model) and not any(_claimable(line, model, s) for s in found)

@@ -13,9 +13,12 @@ from modelium.core.line import Line
 from modelium.core.loading import keep_old, stuck
 from modelium.core.moves import begin_unload, drain, evict, give_up_load, recycle, unload_parts
 from modelium.core.parking import not_parked, not_woken
+from modelium.core.placement import spots
 from modelium.core.runtimes import lose, start, unwanted
+from modelium.core.schedule import NO_ROOM
+from modelium.core.standby import parked_as
 from modelium.core.states import RuntimeState, State, Want
-from modelium.core.turn import Turn
+from modelium.core.turn import Turn, bytes_on
 from modelium.core.world import Account, Failure, Model, Runtime, queued
 
 
@@ -31,9 +34,9 @@ def use_observed(turn: Turn, event: e.UseObserved) -> None:
 def devices_observed(turn: Turn, event: e.DevicesObserved) -> None:
     loading = {d for n in turn.moving for d, _ in _unmeasured(turn.models[n])}
     seen_ids = {device.id for device in event.devices}
-    for former in list(turn.devices.values()):
+    for _, former in sorted(turn.devices.items()):
         if former.runtime and former.id not in seen_ids:
-            _gone(turn, former)
+            _missed(turn, former)
     for device in event.devices:
         account = turn.devices.get(device.id)
         unbooked = max(0, device.used_bytes - event.accounted.get(device.id, 0))
@@ -55,9 +58,22 @@ def devices_observed(turn: Turn, event: e.DevicesObserved) -> None:
                 reclaiming_bytes=account.reclaiming_bytes,
             )
             turn.devices = turn.devices.set(device.id, seen)
-        before = None if account is None else (account.limit_bytes, account.budget_bytes)
-        if before != (seen.limit_bytes, seen.budget_bytes):
-            turn.dirty = turn.dirty or bool(turn.queue)
+        before = None if account is None else (account.limit_bytes, account.budget_bytes, account.missed)
+        if before != (seen.limit_bytes, seen.budget_bytes, seen.missed):
+            turn.dirty = turn.dirty or bool(turn.queue) or bool(turn.stale)
+
+
+GONE_AFTER = 3
+"""So many looks in a row without it, and a device of another machine is gone: one may just have been slow to answer."""
+
+
+def _missed(turn: Turn, account: Account) -> None:
+    """What is loaded there serves on while its runtime shows it."""
+    account = replace(account, missed=account.missed + 1)
+    if account.missed < GONE_AFTER:
+        turn.devices = turn.devices.set(account.id, account)
+    else:
+        _gone(turn, account)
 
 
 def _gone(turn: Turn, account: Account) -> None:
@@ -108,7 +124,7 @@ def ticked(turn: Turn, event: e.Ticked) -> None:
             expired(turn, ticket)
         else:
             turn.wake(ticket.deadline_at)
-    for runtime in list(turn.runtimes.values()):
+    for _, runtime in sorted(turn.runtimes.items()):
         if runtime.state is RuntimeState.CRASHED:
             if runtime.retry_at <= turn.now:
                 start(turn, runtime, "tried again")
@@ -119,10 +135,10 @@ def ticked(turn: Turn, event: e.Ticked) -> None:
     if turn.now >= turn.next_sweep or turn.next_sweep > turn.now + turn.policy.sweep_s:
         for name in sorted(turn.live):
             _idle(turn, turn.models[name])
-            _release(turn, turn.models[name])
         for account in sorted(turn.devices.values(), key=lambda a: a.id):
             _relieve(turn, account)
-        for runtime in list(turn.runtimes.values()):
+        _release(turn)
+        for _, runtime in sorted(turn.runtimes.items()):
             _keeps(turn, runtime)
         turn.next_sweep = turn.now + turn.policy.sweep_s
         turn.sweeping = True
@@ -133,7 +149,10 @@ def ticked(turn: Turn, event: e.Ticked) -> None:
 def _overdue(turn: Turn, model: Model) -> None:
     """End what was not answered in time."""
     policy = turn.policy
+    wake = parked_as(model)
     match model.state:
+        case State.LOADING if wake is not None:
+            limit_s = min(policy.load_timeout_s, _late_after(wake.wake_s))
         case State.LOADING | State.READY:
             limit_s = policy.load_timeout_s
         case State.DRAINING:
@@ -149,7 +168,8 @@ def _overdue(turn: Turn, model: Model) -> None:
         case State.PARKING:
             not_parked(turn, model, Failure("driver", f"not within {limit_s:.0f} s"))
         case State.LOADING if model.parked is not None:
-            not_woken(turn, model, Failure("load_timeout", f"not within {limit_s:.0f} s"))
+            told = f", and expected were {wake.wake_s:.1f} s" if wake is not None else ""
+            not_woken(turn, model, Failure("load_timeout", f"not within {limit_s:.0f} s{told}"))
         case State.LOADING:
             failure = Failure("load_timeout", f"{model.name} did not load within {limit_s:.0f} s")
             give_up_load(turn, turn.refuse_all(model, failure), failure.message, failure)
@@ -166,9 +186,16 @@ def _overdue(turn: Turn, model: Model) -> None:
 
 LATE_FACTOR = 4
 LATE_LEAST_S = 60.0
-"""An operation is late when it takes this many times as long as the slowest of its kind did, and at least so long."""
+"""An operation is late when it takes this many times as long as the slowest of its kind did, and at least so long.
+
+So it is with a wake, by what is expected of one: it is given up then, since a load can be had instead.
+"""
 STUCK_S = 60.0
 """So long a runtime may still show that a model is gone after all that it did not unload in time."""
+
+
+def _late_after(usual_s: float) -> float:
+    return max(LATE_FACTOR * usual_s, LATE_LEAST_S)
 
 
 def _late(turn: Turn, model: Model) -> None:
@@ -184,7 +211,7 @@ def _late(turn: Turn, model: Model) -> None:
             return
     if not slowest_s:
         return
-    bound_s = max(LATE_FACTOR * slowest_s, LATE_LEAST_S) * 2**model.late
+    bound_s = _late_after(slowest_s) * 2**model.late
     told_at, anew_at = model.op_since + bound_s, model.op_since + 2 * bound_s
     if told_at > turn.now:
         turn.wake(told_at)
@@ -207,16 +234,38 @@ def _late(turn: Turn, model: Model) -> None:
     )
 
 
-def _release(turn: Turn, model: Model) -> None:
-    """A model that could not be unloaded, and holds what somebody waits for, goes with its runtime."""
-    stuck_s = turn.now - model.since
-    if model.state is not State.FAILED or model.held is None or stuck_s < STUCK_S:
+def _release(turn: Turn) -> None:
+    """What could not be unloaded, and keeps somebody from the room that it holds, goes with its runtime."""
+    live = (turn.models[n] for n in sorted(turn.live))
+    stuck = [
+        m
+        for m in live
+        if m.state is State.FAILED and turn.now - m.since >= STUCK_S and not turn.runtimes[m.home].external
+    ]
+    if not stuck:
         return
-    held = {device for device, _ in model.booking}
-    kinds = {turn.devices[device].kind for device in held if device in turn.devices}
-    waiting = (turn.models[n] for n in turn.queue)
-    if any(queued(m) and m.spec is not None and m.spec.device_kind in kinds for m in waiting):
-        recycle(turn, model.home, f"{model.name} could not be unloaded, and others wait for its room")
+    line = Line(turn)
+    needed = {device for n in turn.queue for device in _kept_from(turn, line, turn.models[n], stuck)}
+    for model in stuck:
+        if any(device in needed for device, _ in model.booking):
+            recycle(turn, model.home, f"{model.name} could not be unloaded, and others wait for its room")
+
+
+def _kept_from(turn: Turn, line: Line, model: Model, stuck: list[Model]) -> list[str]:
+    """The devices on which one who waits never gets its room as long as these stay, and gets it without them."""
+    if not queued(model) or not model.reason.startswith(NO_ROOM):
+        return []
+    place = line.place(model)
+    lacks = [
+        {p.account.id: p.need - line.victims.claimable(p.account.id, place) for p in spot.places}
+        for spot in spots(turn, model)
+    ]
+    if any(all(size <= 0 for size in lack.values()) for lack in lacks):
+        return []
+    for lack in lacks:
+        if all(size <= sum(bytes_on(m.booking, device) for m in stuck) for device, size in lack.items()):
+            return [device for device, size in lack.items() if size > 0]
+    return []
 
 
 def _keeps(turn: Turn, runtime: Runtime) -> None:

@@ -148,6 +148,8 @@ class Model:
     failure: Failure | None = None
     failures: int = 0
     retry_at: float = 0.0
+    given_up: bool = False
+    """While it unloads: its load, or its wake, was given up."""
     late: int = 0
     """How often in a row a load was begun anew, since it took far longer than any before."""
 
@@ -254,6 +256,8 @@ class Account:
     utilization: float | None = None
     runtime: str = ""
     """The only runtime that reaches it; empty: any."""
+    missed: int = 0
+    """So many looks in a row were without it; nothing is placed on it meanwhile."""
 
     @property
     def limit_bytes(self) -> int:
@@ -283,7 +287,7 @@ class Runtime:
     residue: Booking = ()
     """What unloads did not give back since it was started."""
     slowest_unload_s: float = 0.0
-    """Of those seen since it was started."""
+    """Of those seen since it was started, save for loads and wakes that were given up."""
 
 
 def least_recently_used(candidates: Sequence[Candidate], now: float) -> Sequence[str]:

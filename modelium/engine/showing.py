@@ -126,7 +126,7 @@ def _room(turn: Turn, model: Model) -> list[str]:
             for device, size in model.booking
             if device in turn.devices
         ]
-    return [f"{s.arithmetic} = {human(s.free_now)} free" for s in spots(turn, model)]
+    return [s.arithmetic + (f" = {human(s.free_now)} free" if s.seen else "") for s in spots(turn, model)]
 
 
 def _next(engine: Orchestrator, model: Model) -> str:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from modelium.core import events as e
 from modelium.core import instructions as i
 from modelium.core.states import RuntimeState, State
+from modelium.core.ticking import GONE_AFTER
 from modelium.core.world import Failure, Policy
 from tests.core.sim import Sim
 
@@ -282,9 +283,14 @@ def machine_comes(sim: Sim, pick: Pick) -> None:
     sim.see_devices()
 
 
+def machine_is_missed(sim: Sim, pick: Pick) -> None:
+    if sim.apart:
+        sim.see_devices(without=sorted(sim.apart)[pick(len(sim.apart))])
+
+
 def machine_goes(sim: Sim, pick: Pick) -> None:
     if sim.apart:
-        sim.lose_device(sorted(sim.apart)[pick(len(sim.apart))], sleepers=pick(2) == 0)
+        sim.lose_device(sorted(sim.apart)[pick(len(sim.apart))], sleepers=pick(2) == 0, looks=1 + pick(GONE_AFTER))
 
 
 def machine_goes_on_the_way(sim: Sim, pick: Pick) -> None:
@@ -295,7 +301,7 @@ def machine_goes_on_the_way(sim: Sim, pick: Pick) -> None:
         before = model.parked.before if model.parked is not None else ()
         there = [d for d, _ in (*before, *model.booking) if d in sim.apart]
         if there:
-            sim.lose_device(there[0], sleepers=pick(2) == 0)
+            sim.lose_device(there[0], sleepers=pick(2) == 0, looks=1 + pick(GONE_AFTER))
 
 
 def budgets(sim: Sim, pick: Pick) -> None:
@@ -413,11 +419,12 @@ OFTEN = (accept, ask, ask_known, ask_known, complete, complete, complete, comple
 SELDOM = (
     accept_again_after_restart, change, change_plan, rescan, redrop, invalid, remove, drop, load, load, unload, pin,
     withdraw, fail, lose, jump, look, see, see_now, see_devices, foreign_memory, machine_comes,
-    machine_goes, machine_goes_on_the_way, budgets, memory_grows, breaks, crash,
+    machine_is_missed, machine_goes, machine_goes_on_the_way, budgets, memory_grows, breaks, crash,
     lose_contact, restart_silently, load_behind_its_back, unload_behind_its_back, load_foreign, another_chance,
     disturb_sleep, host_memory, fall_asleep,
 )  # fmt: skip
 AMONG_SLEEPERS = (
     accept, accept, ask_known, ask_known, ask_known, complete, complete, complete, complete, wait, end_use,
-    fall_asleep, fall_asleep, fall_asleep, machine_comes, machine_goes_on_the_way, budgets,
+    fall_asleep, fall_asleep, fall_asleep, machine_comes, machine_is_missed,
+    machine_goes_on_the_way, budgets,
 )  # fmt: skip

@@ -18,6 +18,7 @@ from modelium.core.invariants import violations
 from modelium.core.line import Line
 from modelium.core.states import BIRTH, TRANSITIONS, RuntimeState, State, Want
 from modelium.core.step import step
+from modelium.core.ticking import GONE_AFTER
 from modelium.core.turn import Turn
 from modelium.core.world import Booking, Estimate, Failure, Model, Policy, Spec, Standby, Use, World, queued
 
@@ -343,6 +344,8 @@ class Sim:
                     if size <= held.get(device, 0) or (device == HOST and isinstance(order, i.Wake)):
                         continue  # it is there already
                     account = self.world.devices[device]
+                    if account.missed:
+                        raise self._foul(f"{order.name} was granted room on {device}, which is not seen")
                     if account.booked_bytes > account.limit_bytes:
                         raise self._foul(f"{order.name} was granted room on {device} that is not there: {account}")
         for id in self.asked:
@@ -431,6 +434,8 @@ class Sim:
                     self.happen(e.LoadFailed(self.now, name, op, Failure("runtime_unavailable", "it is gone"), True))
                 elif file is None or file.bad:
                     self.happen(e.LoadFailed(self.now, name, op, Failure("load_rejected", "it is bad")))
+                elif not all(self._there(d) for d, _ in booking):
+                    self.happen(e.LoadFailed(self.now, name, op, Failure("driver", "its device is gone")))
                 else:
                     memory = self._spread(booking, file.real)
                     real.drop(name)
@@ -503,7 +508,8 @@ class Sim:
                 if name in self.real[runtime].asleep:
                     self.real[runtime].wake(name)
             case i.Load(name, _, runtime, booking):
-                if self.real[runtime].instance == p.instance and name in self.files and booking:
+                there = bool(booking) and all(self._there(d) for d, _ in booking)
+                if self.real[runtime].instance == p.instance and name in self.files and there:
                     self.real[runtime].drop(name)
                     self.real[runtime].models[name] = self._spread(booking, self.files[name].real)
             case _:
@@ -641,10 +647,12 @@ class Sim:
                 self.touched.discard(name)
         self.happen(e.UseObserved(self.now, tuple(use)))
 
-    def see_devices(self) -> None:
+    def see_devices(self, without: str = "") -> None:
+        """A look at them; it may miss one that only one runtime reaches."""
         devices, accounted = [], {}
+        apart = ((id, 0, runtime) for id, runtime in sorted(self.apart.items()) if id != without)
         local = ((f"cpu:{n}", foreign, "") for n, foreign in enumerate(self.foreign))
-        for id, foreign, runtime in (*local, *((id, 0, runtime) for id, runtime in sorted(self.apart.items()))):
+        for id, foreign, runtime in (*local, *apart):
             held = sum(b for r in self.real.values() for m in r.models.values() for d, b in m if d == id)
             accounted[id] = held
             devices.append(
@@ -661,17 +669,18 @@ class Sim:
             devices.append(host)
         self.happen(e.DevicesObserved(self.now, tuple(devices), accounted))
 
-    def lose_device(self, id: str, *, sleepers: bool = False) -> None:
+    def lose_device(self, id: str, *, sleepers: bool = False, looks: int = GONE_AFTER) -> None:
         """A device that only one runtime reached is gone, with all that holds some of it, and what sleeps if told so.
 
-        Else that is there still, and can't wake.
+        Else that is there still, and can't wake. So many looks are without it.
         """
         runtime = self.real[self.apart.pop(id)]
         for name, holds in list(runtime.models.items()):
             before = runtime.asleep[name][1] if sleepers and name in runtime.asleep else ()
             if any(d == id for d, _ in (*holds, *before)):
                 runtime.drop(name)
-        self.see_devices()
+        for _ in range(looks):
+            self.see_devices()
 
     def _there(self, device: str) -> bool:
         return device in self.apart or "/" not in device
@@ -861,6 +870,7 @@ class Sim:
                     pass
         restless = (RuntimeState.STARTING, RuntimeState.STOPPING)
         found.extend(r.name for r in self.world.runtimes.values() if r.state in restless or r.recycle)
+        found.extend(a.id for a in self.world.devices.values() if a.missed)
         return found
 
     def _can_be_replaced(self, model: Model) -> bool:

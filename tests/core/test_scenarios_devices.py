@@ -8,7 +8,8 @@ import pytest
 
 from modelium.core import instructions as i
 from modelium.core.states import State
-from modelium.core.world import Policy
+from modelium.core.ticking import GONE_AFTER
+from modelium.core.world import Failure, Policy
 from tests.core.sim import Sim
 
 
@@ -243,3 +244,81 @@ def test_what_sleeps_and_waits_is_booked_once_on_a_device_that_comes() -> None:
     sim.apart["s/cpu:0"] = "s"
     sim.see_devices()
     assert sim.world.devices["s/cpu:0"].booked_bytes == 10
+
+
+# --------------------------------------------------------------------------- looks without a device
+
+
+def in_use_there() -> Sim:
+    """`a` is in use on the other machine, and this one is full."""
+    sim = two_machines()
+    sim.accept("full", memory=90, pinned=True)
+    sim.run()
+    sim.accept("a", memory=40, runtime="s")
+    sim.load("a", finish=False)
+    assert sim.world.models["a"].placed == ("s/cpu:0",)
+    return sim
+
+
+def test_what_is_loaded_on_a_device_that_a_look_misses_serves_on() -> None:
+    sim = in_use_there()
+    for _ in range(3):
+        for _ in range(GONE_AFTER - 1):
+            sim.see_devices(without="s/cpu:0")
+        sim.see_runtime("s")
+        assert sim.state("a") is State.READY and "a" in sim.open
+        sim.see_devices()
+    assert not [o for _, out in sim.history for o in out if isinstance(o, i.CloseRoute)]
+    assert (sim.world.devices["s/cpu:0"].missed, sim.world.devices["s/cpu:0"].booked_bytes) == (0, 40)
+
+
+def test_several_looks_in_a_row_without_a_device_and_it_is_gone() -> None:
+    sim = in_use_there()
+    for _ in range(GONE_AFTER):
+        sim.see_devices(without="s/cpu:0")
+    assert "s/cpu:0" not in sim.world.devices
+    assert sim.world.models["a"].failure == Failure("runtime_unavailable", "s/cpu:0 is gone")
+
+
+def test_nothing_is_placed_on_a_device_until_it_is_seen_again() -> None:
+    sim = in_use_there()
+    sim.see_devices(without="s/cpu:0")
+    sim.accept("b", memory=60, runtime="s")
+    sim.accept("large", memory=95, runtime="s", dropped=True)
+    ticket = sim.ask("b")
+    sim.wait(16)
+    assert sim.answer(ticket) == "waits" and sim.state("large") is State.QUEUED
+    assert sim.world.models["large"].reason == "waits for a device: s/cpu:0 is not seen at present"
+    assert sim.state("a") is State.READY
+    sim.see_devices()
+    sim.run()
+    assert sim.answer(ticket) == "granted"
+
+
+def test_new_files_wait_until_the_device_of_the_old_ones_is_seen_again() -> None:
+    sim = in_use_there()
+    sim.end("a")
+    sim.see_devices(without="s/cpu:0")
+    sim.change("a")
+    assert sim.state("a") is State.READY and "s/cpu:0 is not seen at present" in sim.world.models["a"].reason
+    sim.see_devices()
+    sim.run()
+    assert sim.world.models["a"].loaded_revision == "2"
+
+
+def test_what_sleeps_is_woken_once_its_device_is_seen_again() -> None:
+    sim = Sim(Policy(budgets={"cpu:0": 50, "s/cpu:0": 100}), runtimes=("s",), levels=(1,))
+    sim.apart["s/cpu:0"] = "s"
+    sim.see_devices()
+    sim.run()
+    sim.accept("a", memory=60, runtime="s")
+    sim.load("a")
+    sim.wait(620)
+    sim.run()
+    assert sim.state("a") is State.STANDBY
+    sim.see_devices(without="s/cpu:0")
+    ticket = sim.ask("a")
+    assert sim.state("a") is State.STANDBY and sim.answer(ticket) == "waits"
+    sim.see_devices()
+    sim.run()
+    assert sim.answer(ticket) == "granted" and sim.world.models["a"].reason.startswith("woken")

@@ -6,6 +6,7 @@ import pytest
 
 from modelium.core import instructions as i
 from modelium.core.states import RuntimeState, State
+from modelium.core.world import Policy
 from tests.core.sim import Sim
 from tests.core.test_scenarios import booked, make
 
@@ -82,6 +83,24 @@ def test_an_unload_that_is_late_is_told_and_left_to_its_limit() -> None:
     assert sim.state("a") is State.UNLOADING
 
 
+def test_the_unload_of_a_load_that_was_given_up_says_nothing_of_how_long_unloads_take() -> None:
+    sim = make()
+    sim.accept("a")
+    sim.withdraw(sim.ask("a"))
+    assert sim.state("a") is State.LOADING
+    sim.unload("a")
+    assert sim.state("a") is State.UNLOADING
+    sim.wait(100)
+    sim.complete(sim.pending[-1])
+    assert sim.world.runtimes["r"].slowest_unload_s == 0
+    sim.load("a")
+    sim.unload("a")
+    sim.complete(sim.pending[-1])
+    sim.wait(20)
+    sim.complete(sim.pending[-1])
+    assert sim.world.runtimes["r"].slowest_unload_s == 20
+
+
 def test_what_could_not_be_unloaded_goes_with_its_runtime_once_others_wait_for_its_room() -> None:
     sim = make(unload_timeout_s=60)
     sim.accept("a", memory=60)
@@ -104,6 +123,86 @@ def test_what_could_not_be_unloaded_goes_with_its_runtime_once_others_wait_for_i
     assert sim.real["r"].instance == 2
     assert sim.answer(ticket) == "granted"
     assert sim.state("a") is State.COLD
+
+
+def stuck_beside(sim: Sim) -> None:
+    """`a` could not be unloaded a while ago, and `used` is served beside it on the same device."""
+    sim.accept("a", memory=60)
+    sim.accept("used", memory=20)
+    sim.load("a")
+    sim.load("used", finish=False)
+    sim.unload("a")
+    sim.complete(sim.pending[-1])
+    sim.wait(61)
+    assert sim.state("a") is State.FAILED
+    sim.wait(120)
+
+
+def spared(sim: Sim) -> bool:
+    return not sim.world.runtimes["r"].recycle and sim.state("used") is State.READY
+
+
+def test_what_could_not_be_unloaded_is_not_in_the_way_of_who_waits_for_a_runtime() -> None:
+    sim = Sim(Policy(budgets={"cpu:0": 100}, unload_timeout_s=60), runtimes=("r", "s"))
+    sim.run()
+    stuck_beside(sim)
+    sim.crash("s")
+    sim.accept("b", memory=60, runtime="s")
+    ticket = sim.ask("b", deadline_s=3000)
+    sim.wait(25)
+    assert spared(sim) and sim.answer(ticket) == "waits"
+
+
+def test_nor_of_who_waits_for_a_turn_or_for_parts() -> None:
+    sim = make(unload_timeout_s=60, max_concurrent_loads=1)
+    stuck_beside(sim)
+    sim.accept("slow", memory=5)
+    sim.accept("turn", memory=5)
+    sim.accept("part", memory=5)
+    sim.accept("whole", memory=5, parts=("part",))
+    for name in ("slow", "turn", "whole"):
+        sim.ask(name, deadline_s=3000)
+    sim.wait(25)
+    assert sim.states() | {"part": "QUEUED", "turn": "QUEUED", "whole": "QUEUED"} == sim.states()
+    assert spared(sim)
+
+
+def test_nor_of_who_waits_for_room_on_a_device_that_it_is_not_on() -> None:
+    budgets = {"cpu:0": 100, "s/cpu:0": 100}
+    sim = Sim(Policy(budgets=budgets, unload_timeout_s=60), runtimes=("r", "s"))
+    sim.elsewhere = {"s"}
+    sim.apart["s/cpu:0"] = "s"
+    sim.see_devices()
+    sim.run()
+    stuck_beside(sim)
+    sim.accept("full", memory=60, runtime="s", pinned=True)
+    sim.run()
+    sim.accept("b", memory=60, runtime="s")
+    ticket = sim.ask("b", deadline_s=3000)
+    sim.wait(25)
+    assert spared(sim) and sim.answer(ticket) == "waits"
+
+
+def test_nor_of_who_gets_the_room_of_others_in_time() -> None:
+    sim = make(unload_timeout_s=60, drain_timeout_s=300)
+    stuck_beside(sim)
+    sim.accept("b", memory=30)
+    ticket = sim.ask("b", deadline_s=3000)
+    sim.wait(25)
+    assert not sim.world.runtimes["r"].recycle and sim.state("used") is State.DRAINING
+    sim.end("used")
+    sim.run()
+    assert sim.answer(ticket) == "granted"
+
+
+def test_nor_of_who_would_have_no_room_without_it_either() -> None:
+    sim = make(unload_timeout_s=60)
+    stuck_beside(sim)
+    sim.pin("used")
+    sim.accept("b", memory=90)
+    sim.ask("b", deadline_s=3000)
+    sim.wait(25)
+    assert spared(sim) and "used is pinned" in sim.world.models["b"].reason
 
 
 @pytest.mark.parametrize("kept, in_use, anew", [(39, False, False), (41, False, True), (41, True, False)])

@@ -12,7 +12,7 @@ from modelium.core import instructions as i
 from modelium.core.standby import reuse
 from modelium.core.states import RuntimeState, State, Want
 from modelium.core.world import Estimate, Failure, Policy, Spec, Standby, Use
-from tests.core.sim import HOST, Sim
+from tests.core.sim import HOST, File, Sim
 
 
 def make(limit: int = 100, levels: tuple[int, ...] = (1,), residue: int = 0, **policy: object) -> Sim:
@@ -237,6 +237,45 @@ def test_a_wake_that_never_ends_is_followed_by_a_load() -> None:
     assert sim.state("a") is State.UNLOADING and sim.answer(ticket) == "waits"
     sim.run()
     assert sim.answer(ticket) == "granted"
+
+
+@pytest.mark.parametrize("wake_s, bound_s", [(0.2, 60), (25, 100)])
+def test_a_wake_that_takes_far_longer_than_expected_is_given_up_for_a_load(wake_s: float, bound_s: float) -> None:
+    sim = make()
+    file = File(Spec("r", "cpu", "1"), 60, 60)
+    sim.files["a"] = file
+    estimate = Estimate(60, 100.0, standby=(Standby(1, 30, 0, wake_s),))
+    sim.happen(e.ModelAccepted(sim.now, "a", file.spec, estimate))
+    sim.ask("a")
+    sim.complete(sim.pending[-1], took=100)
+    sim.end("a")
+    sim.wait(620)
+    sim.run()
+    ticket = sim.ask("a", deadline_s=1000)
+    wake = sim.pending[-1]
+    assert isinstance(wake.order, i.Wake)
+    sim.wait(bound_s - 1)
+    assert sim.state("a") is State.LOADING
+    sim.wait(2)
+    assert sim.state("a") is State.UNLOADING and sim.answer(ticket) == "waits"
+    told = f"did not wake, and is loaded anew: not within {bound_s:.0f} s, and expected were {wake_s:.1f} s"
+    assert sim.world.models["a"].reason == told
+    sim.run()
+    assert sim.answer(ticket) == "granted" and sim.world.models["a"].reason.startswith("loaded")
+
+
+def test_a_wake_of_which_nothing_is_known_has_the_time_of_a_load() -> None:
+    sim = make(levels=(1,))
+    sim.real["r"].models["a"] = (("cpu:0", 60),)
+    sim.real["r"].sleep("a", 2, ((HOST, 30),))
+    sim.accept("a", memory=60, was_loaded=True)
+    sim.see_runtime()
+    ticket = sim.ask("a", deadline_s=1000)
+    sim.wait(899)
+    assert sim.state("a") is State.LOADING and sim.answer(ticket) == "waits"
+    sim.wait(2)
+    assert sim.state("a") is State.UNLOADING
+    assert sim.world.models["a"].reason == "did not wake, and is loaded anew: not within 900 s"
 
 
 @pytest.mark.parametrize("late", [False, True])

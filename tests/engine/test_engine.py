@@ -13,6 +13,7 @@ import pytest
 
 from modelium.api import Device, Endpoint, Inspection
 from modelium.api.fakes import FakeRuntime
+from modelium.core.ticking import GONE_AFTER
 from modelium.engine.ledger import Ledger
 from modelium.engine.orchestrator import Orchestrator
 from modelium.engine.repository import Repository
@@ -804,6 +805,8 @@ async def test_a_device_that_only_the_runtime_reaches_is_used_and_when_it_goes_i
         if where == ("far/cpu:0",):
             runtime.models.pop("small")
         await r.look()
+        for _ in range(GONE_AFTER):
+            await r.engine._look_at_devices()
         await r.until(lambda: "far/cpu:0" not in r.engine.loop.world.devices)
         r.advance(2)
         await r.is_("small", "READY")

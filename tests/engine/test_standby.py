@@ -10,6 +10,7 @@ import pytest
 
 from modelium.api import Device
 from modelium.api.fakes import FakeRuntime
+from modelium.core.ticking import GONE_AFTER
 from modelium.engine.planner import PROCESS_BYTES
 from modelium.errors import DriverError
 from tests.engine.harness import MB, Rig, rig
@@ -160,11 +161,17 @@ async def with_a_card(r: Rig) -> None:
     await r.is_("a", "STANDBY")
 
 
+async def the_card_goes(r: Rig) -> None:
+    r.runtime.devices = ()
+    await r.look()
+    for _ in range(GONE_AFTER):
+        await r.engine._look_at_devices()
+
+
 async def test_its_device_is_gone_and_a_request_is_answered_from_another(r: Rig) -> None:
     await with_a_card(r)
     unload = r.runtime.hold("unload", "a")
-    r.runtime.devices = ()
-    await r.look()
+    await the_card_goes(r)
     await unload.arrived.wait()
     assert r.state("a") == "UNLOADING" and r.reason("a") == "fake/cuda:0 is gone"
     waiter = asyncio.ensure_future(r.service.acquire("a"))
@@ -180,8 +187,7 @@ async def test_its_device_goes_while_it_wakes(r: Rig) -> None:
     wake = r.runtime.hold("wake", "a")
     waiter = asyncio.ensure_future(r.service.acquire("a"))
     await wake.arrived.wait()
-    r.runtime.devices = ()
-    await r.look()
+    await the_card_goes(r)
     (await waiter).release()
     assert wake.cancelled and r.service.view("a").devices == ("cuda:0",)
     assert (r.runtime.count("unload", "a"), r.runtime.count("load", "a")) == (1, 2)

@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import traceback
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,7 @@ class _Other:
         self._process = subprocess.Popen(
             [python, str(Path(__file__).resolve())], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
+        weakref.finalize(self, self._process.terminate)
 
     def ask(self, *question: Any) -> Any:
         assert self._process.stdin and self._process.stdout
@@ -182,6 +184,11 @@ class _Other:
 
 
 _other = functools.cache(_Other)
+
+
+def done() -> None:
+    """End those that were started."""
+    _other.cache_clear()
 
 
 # --------------------------------------------------------------------------- from here on in that Python

@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from serving import give_back_memory
+
 # Nothing is ever fetched: the model's own folder holds all that it needs. Must be set before transformers is imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -58,7 +60,9 @@ def pretrained(kind: Any, folder: Path, device: Any, dtype: Any, may_lack: tuple
     if missing:
         shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         raise ValueError(f"the weights lack {shown}: the checkpoint was made for another task than {kind.__name__}")
-    return model.to(device).eval()
+    model = model.to(device).eval()
+    give_back_memory()
+    return model
 
 
 def tokenizer(folder: Path) -> Any:

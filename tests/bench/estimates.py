@@ -37,10 +37,14 @@ def rows(folder: Path) -> Iterator[tuple[str, str, str]]:
     service = Served(folder / "root", config | {"brain": {"rules": rules}})
     try:
         service.start()
-        for name, (where, make) in kinds.items():
+        drops = {}
+        for name, (_, make) in kinds.items():
             place = folder / name
             place.mkdir()
-            service.drop(make(place))
+            drops[name] = make(place)
+        models.done()  # it has PyTorch's libraries, which models would be found to share with it
+        for name, (where, _) in kinds.items():
+            service.drop(drops[name])
             service.until_state(name, "READY", "COLD", within_s=600)
             told = []
             for errors in (first, later):

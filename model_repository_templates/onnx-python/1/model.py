@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
-from serving import Refused, answer, parameters, text, version_folder
+from serving import Refused, answer, give_back_memory, parameters, text, version_folder
 
 Inputs = dict[str, np.ndarray]
 
@@ -34,6 +34,7 @@ class TritonPythonModel:
             providers.insert(0, ("CUDAExecutionProvider", {"device_id": int(args["model_instance_device_id"])}))
         path = version_folder(args) / settings["model_file"]
         self.session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+        give_back_memory()
         self.types = {tensor.name: tensor.type for tensor in self.session.get_inputs()}
         config = json.loads(args["model_config"])
         # Triton knows no scalars: one comes as a tensor of one element. (A shape that nobody knows is empty here, too.)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
-from serving import Refused, answer, parameters, version_folder
+from serving import Refused, answer, give_back_memory, parameters, version_folder
 
 Inputs = dict[str, np.ndarray]
 
@@ -38,6 +38,7 @@ class TritonPythonModel:
         self.scalars = scalars & {tensor["name"] for tensor in config["input"] if tensor["dims"] == [1]}
 
         self.warm_up()
+        give_back_memory()
 
     def warm_up(self) -> None:
         """Let it make its own copy of the weights now rather than for the first request: until then its memory is not

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import on_torch
 import triton_python_backend_utils as pb_utils
-from serving import Refused, answer, parameters, version_folder
+from serving import Refused, answer, give_back_memory, parameters, version_folder
 
 
 class TritonPythonModel:
@@ -41,6 +41,7 @@ class TritonPythonModel:
         settings = parameters(args)
         self.device = on_torch.device(args, settings)
         self.model = torch.jit.load(str(version_folder(args) / settings["model_file"]), map_location=self.device).eval()
+        give_back_memory()
         config = json.loads(args["model_config"])
         self.inputs = [tensor["name"] for tensor in config["input"]]
         self.outputs = [tensor["name"] for tensor in config["output"]]

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from serving import give_back_memory
 
 # transformers imports PyTorch where it finds it, for its tokenizers too: 180 MiB that nothing here uses.
 sys.modules["torch"] = None  # type: ignore[assignment]
@@ -22,6 +23,7 @@ class Session:
         # Idle threads would spin, and take the processor from the other models.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self.session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        give_back_memory()
         self.inputs = [tensor.name for tensor in self.session.get_inputs()]
         self.outputs = [tensor.name for tensor in self.session.get_outputs()]
 

@@ -228,6 +228,10 @@ class Served:
 
     def drop(self, source: Path, name: str | None = None) -> Path:
         """Rename a copy of `source` into the incoming folder: it arrives in one piece."""
+        return self.coming(source, name)()
+
+    def coming(self, source: Path, name: str | None = None) -> Callable[[], Path]:
+        """Copy `source` beside the incoming folder; what is returned renames it into that."""
         name = name or source.name
         hidden = self.root / f"coming-{name}"
         if source.is_dir():
@@ -236,7 +240,7 @@ class Served:
             shutil.copy(source, hidden)
         incoming = self.root / "incoming"
         incoming.mkdir(exist_ok=True)
-        return hidden.rename(incoming / name)
+        return lambda: hidden.rename(incoming / name)
 
     def cli(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """A command as a person would type it."""

@@ -23,14 +23,25 @@ BY_HAND = ("vllm", "llamacpp")
 """Runtimes whose servers a person can start by the same command."""
 
 
+def _large(folder: Path) -> Path:
+    """0.4 GB of weights."""
+    from tiny_gguf import llama
+
+    sizes = {"width": 1024, "layers": 12, "feed_forward": 4096, "heads": 16, "kv_heads": 8, "kind": "F16"}
+    return Path(llama(folder / "gguf-letters-large.gguf", **sizes))
+
+
+LARGE = fleet.Member("gguf-letters-large", "llamacpp", _large, lambda _: True)
+
+
 def rows(folder: Path) -> Iterator[tuple[str, str, str]]:
     fleet.install(RUNTIMES)
     service = Served(folder / "root", fleet.configuration(RUNTIMES))
     try:
         service.start()
         sizes = fleet.fill(service, RUNTIMES, folder)
-        for runtime in BY_HAND:
-            yield from _first_token(service, fleet.MEMBERS[runtime], folder)
+        for member in (*(fleet.MEMBERS[runtime] for runtime in BY_HAND), LARGE):
+            yield from _first_token(service, member, folder)
         service.stop()
         # Room for all but one and a bit of the largest: each request after the first few makes somebody go.
         room = sum(sizes.values()) - max(sizes.values()) // 2
@@ -54,8 +65,9 @@ def _first_token(service: Served, member: fleet.Member, folder: Path) -> Iterato
         place.mkdir(parents=True)
         source = member.make(place)
         name = f"{member.name}-{number}"
+        drop = service.coming(source, name + source.suffix)
         start = time.perf_counter()
-        service.drop(source, name + source.suffix)
+        drop()
         _first_answer(service.url, name)
         dropped.append(time.perf_counter() - start)
         record = _record(service, member.runtime, name)
@@ -68,7 +80,7 @@ def _first_token(service: Served, member: fleet.Member, folder: Path) -> Iterato
         service.post(f"/models/{name}/unload")
     for what, ours in (("from a drop to the first token", dropped), ("a COLD model's first token", cold)):
         yield (
-            f"{member.runtime}: {what}, against the same server by hand",
+            f"{member.name} by {member.runtime}: {what}, against the same server by hand",
             f"{median(ours):.2f} s against {median(by_hand):.2f} s, {median(ours) / median(by_hand):.2f} of it",
             "at most 1.10 of it",
         )
@@ -138,12 +150,10 @@ def _swaps(service: Served) -> Iterator[tuple[str, str, str]]:
 
 def _warm_and_cold(service: Served, folder: Path) -> Iterator[tuple[str, str, str]]:
     """Two language models of 0.4 GB and room for one: with the one's weights in the page cache, and without."""
-    from tiny_gguf import llama
-
-    sizes = {"width": 1024, "layers": 12, "feed_forward": 4096, "heads": 16, "kv_heads": 8, "kind": "F16"}
-    names = ("gguf-words-large-a", "gguf-words-large-b")
+    names = ("gguf-letters-a", "gguf-letters-b")
+    weights = _large(folder)
     for name in names:
-        service.drop(llama(folder / f"{name}.gguf", **sizes))
+        service.drop(weights, f"{name}.gguf")
         service.until_state(name, "READY", "COLD", within_s=600)
     took: dict[bool, list[float]] = {True: [], False: []}
     for number in range(6):
@@ -151,8 +161,8 @@ def _warm_and_cold(service: Served, folder: Path) -> Iterator[tuple[str, str, st
             warm, other = number % 2 == 0, names[names.index(name) - 1]
             service.post(f"/models/{name}/unload")
             _first_answer(service.url, other)
-            (weights,) = (service.root / "repository" / name).rglob("*.gguf")
-            with weights.open("rb") as file:
+            (held,) = (service.root / "repository" / name).rglob("*.gguf")
+            with held.open("rb") as file:
                 if warm:
                     while file.read(2**24):
                         pass

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from serving import give_back_memory
+from memory import give_back_memory
 
 # Nothing is ever fetched: the model's own folder holds all that it needs. Must be set before transformers is imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

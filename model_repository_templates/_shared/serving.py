@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import locale
 from collections.abc import Callable, Hashable, Sequence
@@ -32,12 +31,6 @@ def parameters(args: dict[str, str]) -> dict[str, str]:
 
 def version_folder(args: dict[str, str]) -> Path:
     return Path(args["model_repository"]) / args["model_version"]
-
-
-def give_back_memory() -> None:
-    """What loading took and freed: the C library keeps it for later, up to as much again as the weights have."""
-    with contextlib.suppress(AttributeError, OSError):  # where it is not glibc
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def refusal(message: str) -> Any:

@@ -90,7 +90,7 @@ class RuntimeContext:
     report: Report
     """Progress of long preparations (installing an environment) that belong to no single load."""
     starting: defaultdict[str, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
-    """By device, and of all runtimes: held by a server that measures what is free there."""
+    """By device, the same for all runtimes: held by a start that measures what is free there."""
 
 
 @runtime_checkable

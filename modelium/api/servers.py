@@ -60,7 +60,7 @@ class ServerCommand:
     argv: Sequence[str]
     env: Mapping[str, str] = field(default_factory=dict)
     exclusive: Collection[str] = ()
-    """Devices on which no other server may start meanwhile, since it measures what is free there."""
+    """Devices on which no other such start goes on meanwhile, of whatever runtime: it measures what is free there."""
     note: str = ""
     """What a person should know of it."""
 
@@ -288,7 +288,7 @@ class ModelServers:
                 old = None
             first, second = self._slots(name)
             slot = second if old is not None and old.record.name == first else first
-            await self._kept(slot)  # a start ends what still runs under its name
+            await self._call_off(slot)  # a start ends what still runs under its name
             former: DriverError | None = None
             while True:
                 try:
@@ -401,7 +401,7 @@ class ModelServers:
         self._ending.add(name)
         try:
             for slot in self._slots(name):
-                await self._kept(slot)
+                await self._call_off(slot)
             await asyncio.gather(*(self._context.processes.stop(slot, grace_s=GRACE_S) for slot in self._slots(name)))
             self._servers.pop(name, None)
             self._broken.pop(name, None)
@@ -431,14 +431,12 @@ class ModelServers:
         self._retiring[slot] = task
         task.add_done_callback(lambda _: self._retiring.pop(slot, None))
 
-    async def _kept(self, slot: str) -> bool:
-        """What retires there is not ended in a while, but by who asks; whether there is any."""
+    async def _call_off(self, slot: str) -> None:
+        """What retires there is not ended in a while, but by who asks."""
         task = self._retiring.get(slot)
-        if task is None:
-            return False
-        task.cancel()
-        await asyncio.wait([task])
-        return True
+        if task is not None:
+            task.cancel()
+            await asyncio.wait([task])
 
     async def stop(self) -> None:
         names = await asyncio.to_thread(self._context.processes.names)

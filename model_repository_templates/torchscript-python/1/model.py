@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import on_torch
 import triton_python_backend_utils as pb_utils
-from serving import Refused, answer, give_back_memory, parameters, version_folder
+from memory import give_back_memory
+from serving import Refused, answer, parameters, version_folder
 
 
 class TritonPythonModel:

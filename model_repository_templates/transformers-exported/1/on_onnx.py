@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from serving import give_back_memory
+from memory import give_back_memory
 
 # transformers imports PyTorch where it finds it, for its tokenizers too: 180 MiB that nothing here uses.
 sys.modules["torch"] = None  # type: ignore[assignment]

@@ -140,8 +140,8 @@ def _sockets(folder: Path | None) -> tuple[Path, Path] | None:
         return None
     if len(os.fsencode(folder / "grpc.sock")) > LONGEST_SOCKET_PATH:
         raise ConfigError(
-            f"server.socket_directory is too long: with HAProxy's own a socket's path may have {LONGEST_SOCKET_PATH} bytes, and "
-            f"{folder / 'grpc.sock'} has {len(os.fsencode(folder / 'grpc.sock'))}"
+            f"server.socket_directory is too long: a socket's path may have {LONGEST_SOCKET_PATH} bytes for HAProxy to "
+            f"take it, and {folder / 'grpc.sock'} has {len(os.fsencode(folder / 'grpc.sock'))}"
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -338,6 +338,7 @@ class TestEnvironments:
         with pytest.raises(DriverError, match="modelium runtimes install vllm") as caught:
             await vllm_environment.prepare(tmp_path / "v", ours, tmp_path / "cache", (), silent)
         assert caught.value.code == "vllm_missing"
+        assert "or set `triton.vllm_environment` to" in caught.value.message
         theirs = make_vllm(tmp_path / "v", f"python{interpreter.version}")
         site = theirs / "lib" / f"python{interpreter.version}" / "site-packages"
         (site / "numpy").mkdir()

@@ -50,6 +50,7 @@ async def test_on_a_cpu(kind: LlamaCppKind, request_: LoadRequest) -> None:
     assert option(argv, "--alias") == "m"
     assert option(argv, "--ctx-size") == "4096", "of both requests together"
     assert option(argv, "--n-gpu-layers") == "0"
+    assert command.exclusive == ()
     assert command.env["CUDA_VISIBLE_DEVICES"] == ""
     assert "--no-mmap" not in argv
     quantised = request_.analysis.model_copy(update={"facts": {**request_.analysis.facts, "quantization": "Q4_K_M"}})
@@ -71,7 +72,19 @@ async def test_on_gpus(kind: LlamaCppKind, request_: LoadRequest) -> None:
     argv = list(command.argv)
     assert command.env["CUDA_VISIBLE_DEVICES"] == "GPU-2,GPU-0"
     assert option(argv, "--tensor-split") == "1,1"
+    assert command.exclusive == ("cuda:2", "cuda:0")
     assert option(argv, "--n-gpu-layers") == "999"
+
+
+def test_others_start_on_its_gpus_when_it_has_taken_its_memory(kind: LlamaCppKind) -> None:
+    lines = [
+        "0.00.014.215 I srv    load_model: loading model '/r/m/1/model.gguf'",
+        "0.00.022.836 I cmn          init: llama threadpool init, n_threads = 2",
+        "0.00.566.153 I srv    load_model: initializing, n_slots = 2, n_ctx_slot = 512, kv_unified = 'false'",
+        "0.00.574.905 I srv          init: model loaded",
+    ]
+    assert not kind.settled(lines[:-1])
+    assert kind.settled(lines)
 
 
 async def test_what_can_be_mended_is_tried_once(kind: LlamaCppKind, request_: LoadRequest) -> None:

@@ -200,8 +200,10 @@ def test_our_own_cluster_takes_the_ledgers_gpu_and_others_choose_one_with_room(t
         (40, 4, 4, 0.13),
         (10, 1, 4, 0.13),  # as the default settings have it, or as it was measured while there was one
         (60, 1, 4, 0.19),
-        (10, 4, None, 0.13),
+        (6, 1, 4, 0.08),
+        (20, 4, None, 0.07),
         (15, 1, None, 0.19),
+        (6, 1, None, 0.08),
     ],
 )
 def test_a_gpu_s_share_is_that_of_one_replica(
@@ -217,6 +219,7 @@ def test_a_gpu_s_share_is_that_of_one_replica(
     }
     options = ordered(made.model_copy(update=changes), own=False)["options"]
     assert options["ray_actor_options"]["num_gpus"] == share
+    assert 80 * replicas * (share - 0.01) <= booked, "but for rounding no more than the ledger lets in"
 
 
 def test_autoscaling_and_spreading(tmp_path: Path) -> None:

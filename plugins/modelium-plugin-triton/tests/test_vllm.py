@@ -125,6 +125,19 @@ class TestOffers:
         with pytest.raises(ModelError, match="quantised with gptq"):
             offers(changed(quantization="gptq"), triton("python"), GPUS)
 
+    def test_wrong_settings_are_no_reason_for_the_templates(self, in_the_wheel: RuntimeInfo) -> None:
+        wrong = {"default_settings": {"dtype": "int3", "max_num_seqs": 0}}
+        for devices in ((CPU,), GPUS):
+            found = offers(LLAMA, triton("vllm", "python", **wrong), devices)
+            assert [o.serving for o in found] == ["transformers-text-generation"]
+        make_vllm(Path(in_the_wheel.facts["vllm_environment"]))
+        on_cpu = in_the_wheel.model_copy(update={"facts": {**in_the_wheel.facts, **wrong}})
+        assert [n for n, *_ in named(LLAMA, on_cpu, CPU)] == ["transformers-text-generation"]
+        with pytest.raises(ModelError, match=r"settings for vLLM are not right: dtype: .*; serving it takes Triton's"):
+            offers(LLAMA, triton("vllm", **wrong), GPUS)
+        with pytest.raises(ModelError, match=r"^serving it takes Triton's"):
+            offers(LLAMA, triton("onnxruntime", **wrong), GPUS)
+
     def test_other_tasks_are_not_its_business(self) -> None:
         other = LLAMA.model_copy(update={"task": "text-classification"})
         (offer,) = offers(other, triton("vllm", "python"), GPUS)
@@ -325,6 +338,7 @@ class TestEnvironments:
         with pytest.raises(DriverError, match="modelium runtimes install vllm") as caught:
             await vllm_environment.prepare(tmp_path / "v", ours, tmp_path / "cache", (), silent)
         assert caught.value.code == "vllm_missing"
+        assert "or set `triton.vllm_environment` to" in caught.value.message
         theirs = make_vllm(tmp_path / "v", f"python{interpreter.version}")
         site = theirs / "lib" / f"python{interpreter.version}" / "site-packages"
         (site / "numpy").mkdir()

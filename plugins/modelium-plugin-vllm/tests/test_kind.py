@@ -10,7 +10,7 @@ import pytest
 from modelium_plugin_vllm import arguments, cpu, reasons
 from modelium_plugin_vllm.environment import Vllm
 from modelium_plugin_vllm.kind import LAUNCHER, VllmKind
-from modelium_plugin_vllm.settings import ModelSettings, VllmSettings, model_settings
+from modelium_plugin_vllm.settings import ModelSettings, VllmSettings, engine_settings, model_settings
 from pydantic import ValidationError
 from tiny_hf import adapter, alphabet
 from vllm_lab import analyse, request
@@ -166,8 +166,12 @@ async def test_adapters(kind: VllmKind, folder: Path, tmp_path: Path) -> None:
 async def test_load_formats_take_their_packages(kind: VllmKind, folder: Path) -> None:
     options, _, _ = await started(kind, asked(folder, load_format="fastsafetensors"))
     assert options["--load-format"] == "fastsafetensors"
-    with pytest.raises(LoadRejected, match=r"pip install runai-model-streamer"):
-        await kind.command(asked(folder, load_format="runai_streamer"), 8100, None)
+    for streamed in ("runai_streamer", "runai_streamer_sharded", "RunAI_Streamer"):
+        with pytest.raises(LoadRejected, match=r"pip install runai-model-streamer"):
+            await kind.command(asked(folder, load_format=streamed), 8100, None)
+    for plain in ("dummy", "sharded_state", "of-a-plugin"):
+        options, _, _ = await started(kind, asked(folder, load_format=plain))
+        assert options["--load-format"] == plain
 
 
 async def test_a_second_try_with_less(kind: VllmKind, folder: Path) -> None:
@@ -227,6 +231,13 @@ def test_wrong_settings_are_named_with_those_that_there_are() -> None:
     assert model_settings({"dtype": "float16", "repository": "/r", "device_bytes": 1}).dtype == "float16"
     with pytest.raises(ModelError, match=r"dtype: .*'bfloat16'.*max_model_len: .*there are: dtype, quantization"):
         model_settings({"dtype": "int3", "max_model_len": 0})
+    with pytest.raises(ModelError, match=r"dtype: .*load_format: "):
+        model_settings({"dtype": 16, "load_format": ""})
+
+
+@pytest.mark.parametrize(("said", "meant"), [("half", "float16"), ("float", "float32")])
+def test_dtypes_by_vllm_s_other_names(said: str, meant: str) -> None:
+    assert model_settings({"dtype": said}).dtype == engine_settings({"dtype": said}).dtype == meant
 
 
 @pytest.mark.parametrize(

@@ -51,10 +51,13 @@ NO_MEMORY, NO_PORT = "out_of_memory", "no_port"
 _PREFIX = re.compile(r"^[\d.]+ [A-Z] (?:\S+\s+)?(?=\S+:)")
 """Of a line of its log: time, level, and the part of the program."""
 
+LOADED = "model loaded"
+"""It says so when it has taken all its memory."""
+
 STAGES = (
     ("loading model", "reading the weights"),
     ("threadpool init", "warming up"),
-    ("model loaded", "ready"),
+    (LOADED, "ready"),
 )
 """Words of its log, in the order in which they come, and what they mean."""
 
@@ -116,7 +119,9 @@ class LlamaCppKind:
         if self._program is None:
             self._program = await install(self._context.cache_dir, self._settings, self._context.report)
         argv = [*self._program.argv, *self._arguments(request, settings, port)]
-        return ServerCommand(argv, env={**ENVIRONMENT, **self._devices(request)}, note=note)
+        # What it takes meanwhile would be missing from what another server finds free there.
+        exclusive = request.devices if request.plan.device_kind == "cuda" else ()
+        return ServerCommand(argv, env={**ENVIRONMENT, **self._devices(request)}, exclusive=exclusive, note=note)
 
     def _arguments(self, request: LoadRequest, settings: ModelSettings, port: int) -> list[str]:
         on_gpu = request.plan.device_kind != "cpu"
@@ -165,7 +170,7 @@ class LlamaCppKind:
         return None
 
     def settled(self, lines: Sequence[str]) -> bool:
-        return True
+        return any(LOADED in line for line in lines)
 
     def failure(self, request: LoadRequest, lines: Sequence[str]) -> DriverError:
         text = "\n".join(lines)

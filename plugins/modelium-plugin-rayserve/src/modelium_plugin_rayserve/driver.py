@@ -61,7 +61,6 @@ class RayServeDriver:
         would go on trying for ever."""
         self._cleaning: dict[str, asyncio.Task[None]] = {}
         self._starting = asyncio.Lock()
-        self._measuring = asyncio.Lock()
         self._trees: Trees | None = None
         self._gpus: Gpus | None = None
 
@@ -167,8 +166,7 @@ class RayServeDriver:
             if node == nodes.me
         }
         assert self._trees is not None and self._cluster.record is not None
-        async with self._measuring:
-            found = await asyncio.to_thread(self._trees.look, {"": self._cluster.record.pid, **here})
+        found = await asyncio.to_thread(self._trees.look, {"": self._cluster.record.pid, **here})
         overhead = found.pop("", {})
         memory: dict[str, dict[str, int]] = {}
         for name, shown in wanted.items():

@@ -57,11 +57,13 @@ def order(
 def _share(request: LoadRequest, wanted: ReplicaSettings) -> float:
     """Of a GPU, what the memory of one replica is of it, in hundredths.
 
-    What is booked is of all that there may be by the default settings, or of as many as there were when it was
-    measured: no less than what one is estimated to take, since too small a share has Ray put too many on one GPU.
+    What is booked is of all that there may be, or of as many as there were when it was measured: where Ray adds some,
+    the estimate of one tells between these. It counts no further, so that Ray refuses nothing that was booked.
     """
-    each = request.memory_bytes / max(wanted.most, len(request.devices))
-    each = max(each, one_replica_bytes(request.plan, request.analysis))
+    nodes = len(request.devices)
+    least = request.memory_bytes / max(wanted.most, nodes)
+    most = request.memory_bytes / max(wanted.replicas, nodes)
+    each = min(max(least, one_replica_bytes(request.plan, request.analysis)), most)
     smallest = min((request.device_bytes.get(device, 0) for device in request.devices), default=0)
     return min(1.0, max(0.01, math.ceil(100 * each / smallest) / 100)) if smallest else 1.0
 

@@ -35,17 +35,20 @@ class TritonBackend:
         return TritonDriver(context)
 
     def offers(self, analysis: Analysis, runtime: RuntimeInfo | None, devices: Sequence[Device]) -> Sequence[Offer]:
-        """Native backends before templates. Raises `ModelError` with the reason when it is a kind of model that Triton
-        serves, and this Triton, or this model, is not such that it could."""
+        """Native backends before templates. Raises `ModelError` with the reasons when it is a kind of model that Triton
+        serves, and this Triton, this model, or what is set, is not such that it could."""
         if analysis.format == "triton":
             return [as_is(analysis, runtime, devices)]
-        in_vllm = vllm.offers(analysis, runtime, devices)
-        try:
-            return [*in_vllm, *self._templates(analysis, runtime, devices)]
-        except ModelError:
-            if in_vllm:
-                return in_vllm
-            raise
+        found: list[Offer] = []
+        reasons: list[str] = []
+        for offers in (vllm.offers, self._templates):
+            try:
+                found += offers(analysis, runtime, devices)
+            except ModelError as error:
+                reasons.append(error.message)
+        if reasons and not found:
+            raise ModelError("; ".join(reasons))
+        return found
 
     def _templates(self, analysis: Analysis, runtime: RuntimeInfo | None, devices: Sequence[Device]) -> Sequence[Offer]:
         possible = servings.servings_for(analysis)

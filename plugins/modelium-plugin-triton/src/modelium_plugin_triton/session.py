@@ -195,7 +195,7 @@ class Session:
         if name in self.unfinished.names:
             await self._forget_done(set((await self.look()).by_model()))
             limit = self.settings.load_timeout_s
-            await asyncio.to_thread(self.unfinished.check, name, folder, limit, own=self.own)
+            await self.unfinished.check(name, folder, limit, own=self.own)
 
     async def _load(self, request: LoadRequest, report: Report, attempt: Attempt, native: bool) -> LoadOutcome:
         name = request.name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Set
 from dataclasses import dataclass, field
@@ -43,8 +44,8 @@ class Unfinished:
                 self.stuck.pop(name, None)
                 self._given_up.pop(name, None)
 
-    def check(self, name: str, folder: Path, load_timeout_s: float, *, own: bool) -> None:
-        """Raise what is to be said of a model that is unfinished. Reads its files.
+    async def check(self, name: str, folder: Path, load_timeout_s: float, *, own: bool) -> None:
+        """Raise what is to be said of a model that is unfinished.
 
         One that Triton never gets done with, a new start of our `own` mends, which is worth it once for the files in
         `folder`: not for such as did it before.
@@ -55,7 +56,7 @@ class Unfinished:
             raise DriverError(f"{name}: Triton is not done yet with a load that was given up", code="runtime_busy")
         why = self.stuck.get(name) or f"{name}: Triton goes on without end with a load that was given up"
         if own:
-            files = newest(folder)
+            files = await asyncio.to_thread(newest, folder)
             if self.culprits.get(name) != files:
                 self.culprits[name] = files
                 raise RuntimeStuck(why)

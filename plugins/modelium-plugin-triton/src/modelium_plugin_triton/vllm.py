@@ -49,24 +49,37 @@ _GPU = re.compile(r"cuda:(\d+)$")
 
 
 def offers(analysis: Analysis, runtime: RuntimeInfo | None, devices: Sequence[Device]) -> list[Offer]:
-    """Native first; none where this Triton has neither backend nor environment, or vLLM does not know the model."""
+    """Native first; none where this Triton has neither backend nor environment, or vLLM does not know the model.
+
+    Raises `ModelError` for wrong settings, where there would be an offer.
+    """
     if runtime is None or not _is_for_it(analysis):
         return []
     gpus = [device for device in devices if device.kind == "cuda"] if runtime.facts.get("gpu", True) else []
-    settings = engine_settings(runtime.facts.get(DEFAULT_SETTINGS) or {})
+    environment = vllm_environment.of(runtime)
+    if not gpus:
+        if environment is None or not environment.cpu:
+            return []
+        features = cpu.features()
+        if refusal(analysis, environment.known, "cpu", int4=cpu.computes_int4(features)):
+            return []
+        return [_on_cpu(analysis, _defaults(runtime), devices, bf16=cpu.computes_bf16(features))]
+    native = NATIVE in runtime.backends and not refusal(analysis, None, "cuda")
+    template = environment is not None and not environment.cpu and not refusal(analysis, environment.known, "cuda")
+    if not native and not template:
+        return []
+    settings = _defaults(runtime)
     over = list(limits.counts(analysis, len(gpus), settings.pipeline_parallel_size))
     found: list[Offer] = []
-    if NATIVE in runtime.backends and not refusal(analysis, None, "cuda"):
+    if native:
         found += _over_gpus(NATIVE, analysis, settings, gpus, _native_counts(over, gpus, runtime), runtime)
-    environment = vllm_environment.of(runtime)
-    if environment is not None and not environment.cpu:
-        if not refusal(analysis, environment.known, "cuda"):
-            found += _over_gpus(TEMPLATE, analysis, settings, gpus, over, runtime)
-    elif environment is not None and not gpus:
-        features = cpu.features()
-        if not refusal(analysis, environment.known, "cpu", int4=cpu.computes_int4(features)):
-            found.append(_on_cpu(analysis, settings, devices, bf16=cpu.computes_bf16(features)))
+    if template:
+        found += _over_gpus(TEMPLATE, analysis, settings, gpus, over, runtime)
     return found
+
+
+def _defaults(runtime: RuntimeInfo) -> EngineSettings:
+    return engine_settings(runtime.facts.get(DEFAULT_SETTINGS) or {})
 
 
 def _is_for_it(analysis: Analysis) -> bool:

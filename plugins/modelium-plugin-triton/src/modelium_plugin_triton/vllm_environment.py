@@ -91,7 +91,7 @@ async def prepare(
         version = f" for Python {interpreter.version}" if interpreter else ""
         raise DriverError(
             f"the model is to run in vLLM, and there is none{version} in {place}: `{INSTALL}`, or set "
-            " `triton.vllm_environment` to an environment that has it",
+            "`triton.vllm_environment` to an environment that has it",
             code="vllm_missing",
         )
     site_files = {

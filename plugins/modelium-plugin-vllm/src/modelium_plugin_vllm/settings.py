@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, field_validator
 
 from modelium.api.options import check_options
 from modelium.api.settings import plan_settings
@@ -15,10 +15,21 @@ from modelium.api.urls import BaseUrl
 Count = Annotated[int, Field(ge=1)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 
-Dtype = Literal["auto", "bfloat16", "float16", "float32"]
-LoadFormat = Literal["auto", "safetensors", "fastsafetensors", "runai_streamer"]
+ALIASES: Mapping[str, str] = {"half": "float16", "float": "float32"}
+"""vLLM's other names of dtypes."""
 
-MODULE_OF: Mapping[str, str] = {"fastsafetensors": "fastsafetensors", "runai_streamer": "runai_model_streamer"}
+Dtype = Annotated[
+    Literal["auto", "bfloat16", "float16", "float32"],
+    BeforeValidator(lambda word: ALIASES.get(word, word) if isinstance(word, str) else word),
+]
+LoadFormat = Annotated[str, StringConstraints(to_lower=True, min_length=1)]
+"""Its plugins bring some of their own, so that vLLM alone can tell which there are."""
+
+MODULE_OF: Mapping[str, str] = {
+    "fastsafetensors": "fastsafetensors",
+    "runai_streamer": "runai_model_streamer",
+    "runai_streamer_sharded": "runai_model_streamer",
+}
 """The package that a load format takes beside vLLM."""
 
 REPOSITORY, DEVICE_BYTES = "repository", "device_bytes"
@@ -43,7 +54,7 @@ class EngineSettings(BaseModel):
 
     dtype: Dtype = "auto"
     """Of weights that are not quantised, and of what is computed. `auto`: the checkpoint's own in two bytes; float32 on
-    a CPU that has no arithmetic for them."""
+    a CPU that has no arithmetic for them. `half` is float16, and `float` is float32."""
     quantization: str | None = None
     """vLLM's name of a method; by default as the checkpoint says. `fp8` has a GPU quantise plain weights as they come.
     """
@@ -65,8 +76,8 @@ class EngineSettings(BaseModel):
     pipeline_parallel_size: Count = 1
     """Groups of GPUs that the layers are divided over."""
     load_format: LoadFormat = "auto"
-    """How weights are read. `fastsafetensors` (GPUDirect Storage) and `runai_streamer` take packages of these names in
-    vLLM's environment."""
+    """How weights are read, as vLLM names it. `fastsafetensors` (GPUDirect Storage) and `runai_streamer` take packages
+    of these names in vLLM's environment."""
     enforce_eager: bool | None = None
     """Compute without compiling first. By default so on a CPU, where compiling takes minutes and a compiler."""
     threads: int = Field(default=0, ge=0)

@@ -60,7 +60,7 @@ class ServerCommand:
     argv: Sequence[str]
     env: Mapping[str, str] = field(default_factory=dict)
     exclusive: Collection[str] = ()
-    """Devices on which no other such start goes on meanwhile, of whatever runtime: one of them measures what is free."""
+    """Devices on which no other such start goes on meanwhile, of whatever runtime, since some measure what is free."""
     note: str = ""
     """What a person should know of it."""
 

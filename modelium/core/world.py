@@ -258,6 +258,8 @@ class Account:
     """The only runtime that reaches it; empty: any."""
     missed: int = 0
     """So many looks in a row were without it; nothing is placed on it meanwhile."""
+    missed_since: float = 0.0
+    """When the first of them was."""
 
     @property
     def limit_bytes(self) -> int:

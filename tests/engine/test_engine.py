@@ -13,7 +13,7 @@ import pytest
 
 from modelium.api import Device, Endpoint, Inspection
 from modelium.api.fakes import FakeRuntime
-from modelium.core.ticking import GONE_AFTER
+from modelium.core.ticking import GONE_AFTER, GONE_AFTER_S
 from modelium.engine.ledger import Ledger
 from modelium.engine.orchestrator import Orchestrator
 from modelium.engine.repository import Repository
@@ -807,6 +807,7 @@ async def test_a_device_that_only_the_runtime_reaches_is_used_and_when_it_goes_i
         await r.look()
         for _ in range(GONE_AFTER):
             await r.engine._look_at_devices()
+            r.clock.now += GONE_AFTER_S
         await r.until(lambda: "far/cpu:0" not in r.engine.loop.world.devices)
         r.advance(2)
         await r.is_("small", "READY")
@@ -825,8 +826,10 @@ async def test_what_was_used_a_moment_ago_comes_back_when_its_device_is_gone(tmp
         lease = r.service.try_acquire("a")  # the core is not told
         assert lease is not None
         lease.release()
-        r.engine.running["fake"].devices = ()
-        await r.engine._look_at_devices()
+        runtime.devices = r.engine.running["fake"].devices = ()
+        for _ in range(GONE_AFTER):
+            await r.engine._look_at_devices()
+            r.clock.now += GONE_AFTER_S
         assert r.state("a") != "COLD"
         r.advance(2)
         await r.is_("a", "READY")

@@ -984,6 +984,37 @@ async def test_what_an_external_runtime_serves_of_its_own_accord_is_usable_and_s
         assert not runtime.count("load") and not runtime.count("unload", "second")
 
 
+async def test_a_guest_is_there_when_the_repository_is_read_after_its_runtime_was_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads, names = threading.Event(), Repository.names
+
+    def slow(repository: Repository) -> list[str]:
+        reads.wait(60)
+        return names(repository)
+
+    monkeypatch.setattr(Repository, "names", slow)
+    for name in ("a", "b"):
+        (tmp_path / "repository" / name).mkdir(parents=True)
+        (tmp_path / "repository" / name / "x.toy").write_text(json.dumps({"size": MB}))
+    box = _box("guest", "a")
+    async with rig(tmp_path, others=[box]) as r:
+        try:
+            await r.until(lambda: r.engine.loop.world.runtimes["other"].state == "UP")
+            assert r.state("guest") == "-" and not r.engine.ready()
+            look = box.hold("observe")
+        finally:
+            reads.set()
+        await r.engine.catalog.read_once.wait()
+        assert r.engine.ready() and r.state("guest") != "-" and r.state("a") != "READY"
+        waiter = asyncio.ensure_future(r.service.acquire("guest"))
+        await look.arrived.wait()
+        look.release()
+        (await waiter).release()
+        await r.is_("a", "COLD")
+        assert not any("of its own accord" in t.reason for t in r.engine.journal.last("a", 50))
+
+
 async def test_a_folder_has_its_name_before_any_guest(tmp_path: Path) -> None:
     runtime = FakeRuntime()
     runtime.external = True

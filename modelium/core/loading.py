@@ -77,9 +77,13 @@ def _learnt(model: Model, held: Held | None, placed: tuple[str, ...], event: e.L
         estimate = learnt(estimate, replace(how, wake_s=event.load_s))
     if not event.memory:
         return estimate
-    taken = footprint(event.memory, placed)
-    apart = abs(taken - estimate.memory_bytes) if estimate.measured else 0
-    return replace(estimate, memory_bytes=taken, measured=True, spread_bytes=max(estimate.spread_bytes, apart))
+    return measured(estimate, footprint(event.memory, placed))
+
+
+def measured(estimate: Estimate, taken: int) -> Estimate:
+    """What was seen last is what the next load is expected to take; the most that was ever seen is remembered."""
+    most = estimate.memory_bytes + estimate.spread_bytes if estimate.measured else 0
+    return replace(estimate, memory_bytes=taken, measured=True, spread_bytes=max(0, most - taken))
 
 
 def footprint(memory: Booking, placed: tuple[str, ...]) -> int:

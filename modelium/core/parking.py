@@ -70,9 +70,9 @@ def not_parked(turn: Turn, model: Model, failure: Failure) -> None:
     begin_unload(turn, _no_more(turn, model), f"could not be parked: {failure.message}")
 
 
-def not_woken(turn: Turn, model: Model, failure: Failure) -> None:
-    """It is loaded anew, while those who wait go on waiting."""
-    model = _no_more(turn, model)
+def not_woken(turn: Turn, model: Model, failure: Failure, *, late: bool = False) -> None:
+    """It is loaded anew, while those who wait go on waiting. One that only was `late` may sleep so again."""
+    model = model if late else _no_more(turn, model)
     begin_unload(turn, model, f"did not wake, and is loaded anew: {failure.message}", again=model.want)
 
 

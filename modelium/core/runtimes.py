@@ -8,7 +8,7 @@ from math import inf
 from modelium.api.types import ObservedModel
 from modelium.core import events as e
 from modelium.core.instructions import CloseRoute, OpenRoute, StartRuntime
-from modelium.core.loading import footprint
+from modelium.core.loading import footprint, measured
 from modelium.core.moves import admit, drain, fail, onward, unload_parts, want
 from modelium.core.parking import rest
 from modelium.core.standby import asleep, parked_as
@@ -152,7 +152,7 @@ def _remeasure(turn: Turn, model: Model, shown: ObservedModel) -> None:
         return
     estimate = model.estimate
     if not model.stale and model.parked is None:
-        estimate = replace(estimate, memory_bytes=footprint(new, model.placed), measured=True)
+        estimate = measured(estimate, footprint(new, model.placed))
     turn.change(model, measured=new, booking=new, estimate=estimate)
     turn.dirty = turn.dirty or bool(turn.queue)
 

@@ -64,13 +64,16 @@ def devices_observed(turn: Turn, event: e.DevicesObserved) -> None:
 
 
 GONE_AFTER = 3
-"""So many looks in a row without it, and a device of another machine is gone: one may just have been slow to answer."""
+GONE_AFTER_S = 5.0
+"""So many looks in a row without it, over so long at least, and a device of another machine is gone: one may just have
+been slow to answer, and several looks may be at one observation of its runtime."""
 
 
 def _missed(turn: Turn, account: Account) -> None:
     """What is loaded there serves on while its runtime shows it."""
-    account = replace(account, missed=account.missed + 1)
-    if account.missed < GONE_AFTER:
+    since = account.missed_since if account.missed else turn.now
+    account = replace(account, missed=account.missed + 1, missed_since=since)
+    if account.missed < GONE_AFTER or turn.now - since < GONE_AFTER_S:
         turn.devices = turn.devices.set(account.id, account)
     else:
         _gone(turn, account)
@@ -152,7 +155,8 @@ def _overdue(turn: Turn, model: Model) -> None:
     wake = parked_as(model)
     match model.state:
         case State.LOADING if wake is not None:
-            limit_s = min(policy.load_timeout_s, _late_after(wake.wake_s))
+            load_s = model.estimate.slowest_s or model.estimate.load_s
+            limit_s = min(policy.load_timeout_s, _late_after(max(wake.wake_s, load_s)))
         case State.LOADING | State.READY:
             limit_s = policy.load_timeout_s
         case State.DRAINING:
@@ -169,7 +173,7 @@ def _overdue(turn: Turn, model: Model) -> None:
             not_parked(turn, model, Failure("driver", f"not within {limit_s:.0f} s"))
         case State.LOADING if model.parked is not None:
             told = f", and expected were {wake.wake_s:.1f} s" if wake is not None else ""
-            not_woken(turn, model, Failure("load_timeout", f"not within {limit_s:.0f} s{told}"))
+            not_woken(turn, model, Failure("load_timeout", f"not within {limit_s:.0f} s{told}"), late=True)
         case State.LOADING:
             failure = Failure("load_timeout", f"{model.name} did not load within {limit_s:.0f} s")
             give_up_load(turn, turn.refuse_all(model, failure), failure.message, failure)
@@ -188,7 +192,8 @@ LATE_FACTOR = 4
 LATE_LEAST_S = 60.0
 """An operation is late when it takes this many times as long as the slowest of its kind did, and at least so long.
 
-So it is with a wake, by what is expected of one: it is given up then, since a load can be had instead.
+A wake may have to read the weights again from a cold disk: it is late when a load would be too. Then it is given up,
+since a load can be had instead, and it says nothing against the next one.
 """
 STUCK_S = 60.0
 """So long a runtime may still show that a model is gone after all that it did not unload in time."""

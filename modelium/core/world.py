@@ -42,7 +42,7 @@ class Estimate:
     slowest_s: float = 0.0
     """The slowest of its last loads; 0 where none was measured."""
     spread_bytes: int = 0
-    """By how much its measured loads differed."""
+    """By how much the most that it was ever measured to take, grown in use or not, is more than that."""
     standby: tuple[Standby, ...] = ()
     """The levels at which the model can be parked, the quickest to wake first."""
 
@@ -166,8 +166,8 @@ class Model:
 
     @property
     def spare(self) -> int:
-        """What is booked besides on each of its devices where it is free: by so much its loads differed, and at most
-        by a share that bounds what one odd load costs."""
+        """What is booked besides on each of its devices where it is free: it took so much more once, and at most a
+        share, which bounds what one odd load costs."""
         estimate = self.estimate
         several = self.spec.devices if self.spec else 1
         return min(estimate.spread_bytes, int(estimate.memory_bytes * SPARE_SHARE)) // several
@@ -258,6 +258,8 @@ class Account:
     """The only runtime that reaches it; empty: any."""
     missed: int = 0
     """So many looks in a row were without it; nothing is placed on it meanwhile."""
+    missed_since: float = 0.0
+    """When the first of them was."""
 
     @property
     def limit_bytes(self) -> int:

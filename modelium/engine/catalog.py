@@ -102,6 +102,8 @@ class Catalog:
         """Set when the core knows the runtimes: what is taken in before would be judged without them."""
         self.read_once = asyncio.Event()
         """Set when the whole repository was read for the first time."""
+        self.names_known: Callable[[], None] = lambda: None
+        """Told when that is set, before anybody who waits for it goes on."""
 
     # ------------------------------------------------------------------ reading the folder
 
@@ -116,7 +118,10 @@ class Catalog:
             for start in range(0, len(names), READ_AT_ONCE):
                 for found in await asyncio.to_thread(self._entries, names[start : start + READ_AT_ONCE]):
                     later.extend(self._take(found, settled=not self.read_once.is_set()))
-            self.read_once.set()
+            self._unstudied.update((entry.name, entry) for entry in later)
+            if not self.read_once.is_set():
+                self.read_once.set()
+                self.names_known()
         await self._study_all(later)
 
     async def look(self, *names: str, settled: bool = False) -> None:

@@ -29,11 +29,13 @@ class Guests:
         """Whether a name is, or may turn out to be, that of a folder in the repository."""
         self._at: dict[str, set[str]] = {}
         """Names of what each runtime was last seen to have of its own accord."""
+        self._last: dict[str, Observation] = {}
         self._refused: set[str] = set()
 
     def see(self, runtime: str, observation: Observation) -> None:
         """Take in what an external runtime shows, before that is told to the core."""
         loop = self._loop()
+        self._last[runtime] = observation
         shown = {m.name for m in observation.models if m.ready and m.endpoints and self._usable(m.name)}
         guests = {n for n in self._at.get(runtime, ()) if self._is_guest(n, runtime)}
         for name in sorted(guests - shown):
@@ -46,6 +48,11 @@ class Guests:
             spec = Spec(runtime, "cpu", REVISION, guest=True)
             loop.post(e.ModelAccepted(loop.clock(), name, spec, Estimate(0, 0.0), was_loaded=True, reason=told))
         self._at[runtime] = guests & shown
+
+    def see_again(self) -> None:
+        """Take in what was shown last: by now it is known which names are those of folders."""
+        for runtime, observation in list(self._last.items()):
+            self.see(runtime, observation)
 
     def _is_guest(self, name: str, runtime: str) -> bool:
         model = self._loop().world.models.get(name)

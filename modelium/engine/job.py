@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
 import contextlib
 import os
 import signal
@@ -18,8 +19,9 @@ NAME = "optimizer"
 """Of its processes, by which those of a Modelium that was killed are found."""
 NICE = ("nice", "-n", "10")
 LAST_LINES = 12
-LONGEST_LINE = 4096
-"""Of a longer one, in characters, the end is kept."""
+LONGEST_KEPT = 4096
+LONGEST_LINE = 2**20
+"""Of longer ones, in characters, the end is what is kept to tell why it failed, and what is told as a line."""
 
 
 class Job:
@@ -58,14 +60,13 @@ class Job:
         last: deque[str] = deque(maxlen=LAST_LINES)
         try:
             assert process.stdout is not None
-            rest = ""
+            output = _Lines()
             while chunk := await process.stdout.read(1 << 16):
-                *lines, rest = _lines(rest + chunk.decode(errors="replace"))
-                for line in lines:
-                    last.append(line)
+                for line in output.ended(chunk):
+                    last.append(line[-LONGEST_KEPT:])
                     if tell is not None:
                         tell(line)
-            last.append(rest)
+            last.append(output.rest[-LONGEST_KEPT:])
             code = await process.wait()
         finally:
             self._process = None
@@ -90,7 +91,23 @@ class Job:
                 os.killpg(self._process.pid, number)
 
 
-def _lines(text: str) -> list[str]:
-    """Progress bars end theirs with a carriage return."""
-    ended = text.replace("\r\n", "\n").replace("\r", "\n")
-    return [line[-LONGEST_LINE:] for line in ended.split("\n")]
+class _Lines:
+    """What a program writes, in lines. Progress bars end theirs with a carriage return, and are told at once."""
+
+    def __init__(self) -> None:
+        self.rest = ""
+        """The line that has not ended."""
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._returned = False
+        """What came last was a carriage return: a newline after it ends no other line."""
+
+    def ended(self, chunk: bytes) -> list[str]:
+        text = self._decoder.decode(chunk)
+        if not text:
+            return []
+        if self._returned:
+            text = text.removeprefix("\n")
+        self._returned = text.endswith("\r")
+        *lines, rest = (self.rest + text.replace("\r\n", "\n").replace("\r", "\n")).split("\n")
+        self.rest = rest[-LONGEST_LINE:]
+        return [line[-LONGEST_LINE:] for line in lines]

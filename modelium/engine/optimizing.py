@@ -253,6 +253,17 @@ class Optimizing:
         assert optimizer is not None
         try:
             form = optimizer.layout(judged.served, optimization, facts)
+        except ModelError as exc:
+            self._fail(optimization.key, exc.message)
+            return
+        except ModeliumError as exc:
+            self._say(name, f"{what} can't be taken up: {exc.message}")
+            return
+        except Exception as exc:
+            log.exception("the optimizer failed to lay out %s of %s", what, name)
+            self._fail(optimization.key, f"an error in the optimizer itself: {type(exc).__name__}: {exc}")
+            return
+        try:
             record = OptimizationRecord(
                 optimizer=optimizer.name,
                 key=optimization.key,
@@ -280,9 +291,11 @@ class Optimizing:
         except ModeliumError as exc:
             self._say(name, f"{what} can't be taken up: {exc.message}")
             return
-        except Exception as exc:
-            log.exception("the optimizer failed to lay out %s of %s", what, name)
-            self._fail(optimization.key, f"an error in the optimizer itself: {type(exc).__name__}: {exc}")
+        except Exception as exc:  # in our own work: it is no fault of the form, and the next round tries again
+            told = f"{what} can't be taken up: {type(exc).__name__}: {exc}"
+            if self.said(name) != told:
+                log.exception("%s can't be taken up for %s", what, name)
+            self._say(name, told)
             return
         note = f" ({form.note})" if form.note else ""
         await self._exchange(judged, staged, f"converted: it is served as {what} from now on{note}")
@@ -294,7 +307,7 @@ class Optimizing:
         model = replace(world.models[name], estimate=estimate)
         places = {device for device, _ in model.booking}
         found = spots(Turn(world, loop.policy, loop.clock()), model)
-        return any(spot.fits_now for spot in found if {device for device, _ in spot.booking} == places)
+        return any(spot.seen and spot.fits_now for spot in found if {device for device, _ in spot.booking} == places)
 
     async def _review(self, judged: Judged, record: OptimizationRecord) -> None:
         """Put it back where it does not load, or would not be made now as it was."""

@@ -178,7 +178,9 @@ class Orchestrator:
             self.runtimes_known,
             config.orchestration.settle_s,
         )
-        self.runtimes.shown = Guests(lambda: self.loop, self.catalog.claims).see
+        self._guests = Guests(lambda: self.loop, self.catalog.claims)
+        self.runtimes.shown = self._guests.see
+        self.catalog.names_known = self._names_known
         self.ingest: Ingest | None = None
         if paths.incoming is not None:
             self.ingest = Ingest(
@@ -383,6 +385,12 @@ class Orchestrator:
             except Exception:
                 log.exception("the folders could not be read; they are read again")
             await asyncio.sleep(self.config.orchestration.rescan_interval_s)
+
+    def _names_known(self) -> None:
+        """Guests are told of before anybody hears that the engine is ready: a request waits until they are found."""
+        self._guests.see_again()
+        for name in self.running:
+            self.runtimes.poke(name)
 
     def _repository_changed(self, entry: str, _: bool) -> None:
         if not entry.startswith("."):

@@ -108,22 +108,24 @@ class Planner:
 
     def estimate(self, measured_as: str, plan: Plan, weights_bytes: int) -> Estimate:
         """What was measured before, else what the plan expects."""
+        known = self.store.measured.get(measured_as, Measured())
         found = self.store.measurement(measured_as)
         estimate = Estimate(plan.memory_bytes, plan.load_s)
         if found is not None:
             load_s = found.load_s or plan.load_s
+            last = known.memory[-1] if known.memory else found.memory_bytes
             estimate = Estimate(
-                found.memory_bytes,
+                last,
                 load_s,
                 measured=True,
                 slowest_s=found.slowest_s,
-                spread_bytes=found.memory_spread_bytes,
+                spread_bytes=found.memory_bytes - last,
             )
         running = self.runtimes.get(plan.runtime)
         if not plan.standby or running is None or not isinstance(running.driver, Parks):
             return estimate
-        known = self.store.measured.get(measured_as, Measured()).standby
-        levels = [_standby(n, known.get(n, MeasuredStandby()), estimate, plan, weights_bytes) for n in plan.standby]
+        slept = known.standby
+        levels = [_standby(n, slept.get(n, MeasuredStandby()), estimate, plan, weights_bytes) for n in plan.standby]
         return replace(estimate, standby=tuple(sorted(levels, key=lambda s: s.level)))
 
 

@@ -104,7 +104,9 @@ class ProcessSupervisor:
         cwd: Path | None = None,
         facts: Mapping[str, Any] | None = None,
     ) -> ProcessRecord:
-        """Start `argv` under `name`, after ending what still runs under it.
+        """Start `argv` under `name`, after ending what still runs under it where there is a record of it.
+
+        Without a record nothing is searched for, so that a start is quick: what lost its record lives on beside it.
 
         Raises `DriverError` when it can't be started and `ConfigError` when its record or log can't be written; then
         nothing runs.

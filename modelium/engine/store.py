@@ -99,7 +99,8 @@ class Store:
     def measure(self, key: str, memory_bytes: int, load_s: float | None = None) -> None:
         """Take in one load, or (without `load_s`) memory that grew since."""
         old = self.measured.get(key, Measured())
-        if load_s is None and (not old.loads or memory_bytes <= old.memory_bytes * (1 + NOTED_GROWTH)):
+        last = old.memory[-1] if old.memory else old.memory_bytes
+        if load_s is None and (not old.loads or memory_bytes <= last * (1 + NOTED_GROWTH)):
             return
         peaks = (*old.memory, 0) if load_s is not None else old.memory or (0,)
         new = old.model_copy(

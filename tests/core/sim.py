@@ -18,7 +18,7 @@ from modelium.core.invariants import violations
 from modelium.core.line import Line
 from modelium.core.states import BIRTH, TRANSITIONS, RuntimeState, State, Want
 from modelium.core.step import step
-from modelium.core.ticking import GONE_AFTER
+from modelium.core.ticking import GONE_AFTER, GONE_AFTER_S
 from modelium.core.turn import Turn
 from modelium.core.world import Booking, Estimate, Failure, Model, Policy, Spec, Standby, Use, World, queued
 
@@ -672,7 +672,7 @@ class Sim:
     def lose_device(self, id: str, *, sleepers: bool = False, looks: int = GONE_AFTER) -> None:
         """A device that only one runtime reached is gone, with all that holds some of it, and what sleeps if told so.
 
-        Else that is there still, and can't wake. So many looks are without it.
+        Else that is there still, and can't wake. So many looks are without it, far enough apart.
         """
         runtime = self.real[self.apart.pop(id)]
         for name, holds in list(runtime.models.items()):
@@ -681,6 +681,7 @@ class Sim:
                 runtime.drop(name)
         for _ in range(looks):
             self.see_devices()
+            self.now += GONE_AFTER_S
 
     def _there(self, device: str) -> bool:
         return device in self.apart or "/" not in device

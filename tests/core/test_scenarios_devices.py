@@ -8,7 +8,7 @@ import pytest
 
 from modelium.core import instructions as i
 from modelium.core.states import State
-from modelium.core.ticking import GONE_AFTER
+from modelium.core.ticking import GONE_AFTER, GONE_AFTER_S
 from modelium.core.world import Failure, Policy
 from tests.core.sim import Sim
 
@@ -265,6 +265,7 @@ def test_what_is_loaded_on_a_device_that_a_look_misses_serves_on() -> None:
     for _ in range(3):
         for _ in range(GONE_AFTER - 1):
             sim.see_devices(without="s/cpu:0")
+            sim.now += GONE_AFTER_S
         sim.see_runtime("s")
         assert sim.state("a") is State.READY and "a" in sim.open
         sim.see_devices()
@@ -276,8 +277,21 @@ def test_several_looks_in_a_row_without_a_device_and_it_is_gone() -> None:
     sim = in_use_there()
     for _ in range(GONE_AFTER):
         sim.see_devices(without="s/cpu:0")
+        sim.now += GONE_AFTER_S
     assert "s/cpu:0" not in sim.world.devices
     assert sim.world.models["a"].failure == Failure("runtime_unavailable", "s/cpu:0 is gone")
+
+
+def test_many_looks_at_one_time_do_not_tell_that_a_device_is_gone() -> None:
+    sim = in_use_there()
+    for _ in range(2 * GONE_AFTER):
+        sim.see_devices(without="s/cpu:0")
+    sim.now += GONE_AFTER_S - 1
+    sim.see_devices(without="s/cpu:0")
+    assert sim.state("a") is State.READY and sim.world.devices["s/cpu:0"].booked_bytes == 40
+    sim.now += 2
+    sim.see_devices(without="s/cpu:0")
+    assert "s/cpu:0" not in sim.world.devices
 
 
 def test_nothing_is_placed_on_a_device_until_it_is_seen_again() -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from modelium.api import Device, Endpoint, Inspection
 from modelium.api.fakes import FakeRuntime
-from modelium.core.ticking import GONE_AFTER
+from modelium.core.ticking import GONE_AFTER, GONE_AFTER_S
 from modelium.engine.ledger import Ledger
 from modelium.engine.orchestrator import Orchestrator
 from modelium.engine.repository import Repository
@@ -807,6 +807,7 @@ async def test_a_device_that_only_the_runtime_reaches_is_used_and_when_it_goes_i
         await r.look()
         for _ in range(GONE_AFTER):
             await r.engine._look_at_devices()
+            r.clock.now += GONE_AFTER_S
         await r.until(lambda: "far/cpu:0" not in r.engine.loop.world.devices)
         r.advance(2)
         await r.is_("small", "READY")
@@ -825,8 +826,10 @@ async def test_what_was_used_a_moment_ago_comes_back_when_its_device_is_gone(tmp
         lease = r.service.try_acquire("a")  # the core is not told
         assert lease is not None
         lease.release()
-        r.engine.running["fake"].devices = ()
-        await r.engine._look_at_devices()
+        runtime.devices = r.engine.running["fake"].devices = ()
+        for _ in range(GONE_AFTER):
+            await r.engine._look_at_devices()
+            r.clock.now += GONE_AFTER_S
         assert r.state("a") != "COLD"
         r.advance(2)
         await r.is_("a", "READY")
@@ -914,7 +917,7 @@ async def test_what_measured_loads_differed_by_is_booked_besides_after_a_restart
     runtime = FakeRuntime()
     async with rig(tmp_path, runtime=runtime) as r:
         await r.add("a")
-        for size in (19 * MB // 10, 2 * MB):
+        for size in (21 * MB // 10, 2 * MB):
             await r.service.unload("a")
             runtime.memory["a"] = {"cpu:0": size}
             (await r.service.acquire("a")).release()
@@ -924,7 +927,7 @@ async def test_what_measured_loads_differed_by_is_booked_besides_after_a_restart
         held = runtime.hold("load", "a")
         asking = asyncio.ensure_future(r.service.acquire("a"))
         await held.arrived.wait()
-        assert r.engine.loop.world.devices["cpu:0"].booked_bytes == 22 * MB // 10
+        assert r.engine.loop.world.devices["cpu:0"].booked_bytes == 21 * MB // 10
         held.release()
         (await asking).release()
         assert r.engine.loop.world.devices["cpu:0"].booked_bytes == 2 * MB
@@ -979,6 +982,37 @@ async def test_what_an_external_runtime_serves_of_its_own_accord_is_usable_and_s
         r.advance(2)
         (await waiter).release()
         assert not runtime.count("load") and not runtime.count("unload", "second")
+
+
+async def test_a_guest_is_there_when_the_repository_is_read_after_its_runtime_was_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads, names = threading.Event(), Repository.names
+
+    def slow(repository: Repository) -> list[str]:
+        reads.wait(60)
+        return names(repository)
+
+    monkeypatch.setattr(Repository, "names", slow)
+    for name in ("a", "b"):
+        (tmp_path / "repository" / name).mkdir(parents=True)
+        (tmp_path / "repository" / name / "x.toy").write_text(json.dumps({"size": MB}))
+    box = _box("guest", "a")
+    async with rig(tmp_path, others=[box]) as r:
+        try:
+            await r.until(lambda: r.engine.loop.world.runtimes["other"].state == "UP")
+            assert r.state("guest") == "-" and not r.engine.ready()
+            look = box.hold("observe")
+        finally:
+            reads.set()
+        await r.engine.catalog.read_once.wait()
+        assert r.engine.ready() and r.state("guest") != "-" and r.state("a") != "READY"
+        waiter = asyncio.ensure_future(r.service.acquire("guest"))
+        await look.arrived.wait()
+        look.release()
+        (await waiter).release()
+        await r.is_("a", "COLD")
+        assert not any("of its own accord" in t.reason for t in r.engine.journal.last("a", 50))
 
 
 async def test_a_folder_has_its_name_before_any_guest(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from pydantic import BaseModel
 
-from modelium.api import Endpoint, Job, Optimization, Optimized, OptimizerContext, Served
+from modelium.api import Device, Endpoint, Job, Optimization, Optimized, OptimizerContext, Served
 from modelium.api.fakes import FakeRuntime, silent
 from modelium.api.testing import eventually
 from modelium.engine import job as jobs
@@ -415,6 +415,47 @@ async def test_one_that_can_not_be_laid_out_says_nothing_of_others(tmp_path: Pat
         assert packer.made == ["a", "b"] and as_dropped(r, "a")
 
 
+async def test_what_fails_in_our_own_work_is_told_and_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packer, converted = Packer(), swapping.converted
+
+    def full(*_: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(swapping, "converted", full)
+    async with optimized(tmp_path, packer) as r:
+        await r.add("a")
+        await quiet(r)
+        await r.until(lambda: "can't be taken up: OSError" in said(r))
+        assert as_dropped(r)
+        monkeypatch.setattr(swapping, "converted", converted)
+        await r.until(lambda: is_packed(r))
+        assert packer.made == ["a"]
+
+
+async def test_it_waits_until_its_device_is_seen_again(tmp_path: Path) -> None:
+    packer, runtime = Packer(), FakeRuntime()
+    runtime.devices = (
+        Device(id="far/cpu:0", kind="cpu", name="far", total_bytes=4 * MB, used_bytes=0, runtime="fake"),
+    )
+    async with optimized(tmp_path, packer, budget=MB // 2, runtime=runtime) as r:
+        await r.until(lambda: "far/cpu:0" in r.engine.loop.world.devices)
+        packer.held = asyncio.Event()
+        await r.add("a")
+        await quiet(r)
+        await packer.arrived.wait()
+        there, runtime.devices = runtime.devices, ()
+        await r.look()
+        await r.until(lambda: r.engine.loop.world.devices["far/cpu:0"].missed)
+        packer.held.set()
+        await r.until(lambda: "waits for room" in said(r))
+        assert as_dropped(r)
+        runtime.devices = there
+        await r.look()
+        await r.until(lambda: is_packed(r))
+
+
 async def test_what_waits_for_anything_but_room_holds_up_nothing(tmp_path: Path) -> None:
     packer, box = Packer(), FakeRuntime("other")
     box.external = box.up = True
@@ -607,8 +648,31 @@ async def test_of_a_program_that_ends_no_line_little_is_kept() -> None:
     code = "import sys; sys.stdout.write('10%\\r20%\\r\\n' + 'x' * 1_000_000 + 'end'); sys.exit(3)"
     with pytest.raises(DriverError, match=r"(?s)20%.*xend$") as failed:
         await jobs.Job("root", silent).run([sys.executable, "-c", code], tell=told.append)
-    assert told[:2] == ["10%", "20%"]
-    assert len(failed.value.message) < 2 * jobs.LONGEST_LINE
+    assert told == ["10%", "20%"]
+    assert len(failed.value.message) < 2 * jobs.LONGEST_KEPT
+
+
+def test_lines_are_whole_however_they_come() -> None:
+    lines = jobs._Lines()
+    assert lines.ended(b"10%\r") == ["10%"], "a bar is told at once"
+    assert lines.ended(b"\n20%\r\n") == ["20%"]
+    assert lines.ended("\u00e4".encode()[:1]) == []
+    assert lines.ended("\u00e4".encode()[1:] + b"\r") == ["\u00e4"]
+    assert lines.ended(b"\r") == [""]
+    refusal = "@" + "x" * 100_000
+    assert lines.ended(refusal[:70_000].encode()) == []
+    assert lines.ended(f"{refusal[70_000:]}\nend".encode()) == [refusal]
+    lines.ended(b"x" * 2 * jobs.LONGEST_LINE)
+    assert len(lines.rest) == jobs.LONGEST_LINE
+
+
+async def test_a_long_line_is_told_whole_and_little_of_it_is_kept() -> None:
+    told: list[str] = []
+    code = "print('@' + 'x' * 500_000); raise SystemExit(3)"
+    with pytest.raises(DriverError) as failed:
+        await jobs.Job("root", silent).run([sys.executable, "-c", code], tell=told.append)
+    assert told == ["@" + "x" * 500_000]
+    assert len(failed.value.message) < 2 * jobs.LONGEST_KEPT
 
 
 async def test_what_a_killed_service_left_is_ended_at_the_next_start(tmp_path: Path) -> None:

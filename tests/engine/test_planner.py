@@ -11,6 +11,8 @@ import pytest
 from modelium.api import DEFAULT_SETTINGS, Analysis, Device, Inspection, Offer, RuntimeInfo, Situation
 from modelium.api.fakes import FakeBackend, FakeDriver, FakeRuntime
 from modelium.builtin.brain import RulesBrain, RulesSettings
+from modelium.core.loading import measured
+from modelium.core.world import Estimate
 from modelium.engine.planner import Planner
 from modelium.engine.runtimes import Running
 from modelium.engine.store import Store
@@ -64,6 +66,22 @@ def test_the_configurations_own_settings_stay_below(tmp_path: Path) -> None:
     rules = {"name": "slim", "settings": {"slim": True}}
     found = planner(tmp_path, rules, defaults={"length": 200}).plan("m", INSPECTION)
     assert (found.settings, found.memory_bytes) == ({"length": 200, "slim": True}, 300)
+
+
+def test_what_is_expected_after_a_restart_is_what_was_expected_before(tmp_path: Path) -> None:
+    made = planner(tmp_path)
+    plan = made.plan("m", INSPECTION)
+    expected = Estimate(plan.memory_bytes, plan.load_s)
+    for taken in (2000, 2200, 2100):
+        made.store.measure("k", taken, 1.0)
+        expected = measured(expected, taken)
+        again = made.estimate("k", plan, 100)
+        assert (again.memory_bytes, again.spread_bytes) == (expected.memory_bytes, expected.spread_bytes)
+    assert (expected.memory_bytes, expected.spread_bytes) == (2100, 100)
+    made.store.measure("k", 2180)
+    expected = measured(expected, 2180)
+    again = made.estimate("k", plan, 100)
+    assert (again.memory_bytes, again.spread_bytes) == (expected.memory_bytes, expected.spread_bytes) == (2180, 20)
 
 
 def test_where_another_rule_sets_it_otherwise_the_first_stands(tmp_path: Path) -> None:

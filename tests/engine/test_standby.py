@@ -10,7 +10,7 @@ import pytest
 
 from modelium.api import Device
 from modelium.api.fakes import FakeRuntime
-from modelium.core.ticking import GONE_AFTER
+from modelium.core.ticking import GONE_AFTER, GONE_AFTER_S
 from modelium.engine.planner import PROCESS_BYTES
 from modelium.errors import DriverError
 from tests.engine.harness import MB, Rig, rig
@@ -166,6 +166,7 @@ async def the_card_goes(r: Rig) -> None:
     await r.look()
     for _ in range(GONE_AFTER):
         await r.engine._look_at_devices()
+        r.clock.now += GONE_AFTER_S
 
 
 async def test_its_device_is_gone_and_a_request_is_answered_from_another(r: Rig) -> None:

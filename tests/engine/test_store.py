@@ -31,6 +31,9 @@ def test_growth_counts_only_after_a_load_and_when_it_matters(tmp_path: Path) -> 
     assert store.measured["k"].memory_bytes == 1000
     store.measure("k", 1100)
     assert store.measured["k"].memory_bytes == 1100
+    store.measure("k", 1000, 1.0)
+    store.measure("k", 1090)
+    assert (store.measured["k"].memory_bytes, store.measured["k"].memory) == (1100, (1100, 1090))
 
 
 def test_what_sleep_takes_is_kept_by_level(tmp_path: Path) -> None:

@@ -49,6 +49,10 @@ def code(initialize: str = "pass", *, head: str = "", factor: int = 1) -> str:
     return MODEL.format(head=head, initialize=indent(dedent(initialize).strip(), " " * 8), factor=factor)
 
 
+SLEEPS = code("import time; time.sleep(600)")
+"""What never has loaded."""
+
+
 class Lab:
     """A root with a repository, and drivers that all mean the same server."""
 

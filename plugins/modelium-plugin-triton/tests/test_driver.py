@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 import pytest_asyncio
-from driver_lab import Lab, code
+from driver_lab import SLEEPS, Lab, code
 from modelium_plugin_triton.driver import TritonDriver
 from modelium_plugin_triton.install import has_pack
 from modelium_plugin_triton.measure import Stub
@@ -24,7 +24,6 @@ from modelium.errors import DriverError, LoadRejected, RuntimeStuck, RuntimeUnav
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.timeout(300)]
 
-SLEEPS = code("import time; time.sleep(600)")
 SLEEPS_WHILE_IMPORTED = code(head="import time; time.sleep(4)")
 
 

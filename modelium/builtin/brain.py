@@ -105,7 +105,7 @@ DEFAULT_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         name="language-model-on-a-gpu",
-        when=When(task=("text-generation",), fits=("cuda",)),
+        when=When(format=("huggingface",), task=("text-generation",), fits=("cuda",)),
         prefer=Prefer(runtime=LANGUAGE_MODELS, device_kind=("cuda", "cpu")),
         because="a GPU has room for it, and where there is vLLM, it answers many at a time",
         confidence=0.9,
@@ -119,14 +119,14 @@ DEFAULT_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         name="small-language-model-on-the-cpu",
-        when=When(task=("text-generation",), fits=("cpu",), smaller_than_bytes=SMALL_BYTES),
+        when=When(format=("huggingface",), task=("text-generation",), fits=("cpu",), smaller_than_bytes=SMALL_BYTES),
         prefer=Prefer(runtime=("triton/transformers-*", *LANGUAGE_MODELS), device_kind=("cpu",)),
         because="it is small: transformers, where it will do, takes less memory than vLLM and starts in seconds",
         confidence=0.8,
     ),
     Rule(
         name="language-model-on-the-cpu",
-        when=When(task=("text-generation",), fits=("cpu",)),
+        when=When(format=("huggingface",), task=("text-generation",), fits=("cpu",)),
         prefer=Prefer(runtime=LANGUAGE_MODELS, device_kind=("cpu",)),
         because="the host's memory has room for it, and where there is vLLM, it answers many at a time",
         confidence=0.8,
@@ -304,8 +304,24 @@ def _reason(best: _Option, rule: Rule) -> str:
     because = f", because {rule.because}" if rule.because else ""
     return (
         f"{best.offer.runtime} serves it as {best.offer.serving} {how} on {_where(best)}, where it takes {size}"
-        f"{because} (rule {rule.name})"
+        f"{because} (rule {rule.name}){_not_on_offer(best, rule)}"
     )
+
+
+def _not_on_offer(best: _Option, rule: Rule) -> str:
+    """What a person's rule prefers and nobody offers; the built-in ones name what is rarely there."""
+    if rule in DEFAULT_RULES:
+        return ""
+    prefer, told = rule.prefer, []
+    if prefer.runtime and all(
+        _place(w, prefer.runtime) == len(prefer.runtime) for w in (best.offer.runtime, _way(best))
+    ):
+        told.append(f"the runtime {' or '.join(prefer.runtime)}")
+    if prefer.serving and _place(best.offer.serving, prefer.serving) == len(prefer.serving):
+        told.append(f"the way of serving {' or '.join(prefer.serving)}")
+    if not told:
+        return ""
+    return f"; the rule prefers {' and '.join(told)}, which is not on offer or has no room: see `modelium runtimes`"
 
 
 def _where(option: _Option) -> str:

@@ -72,8 +72,13 @@ class Planner:
         if not settings:
             return plan
         # What is set otherwise may take more or less.
-        offers = [offer for offer in offers if offer.runtime != plan.runtime]
-        offers += self._offers_of(plan.runtime, analysis, situation, settings)
+        try:
+            anew = self._offers_of(plan.runtime, analysis, situation, settings)
+        except ModelError as exc:
+            told = f"{exc.message}; the brain set them: correct its rules in the configuration, and add the model again"
+            raise ModelError(told, code=exc.code) from exc
+        before = {runtime: [offer for offer in offers if offer.runtime == runtime] for runtime in self.runtimes}
+        offers = [offer for found in (before | {plan.runtime: anew}).values() for offer in found]
         again = self._chosen(name, inspection, offers, situation)
         # Another rule may have applied, with other settings: for these the runtime was not asked.
         holds = again.runtime != plan.runtime or settings.items() <= again.settings.items()

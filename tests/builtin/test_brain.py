@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from modelium.api import Analysis, Candidate, Device, Offer, Plan, Situation
 from modelium.builtin import brain as plugin
 from modelium.builtin import lru
-from modelium.builtin.brain import DEFAULT_RULES, SMALL_BYTES, RulesBrain
+from modelium.builtin.brain import DEFAULT_RULES, SMALL_BYTES, Rule, RulesBrain
 from modelium.errors import ConfigError, ModelError
 
 GB = 10**9
@@ -105,6 +105,20 @@ def test_quantised_weights_and_triton_directories_have_rules_of_their_own() -> N
     assert "rule quantized-on-a-gpu" in plan([offer(device_kinds=BOTH)], situation(cpu=16, cuda=8), quantised).reason
     own = plan([offer("as-is")], situation(cpu=16), analysis(format="triton"))
     assert (own.confidence, "its own Triton configuration" in own.reason) == (1.0, True)
+
+
+def test_what_a_person_s_rule_prefers_and_nobody_offers_is_told() -> None:
+    where = situation(cpu=16)
+    for prefer, told in (
+        ({"runtime": "vlm"}, "prefers the runtime vlm, which is not on offer"),
+        ({"serving": "nope"}, "prefers the way of serving nope, which is not on offer"),
+        ({"runtime": "tri*/onnx"}, ""),
+    ):
+        rule = Rule.model_validate({"name": "mine", "prefer": prefer})
+        reason = RulesBrain([rule]).plan("m", analysis(), [offer()], where).reason
+        assert told in reason and ("not on offer" in reason) == bool(told)
+    gguf = analysis(format="gguf", task="text-generation")
+    assert "transformers" not in plan([offer("gguf", runtime="llamacpp")], where, gguf).reason
 
 
 LANGUAGE_MODEL = analysis(format="huggingface", task="text-generation", weights_bytes=2 * GB)

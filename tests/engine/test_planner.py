@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,20 @@ def test_the_configurations_own_settings_stay_below(tmp_path: Path) -> None:
     rules = {"name": "slim", "settings": {"slim": True}}
     found = planner(tmp_path, rules, defaults={"length": 200}).plan("m", INSPECTION)
     assert (found.settings, found.memory_bytes) == ({"length": 200, "slim": True}, 300)
+
+
+def test_who_comes_first_does_so_still_with_what_is_set(tmp_path: Path) -> None:
+    made = planner(tmp_path, {"name": "long", "settings": {"length": 700}})
+    (first,) = made.runtimes.values()
+    runtime = FakeRuntime("other")
+    other = Running(Sized(runtime), FakeDriver(runtime), first.info)
+    found = replace(made, runtimes={**made.runtimes, "other": other}).plan("m", INSPECTION)
+    assert (found.runtime, found.memory_bytes) == ("fake", 800)
+
+
+def test_what_is_set_wrongly_names_who_set_it(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="can't be negative; the brain set them: correct its rules"):
+        planner(tmp_path, {"name": "long", "settings": {"length": -1}}).plan("m", INSPECTION)
 
 
 def test_what_is_expected_after_a_restart_is_what_was_expected_before(tmp_path: Path) -> None:

@@ -128,5 +128,7 @@ async def logs(client: Client, name: str, lines: int, as_json: bool) -> None:
     text = await client.get(model_path(name, "logs"), lines=str(lines))
     if as_json:
         emit({"name": name, "lines": text.splitlines()})
-    else:
+    elif text:
         click.echo(text, nl=False)
+    else:
+        click.echo(f"nothing is in a log about {name} yet", err=True)

@@ -181,6 +181,13 @@ class TestWhy:
         lines = (await served.modelium("logs", "fake", "-n", "1", "--json")).json
         assert (lines["name"], len(lines["lines"])) == ("fake", 1)
 
+    async def test_an_empty_log_is_told_of(self, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+        await served.rig.add("a.toy")
+        await served.rig.is_("a.toy", "READY")
+        monkeypatch.setattr(served.rig.engine.running["fake"].driver, "logs", lambda model, lines: [])
+        ran = await served.modelium("logs", "a.toy")
+        assert (ran.code, ran.out, ran.err) == (0, "", "nothing is in a log about a.toy yet\n")
+
 
 class TestService:
     async def test_check_and_plugins_ask_the_service(self, served: Served) -> None:

@@ -154,6 +154,7 @@ class TestWhy:
         assert "a toy" in ran.out
         assert "fake/as-is on cpu" in ran.out
         assert (await served.modelium("plan", str(path), "--json")).json["would_load"] is True
+        assert (await served.modelium("plan", str(path), "--name", "b", "--json")).json["name"] == "b"
         assert served.rig.state("a.toy") == "-"
 
     async def test_plan_tells_of_evictions_and_refusals(self, served: Served) -> None:

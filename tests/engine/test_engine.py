@@ -515,6 +515,15 @@ async def test_a_runtime_that_is_not_there_yet_does_not_answer(tmp_path: Path) -
         assert (await shown(installed=True, running=False))[0] == "answers"
 
 
+async def test_a_plan_is_for_the_name_that_is_asked_for(tmp_path: Path) -> None:
+    async with rig(tmp_path) as r:
+        drop = tmp_path / "a.toy"
+        drop.write_text(json.dumps({"size": MB}))
+        assert (await r.service.plan(drop, "b")).name == "b"
+        refused = await r.service.plan(drop, "no/name")
+        assert refused.name == "no/name" and refused.refused
+
+
 async def test_a_repository_of_somebody_else_is_not_written_to(tmp_path: Path) -> None:
     theirs = tmp_path / "theirs"
     for name in ("m1", "m2"):

@@ -70,6 +70,9 @@ class Processes(Protocol):
     def tail(self, name: str, lines: int = 200, *, this_run: bool = False) -> list[str]:
         """The last lines of its log; with `this_run` none from before it was last started."""
 
+    def ended(self, record: ProcessRecord) -> str:
+        """How a process that died ended, as `was killed by signal 9`; empty where that is not known."""
+
     def names(self) -> list[str]:
         """The names under which something runs, what a dead process left behind included. Looks at all processes."""
 

@@ -16,6 +16,7 @@ from modelium.api.types import (
     RuntimeInfo,
     UnloadOutcome,
 )
+from modelium.api.urls import unanswered
 from modelium.errors import DriverError, LoadRejected, RuntimeUnavailable
 
 
@@ -54,9 +55,7 @@ class ExternalServer:
                     raise RuntimeUnavailable(f"{self._base}/v1/models answers {answer.status}, and 200 was expected")
                 return [str(model["id"]) for model in (await answer.json(content_type=None))["data"]]
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            raise RuntimeUnavailable(
-                f"no {self._name} answers at {self._base}: {error or type(error).__name__}"
-            ) from error
+            raise RuntimeUnavailable(f"no {self._name} answers at {self._base}: {unanswered(error)}") from error
         except (ValueError, KeyError, TypeError) as error:
             raise RuntimeUnavailable(f"{self._base}/v1/models does not answer as OpenAI's API does") from error
 

@@ -383,6 +383,9 @@ class FakeProcesses:
     def tail(self, name: str, lines: int = 200, *, this_run: bool = False) -> list[str]:
         return self.lines.get(name, [])[-lines:]
 
+    def ended(self, record: ProcessRecord) -> str:
+        return ""
+
     def names(self) -> list[str]:
         return sorted(self.living)
 

@@ -223,20 +223,19 @@ class ModelServers:
         name = server.model
         if name in self._ending:
             return
-        if not self._lives(server):
-            if self._servers.get(name) is not server:
-                return
-            last = self._context.processes.tail(server.record.name, 20, this_run=True)
-            self._broken[name] = f"its process has ended: {last[-1] if last else 'it said nothing'}"
-            return
-        answers = await self._answers(server)
+        answers = self._lives(server) and await self._answers(server)
         if self._servers.get(name) is not server or name in self._ending:
             return
         if answers:
             self._misses.pop(name, None)
             return
+        if not self._lives(server):
+            last = self._context.processes.tail(server.record.name, 20, this_run=True)
+            how = self._context.processes.ended(server.record) or "has ended"
+            self._broken[name] = f"its process {how}; it said {f'last: {last[-1]}' if last else 'nothing'}"
+            return
         self._misses[name] = self._misses.get(name, 0) + 1
-        if self._misses[name] >= MISSES or not self._lives(server):
+        if self._misses[name] >= MISSES:
             self._broken[name] = f"its process does not answer {self._kind.health} any more"
 
     def _lives(self, server: Server) -> bool:

@@ -254,6 +254,9 @@ class RuntimeInfo(Frozen):
     backends: tuple[str, ...] = ()
     endpoints: tuple[Endpoint, ...] = ()
     facts: Mapping[str, Any] = Field(default_factory=dict)
+    """What people and its own backend may want to know. Two are read by all: `installed: False` says that what it
+    needs is not there, with the command that a person is to run as `install` where no load brings it by itself, and
+    `running: False` that its first load starts it."""
 
     def endpoint(self, protocol: str) -> str | None:
         return next((e.address for e in self.endpoints if e.protocol == protocol), None)

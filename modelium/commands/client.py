@@ -16,6 +16,7 @@ import aiohttp
 from yarl import URL
 
 from modelium.api.datapath import AWAY
+from modelium.api.urls import unanswered
 from modelium.commands.base import Failed, Unreachable
 from modelium.errors import ModeliumError
 
@@ -83,7 +84,7 @@ class Client:
                 yield response
         except (aiohttp.ClientConnectionError, TimeoutError) as exc:
             raise Unreachable(
-                f"no Modelium answers at {self.url} ({_short(exc)}): start it with "
+                f"no Modelium answers at {self.url} ({unanswered(exc)}): start it with "
                 "`modelium serve`, or say where it is with --url"
             ) from exc
 
@@ -104,12 +105,6 @@ class Client:
                 return None
             raise
         return found
-
-
-def _short(exc: Exception) -> str:
-    """Without what aiohttp says about TLS."""
-    cause = getattr(exc, "os_error", None)
-    return str(getattr(cause, "strerror", None) or exc) or type(exc).__name__
 
 
 def model_path(name: str, action: str = "") -> str:

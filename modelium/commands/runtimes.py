@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +61,17 @@ def install(name: str, file: Path | None, root: Path | None, repository: Path | 
     if not isinstance(backend, Installable):
         raise Failed(f"{name} has nothing to install: it finds, or brings, what it needs when it starts")
     settings = machine.section(config, name)
+    in_lines = not as_json and not sys.stderr.isatty()  # where no bar is: it may take minutes
+    told = ""
     with bar(as_json) as show:
 
         def report(progress: Progress) -> None:
-            show(f"{name}: {stage(progress.model_dump())}", progress.done, progress.total)
+            nonlocal told
+            text = f"{name}: {stage(progress.model_dump())}"
+            show(text, progress.done, progress.total)
+            if in_lines and progress.stage != told:
+                told = progress.stage
+                click.echo(text, err=True)
 
         said = asyncio.run(backend.install(config.paths().cache, settings, report))
     if as_json:

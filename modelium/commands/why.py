@@ -19,14 +19,16 @@ from modelium.commands.text import clock, pairs, say, table
 
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path))
+@click.option("--name", metavar="NAME", help="What the model would be called (default: as the file or folder is).")
 @json_option
 @with_client
-async def plan(client: Client, path: Path, as_json: bool) -> int:
+async def plan(client: Client, path: Path, name: str | None, as_json: bool) -> int:
     """Tell what would happen if PATH were dropped: what it is, how it would be served, what would be evicted.
 
     Nothing is done. Exits with 1 when it would be refused.
     """
-    preview = await client.post("/plan", {"path": os.path.abspath(path)})
+    asked = {"path": os.path.abspath(path)} | ({} if name is None else {"name": name})
+    preview = await client.post("/plan", asked)
     if as_json:
         emit(preview)
     else:
@@ -128,5 +130,7 @@ async def logs(client: Client, name: str, lines: int, as_json: bool) -> None:
     text = await client.get(model_path(name, "logs"), lines=str(lines))
     if as_json:
         emit({"name": name, "lines": text.splitlines()})
-    else:
+    elif text:
         click.echo(text, nl=False)
+    else:
+        click.echo(f"nothing is in a log about {name} yet", err=True)

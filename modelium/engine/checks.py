@@ -32,12 +32,13 @@ def check(engine: Orchestrator, status: StatusView) -> list[CheckView]:
     for runtime in status.runtimes:
         ok = runtime.state == "UP"
         version = f", version {runtime.info.version}" if runtime.info else ""
+        absent = ok and runtime.info is not None and "install" in runtime.info.facts
         advice = "" if ok else f"`modelium logs {runtime.name}` shows what it wrote"
         rows.append(
             CheckView(
                 name=f"runtime {runtime.name}",
                 ok=ok,
-                found=f"{runtime.state}{version}: {runtime.reason}",
+                found=runtime.reason if absent else f"{runtime.state}{version}: {runtime.reason}",
                 advice=advice,
             )
         )

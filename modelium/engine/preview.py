@@ -19,8 +19,9 @@ from modelium.engine.views import PlanPreview
 from modelium.errors import ModelConflict, ModelError, ModeliumError
 
 
-async def preview(engine: Orchestrator, path: Path) -> PlanPreview:
-    name = path.name if path.is_dir() else name_of_drop(path.name)
+async def preview(engine: Orchestrator, path: Path, name: str | None = None) -> PlanPreview:
+    if name is None:
+        name = path.name if path.is_dir() else name_of_drop(path.name)
     if not path.exists():
         raise ModelError(f"{path} does not exist, or the user that runs Modelium may not see it", code="not_found")
     try:

@@ -90,7 +90,9 @@ class ProcessSupervisor:
         self.log_dir = log_dir.resolve()
         self.max_log_bytes = max_log_bytes
         self.old_logs = old_logs
-        self._children: dict[int, subprocess.Popen[bytes]] = {}
+        self._children: dict[int, tuple[str, subprocess.Popen[bytes]]] = {}
+        self._codes: dict[str, tuple[int, int]] = {}
+        """The pid and return code of the last child of a name that has ended."""
         self._turns: dict[str, asyncio.Lock] = {}
 
     # ------------------------------------------------------------------ starting
@@ -147,7 +149,7 @@ class ProcessSupervisor:
             raise DriverError(f"could not start {argv[0]}: {error}", process=name) from error
         finally:
             os.close(output)
-        self._children[child.pid] = child
+        self._children[child.pid] = name, child
         process = look(child.pid)
         # It may have ended already: then a start time that no process has.
         record = replace(record, pid=child.pid, created_at=process.started if process else -1.0)
@@ -280,9 +282,18 @@ class ProcessSupervisor:
 
     def _reap(self) -> None:
         """Collect those of our own children that have ended, so that the kernel may forget them."""
-        for pid, child in list(self._children.items()):
-            if child.poll() is not None:
+        for pid, (name, child) in list(self._children.items()):
+            if (code := child.poll()) is not None:
+                self._codes[name] = pid, code
                 self._children.pop(pid, None)
+
+    def ended(self, record: ProcessRecord) -> str:
+        """How it ended, which only its parent is told: empty for one that was adopted, as for one that lives."""
+        self._reap()
+        pid, code = self._codes.get(record.name, (0, 0))
+        if pid != record.pid:
+            return ""
+        return f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
 
     # ------------------------------------------------------------------ logs
 

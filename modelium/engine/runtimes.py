@@ -34,6 +34,8 @@ class Running:
     backend: RuntimeBackend
     driver: RuntimeDriver
     info: RuntimeInfo | None = None
+    loaded: bool = False
+    """A load succeeded since `info` was told: what was missing then is there."""
     epoch: int = 0
     misses: int = 0
     progress: Progress | None = None
@@ -162,6 +164,7 @@ class Runtimes:
             else:
                 request = await asyncio.to_thread(self._request_for, order)
                 outcome = await driver.load(request, self._report_for(order.name))
+            self.running[order.runtime].loaded = True
             memory = tuple(sorted(outcome.memory.items()))
             self._note_endpoints(order.runtime, order.name, outcome.endpoints)
             if isinstance(order, i.Wake):
@@ -227,7 +230,7 @@ class Runtimes:
         running.epoch = order.epoch
         running.misses = 0
         try:
-            running.info = await running.driver.start()
+            running.info, running.loaded = await running.driver.start(), False
             observation = await running.driver.observe()
             self._note(order.name, observation)
             running.progress = None

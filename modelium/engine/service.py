@@ -212,9 +212,9 @@ class Service:
     async def explain(self, name: str) -> Explanation:
         return await showing.explanation(self._engine, self._there(name))
 
-    async def plan(self, path: Path) -> PlanPreview:
-        """What would happen if `path` were dropped; nothing is done."""
-        return await preview.preview(self._engine, path)
+    async def plan(self, path: Path, name: str | None = None) -> PlanPreview:
+        """What would happen if `path` were dropped, as `name` or as it is called; nothing is done."""
+        return await preview.preview(self._engine, path, name)
 
     @property
     def runtimes(self) -> tuple[RuntimeView, ...]:

@@ -15,6 +15,7 @@ from modelium.core.turn import Turn
 from modelium.core.world import Account, Model, queued
 from modelium.engine.ledger import Holding
 from modelium.engine.orchestrator import Orchestrator
+from modelium.engine.runtimes import Running
 from modelium.engine.views import DataPathView, DeviceView, Explanation, ModelDetail, ModelView, RuntimeView
 from modelium.errors import ModeliumError
 
@@ -213,6 +214,8 @@ def runtimes(engine: Orchestrator) -> tuple[RuntimeView, ...]:
     for name, runtime in sorted(engine.loop.world.runtimes.items()):
         running = engine.running[name]
         reason = runtime.reason
+        if runtime.state is RuntimeState.UP:
+            reason = _missing(running) or reason
         if runtime.retry_at > now and math.isfinite(runtime.retry_at):
             reason += f"; tried again in {runtime.retry_at - now:.0f} s"
         if runtime.given_up:
@@ -230,6 +233,16 @@ def runtimes(engine: Orchestrator) -> tuple[RuntimeView, ...]:
             )
         )
     return tuple(views)
+
+
+def _missing(running: Running) -> str:
+    """What an UP runtime can't answer without; empty where it answers."""
+    facts = running.info.facts if running.info is not None and not running.loaded else {}
+    if facts.get("installed") is False:
+        install = facts.get("install")
+        how = f"`{install}`, then start Modelium again" if install else "it is installed with its first model"
+        return f"not installed: {how}"
+    return "starts with its first model" if facts.get("running") is False else ""
 
 
 def data_path(engine: Orchestrator) -> DataPathView:

@@ -121,10 +121,13 @@ class Admin:
         return _shown(RemovedView(name=name, moved_to=str(place)))
 
     async def plan(self, request: web.Request) -> web.Response:
-        path = (await read_object(request)).get("path")
+        asked = await read_object(request)
+        path, name = asked.get("path"), asked.get("name")
         if not isinstance(path, str) or not Path(path).is_absolute():
             raise BadRequest(f'expected {{"path": "/absolute/path"}} on the service\'s machine, found {path!r:.200}')
-        return _shown(await self._service.plan(Path(path)))
+        if not isinstance(name, str | None):
+            raise BadRequest(f'expected "name" to be a string, found {name!r:.200}')
+        return _shown(await self._service.plan(Path(path), name))
 
     # ------------------------------------------------------------------ the service
 

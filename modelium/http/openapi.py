@@ -138,11 +138,14 @@ OPERATIONS: Mapping[str, Operation] = {
     "POST /models/{name}/unpin": Operation("let it be unloaded again", PinView),
     "DELETE /models/{name}": Operation("unload it and move it to the trash folder", RemovedView),
     "POST /plan": Operation(
-        'what would happen to a drop: {"path": "/absolute/path"}',
+        'what would happen to a drop: {"path": "/absolute/path", "name": "as it would be called"}',
         PlanPreview,
         takes={
             "type": "object",
-            "properties": {"path": {"type": "string", "pattern": "^/", "description": "On the service's machine."}},
+            "properties": {
+                "path": {"type": "string", "pattern": "^/", "description": "On the service's machine."},
+                "name": {"type": "string", "description": "What the model would be called; else as the path is."},
+            },
             "required": ["path"],
         },
     ),

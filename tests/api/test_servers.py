@@ -242,6 +242,25 @@ async def test_a_server_that_no_longer_answers_is_broken(
     assert (await driver.observe()).models[0].ready
 
 
+async def test_how_a_server_ended_is_told_where_it_is_known(
+    driver: ModelServers, model: Callable[..., LoadRequest]
+) -> None:
+    async def told(driver: ModelServers, name: str) -> str:
+        async with asyncio.timeout(20):
+            while not (shown := {m.name: m for m in (await driver.observe()).models}[name]).broken:
+                await asyncio.sleep(0.01)
+        return shown.reason
+
+    await driver.load(model("killed", says="so far"), silent)
+    os.kill(driver._servers["killed"].record.pid, signal.SIGKILL)
+    assert await told(driver, "killed") == "its process was killed by signal 9; it said last: so far"
+    address = (await driver.load(model("ends", says="so far", **{"/x": "end"}), silent)).endpoints[0].address
+    async with aiohttp.ClientSession() as http:
+        with pytest.raises(aiohttp.ClientError):
+            await http.get(f"{address}/x")
+    assert await told(driver, "ends") == "its process ended with code 3; it said last: so far"
+
+
 async def test_what_an_earlier_run_left_starting_is_ended(
     make_driver: Callable[[], ModelServers], driver: ModelServers, model: Callable[..., LoadRequest]
 ) -> None:
@@ -446,7 +465,10 @@ async def test_an_external_server_that_is_not_there_or_is_none(
     tmp_path: Path, openai_server: tuple[str, list[str]]
 ) -> None:
     url, _ = openai_server
-    for endpoint, told in (("http://127.0.0.1:9", "no vLLM answers at"), (f"{url}/other", "answers 404")):
+    for endpoint, told in (
+        ("http://127.0.0.1:9", "no vLLM answers at .*: Connection refused$"),
+        (f"{url}/other", "answers 404"),
+    ):
         driver = external(tmp_path, endpoint)
         with pytest.raises(RuntimeUnavailable, match=told):
             await driver.start()

@@ -154,6 +154,7 @@ class TestWhy:
         assert "a toy" in ran.out
         assert "fake/as-is on cpu" in ran.out
         assert (await served.modelium("plan", str(path), "--json")).json["would_load"] is True
+        assert (await served.modelium("plan", str(path), "--name", "b", "--json")).json["name"] == "b"
         assert served.rig.state("a.toy") == "-"
 
     async def test_plan_tells_of_evictions_and_refusals(self, served: Served) -> None:
@@ -180,6 +181,13 @@ class TestWhy:
         assert "load a.toy" in (await served.modelium("logs", "a.toy")).out
         lines = (await served.modelium("logs", "fake", "-n", "1", "--json")).json
         assert (lines["name"], len(lines["lines"])) == ("fake", 1)
+
+    async def test_an_empty_log_is_told_of(self, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+        await served.rig.add("a.toy")
+        await served.rig.is_("a.toy", "READY")
+        monkeypatch.setattr(served.rig.engine.running["fake"].driver, "logs", lambda model, lines: [])
+        ran = await served.modelium("logs", "a.toy")
+        assert (ran.code, ran.out, ran.err) == (0, "", "nothing is in a log about a.toy yet\n")
 
 
 class TestService:

@@ -101,6 +101,8 @@ MODELIUM_HOOKSPEC_VERSION = (1, 1)
 class Backend(FakeBackend):
     async def install(self, cache_dir, settings, report):
         report(Progress(stage="fetching", done=1, total=2, unit="bytes"))
+        report(Progress(stage="fetching", done=2, total=2, unit="bytes"))
+        report(Progress(stage="unpacking"))
         if (cache_dir / "full").exists():
             raise DriverError("the disk is full: make room", code="install_failed")
         cache_dir.mkdir(parents=True, exist_ok=True)
@@ -131,9 +133,11 @@ class TestRuntimes:
         cache = tmp_path / "cache"
         ran = await alone("runtimes", "install", "toy", PYTHONPATH=site, MODELIUM_CACHE_DIR=str(cache))
         assert (ran.code, ran.out) == (0, "toy 1.0 is installed\n")
+        assert ran.err.splitlines() == ["toy: fetching 1 B of 2 B", "toy: unpacking"]
         assert (cache / "toy").read_text() == "there"
         ran = await alone("runtimes", "install", "toy", "--json", PYTHONPATH=site, MODELIUM_CACHE_DIR=str(cache))
         assert ran.json == {"name": "toy", "installed": "toy 1.0 is installed"}
+        assert not ran.err
 
     async def test_why_not(self, alone: Modelium, site: str, tmp_path: Path) -> None:
         (tmp_path / "cache").mkdir()

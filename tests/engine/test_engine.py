@@ -494,6 +494,36 @@ async def test_why_is_told(tmp_path: Path) -> None:
         assert all(c.ok for c in checks if not c.name.startswith("disk")), checks
 
 
+async def test_a_runtime_that_is_not_there_yet_does_not_answer(tmp_path: Path) -> None:
+    async with rig(tmp_path) as r:
+        running = r.engine.running["fake"]
+        await running.known.wait()
+
+        async def shown(**facts: Any) -> tuple[str, str]:
+            assert running.info is not None
+            running.info = running.info.model_copy(update={"facts": facts})
+            (check,) = [c for c in await r.service.check() if c.name == "runtime fake"]
+            assert check.ok
+            return r.service.runtimes[0].reason, check.found
+
+        absent = "not installed: `modelium runtimes install fake`, then start Modelium again"
+        assert await shown(installed=False, install="modelium runtimes install fake") == (absent, absent)
+        assert (await shown(installed=False))[0] == "not installed: it is installed with its first model"
+        assert (await shown(installed=True, running=False))[0] == "starts with its first model"
+        await r.add("a")
+        await r.is_("a", "READY")
+        assert (await shown(installed=True, running=False))[0] == "answers"
+
+
+async def test_a_plan_is_for_the_name_that_is_asked_for(tmp_path: Path) -> None:
+    async with rig(tmp_path) as r:
+        drop = tmp_path / "a.toy"
+        drop.write_text(json.dumps({"size": MB}))
+        assert (await r.service.plan(drop, "b")).name == "b"
+        refused = await r.service.plan(drop, "no/name")
+        assert refused.name == "no/name" and refused.refused
+
+
 async def test_a_repository_of_somebody_else_is_not_written_to(tmp_path: Path) -> None:
     theirs = tmp_path / "theirs"
     for name in ("m1", "m2"):

@@ -168,7 +168,7 @@ class FakeService:
             transitions=tuple(self.decisions(name)),
         )
 
-    async def plan(self, path: Path) -> PlanPreview:
+    async def plan(self, path: Path, name: str | None = None) -> PlanPreview:
         plan = Plan(
             brain="rules",
             runtime="triton",
@@ -179,7 +179,7 @@ class FakeService:
             reason="it is one already",
             confidence=1,
         )
-        return PlanPreview(name=path.name, analysis=None, findings=(), plan=plan, layout=None)
+        return PlanPreview(name=name or path.name, analysis=None, findings=(), plan=plan, layout=None)
 
     def status(self) -> StatusView:
         device = DeviceView(

@@ -118,7 +118,9 @@ async def test_logs(surface: Surface, upstream: Recorder) -> None:
 async def test_plan(surface: Surface) -> None:
     status, answer, _ = await ask(surface, "POST", "/plan", data=b'{"path": "/tmp/x.onnx"}')
     assert (status, answer["name"], answer["plan"]["reason"]) == (200, "x.onnx", "it is one already")
-    for wrong in (b"", b'{"path": "x.onnx"}', b'{"path": 1}', b"x"):
+    status, answer, _ = await ask(surface, "POST", "/plan", data=b'{"path": "/tmp/x.onnx", "name": "y"}')
+    assert (status, answer["name"]) == (200, "y")
+    for wrong in (b"", b'{"path": "x.onnx"}', b'{"path": 1}', b"x", b'{"path": "/x", "name": 1}'):
         assert (await ask(surface, "POST", "/plan", data=wrong))[0] == 400
 
 

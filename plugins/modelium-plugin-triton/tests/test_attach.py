@@ -244,6 +244,16 @@ async def test_addresses_that_are_wrong(lab: Lab, by_hand: ByHand, unused_tcp_po
     assert error.code == "attach_grpc" and "--grpc-port" in error.message
 
 
+async def test_a_named_runtime_is_told_by_its_own_section(tmp_path: Path, unused_tcp_port: int) -> None:
+    settings = TritonSettings(endpoint=f"http://127.0.0.1:{unused_tcp_port}")
+    client = TritonClient(grpc_address(settings))
+    with pytest.raises(DriverError) as caught:
+        await attach.attach(settings, tmp_path, client, "box")
+    await client.close()
+    assert "at runtimes.box.endpoint, " in caught.value.message
+    assert ": Connection refused. Start it, or set `runtimes.box.endpoint` to" in caught.value.message
+
+
 async def test_a_folder_that_cannot_be_written_is_compared_by_names(
     lab: Lab, by_hand: ByHand, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 import aiohttp
 import psutil
 
+from modelium.api.urls import unanswered
 from modelium.errors import DriverError
 from modelium_plugin_triton.client import NOT_EXPLICIT, CallFailed, TritonClient
 from modelium_plugin_triton.settings import TritonSettings
@@ -48,14 +49,18 @@ def grpc_address(settings: TritonSettings) -> str:
     return f"{host}:{port + 1}"
 
 
-async def attach(settings: TritonSettings, repository: Path, client: TritonClient) -> External:
-    """Look at the server that `settings` name. Raises `DriverError` saying what is wrong with it and what to do."""
+async def attach(settings: TritonSettings, repository: Path, client: TritonClient, name: str = "triton") -> External:
+    """Look at the server that `settings`, those of the runtime `name`, lead to.
+
+    Raises `DriverError` saying what is wrong with it and what to do.
+    """
     endpoint = settings.endpoint or ""
-    over_http = await _http_metadata(endpoint)
+    section = name if name == "triton" else f"runtimes.{name}"
+    over_http = await _http_metadata(endpoint, section)
     if not await client.live(5):
         raise DriverError(
-            f"Triton's HTTP answers at {endpoint}, its gRPC does not at {client.address}: set `triton.grpc_endpoint` "
-            "to the address of its --grpc-port, and see that the port is open from here",
+            f"Triton's HTTP answers at {endpoint}, its gRPC does not at {client.address}: set "
+            f"`{section}.grpc_endpoint` to the address of its --grpc-port, and see that the port is open from here",
             code="attach_grpc",
         )
     name, version, extensions = await client.metadata()
@@ -76,9 +81,9 @@ async def attach(settings: TritonSettings, repository: Path, client: TritonClien
     return External(http=endpoint, grpc=client.address, version=version, process=process)
 
 
-async def _http_metadata(endpoint: str) -> Mapping[str, object]:
-    wrong = f"no Triton answers at triton.endpoint, {endpoint}: "
-    advice = ". Start it, or set `triton.endpoint` to the base URL of its --http-port, as http://127.0.0.1:8000"
+async def _http_metadata(endpoint: str, section: str) -> Mapping[str, object]:
+    wrong = f"no Triton answers at {section}.endpoint, {endpoint}: "
+    advice = f". Start it, or set `{section}.endpoint` to the base URL of its --http-port, as http://127.0.0.1:8000"
     try:
         async with (
             aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=10, connect=5)) as session,
@@ -87,7 +92,8 @@ async def _http_metadata(endpoint: str) -> Mapping[str, object]:
             found = json.loads(await response.read())
             status = response.status
     except (aiohttp.ClientError, TimeoutError, OSError) as error:
-        raise DriverError(f"{wrong}{error or 'it took too long'}{advice}", code="attach_http") from error
+        said = "it took too long" if isinstance(error, TimeoutError) else unanswered(error)
+        raise DriverError(f"{wrong}{said}{advice}", code="attach_http") from error
     except ValueError as error:
         raise DriverError(f"{wrong}something else does, in no JSON{advice}", code="attach_http") from error
     if status != 200 or not isinstance(found, dict) or "extensions" not in found:

@@ -192,7 +192,7 @@ class TritonDriver:
         address = attach.grpc_address(self._settings)
         client = TritonClient(address)
         try:
-            found = await attach.attach(self._settings, self._repository, client)
+            found = await attach.attach(self._settings, self._repository, client, self._context.name)
         except BaseException:
             await client.close()
             raise

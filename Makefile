@@ -24,8 +24,10 @@ serve: $(VENV)/.installed
 	$(BIN)/modelium serve --root models --sample $(ARGS)
 
 # What takes longest begins first; two at once, since much of it waits for processes to start.
+TESTS := tests/e2e $(wildcard plugins/*/tests) $(filter-out tests/e2e/,$(sort $(dir $(wildcard tests/*/test_*.py)))) $(wildcard tests/test_*.py)
+
 test: $(VENV)/.tools
-	$(BIN)/python -m pytest -rs -n 2 --dist loadfile --no-loadscope-reorder $(ARGS) tests/e2e $(wildcard plugins/*/tests) tests
+	$(BIN)/python -m pytest -rs -n 2 --dist loadfile --no-loadscope-reorder $(ARGS) $(TESTS)
 
 lint: $(VENV)/.tools
 	$(BIN)/ruff check .

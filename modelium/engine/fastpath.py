@@ -43,6 +43,8 @@ class FastPath:
         self._read_at = 0.0
         self._anew = True
         """It counts from nothing; one that was adopted does so only for what it has not counted before."""
+        self.clean = True
+        """Nothing is carried of an earlier life but what is known to be loaded still."""
         self._told: dict[tuple[str, str], tuple[int, int]] = {}
         """Answers and failures that are counted already, by model and organisation."""
         self._reading = asyncio.Lock()
@@ -50,7 +52,7 @@ class FastPath:
     async def start(self, front: Front) -> DataPathInfo:
         """Raises `ConfigError` when it can't run, or an address can't be bound."""
         self.info = await self.driver.start(front)
-        self._anew = not self.info.adopted
+        self._anew = self.clean = not self.info.adopted
         # Once chosen, the ports stay.
         self._front = front.model_copy(update={"port": self.info.port, "grpc_port": self.info.grpc_port})
         return self.info
@@ -97,6 +99,7 @@ class FastPath:
                     self._sync = False
                     names = list(self._changed)
                     await self.driver.sync(list(self._wanted.values()))
+                    self.clean = True
                     for name in names:
                         self._changed.pop(name, None)
                 while self._changed:

@@ -506,7 +506,7 @@ class Orchestrator:
 
     def ready(self) -> bool:
         up = any(r.state is RuntimeState.UP for r in self.loop.world.runtimes.values())
-        return up and self.catalog.read_once.is_set()
+        return up and self.catalog.read_once.is_set() and (self.fast is None or self.fast.clean)
 
     # ------------------------------------------------------------------ progress
 

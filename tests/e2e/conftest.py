@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from modelium_plugin_triton.install import Wheel, install_pack, prepare
 from modelium_plugin_triton.locate import find_interpreter
@@ -34,11 +35,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def nothing_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Every process that the tests' services started is gone at the end; one that is not is ended, and named."""
     base = tmp_path_factory.getbasetemp()
+    others = processes_of(base).keys()  # of other tests' fixtures, which end later
     yield
-    left = processes_of(base)
+    left = {pid: command for pid, command in processes_of(base).items() if not _of(pid, others)}
     for pid in left:
         kill(pid)
     assert not left, f"left running: {left}"
+
+
+def _of(pid: int, others: Collection[int]) -> bool:
+    """Whether it is one of those, or was started by one."""
+    try:
+        return pid in others or any(parent.pid in others for parent in psutil.Process(pid).parents())
+    except psutil.Error:
+        return True
 
 
 @pytest.fixture(scope="session")

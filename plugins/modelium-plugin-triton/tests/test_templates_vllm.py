@@ -64,7 +64,8 @@ def llm(triton: Triton, drop: Path) -> Iterator[None]:
 def family(triton: Triton) -> list[psutil.Process]:
     """The model's process in Triton, the engine's, and what else they started."""
     assert triton.info.pid is not None
-    (stub,) = (p for p in psutil.Process(triton.info.pid).children() if f"/{NAME}/" in " ".join(p.cmdline()))
+    living = (p for p in psutil.Process(triton.info.pid).children() if p.status() != psutil.STATUS_ZOMBIE)
+    (stub,) = (p for p in living if f"/{NAME}/" in " ".join(p.cmdline()))
     return [stub, *stub.children(recursive=True)]
 
 

@@ -30,7 +30,7 @@ def _empty(turn: Turn, runtime: Runtime) -> None:
             drain(turn, turn.models[model.name], f"{WHY}: {runtime.recycle}", again=again)
         elif model.state is State.STANDBY:
             begin_unload(turn, turn.models[model.name], f"{WHY}: {runtime.recycle}")
-    if all(turn.models[m.name].state is State.FAILED for m in held):
+    if all(turn.models[m.name].state in (State.FAILED, State.RECOVERING) for m in held):
         lose_models(turn, runtime.name, Failure("runtime_unavailable", f"{WHY}: {runtime.recycle}"))
         turn.move_runtime(runtime, RuntimeState.STOPPING, f"started anew: {runtime.recycle}", recycle="")
         turn.out.append(StopRuntime(runtime.name, runtime.epoch))

@@ -138,6 +138,7 @@ def ticked(turn: Turn, event: e.Ticked) -> None:
     if turn.now >= turn.next_sweep or turn.next_sweep > turn.now + turn.policy.sweep_s:
         for name in sorted(turn.live):
             _idle(turn, turn.models[name])
+            _unclear(turn, turn.models[name])
         for account in sorted(turn.devices.values(), key=lambda a: a.id):
             _relieve(turn, account)
         _release(turn)
@@ -237,6 +238,13 @@ def _late(turn: Turn, model: Model) -> None:
     give_up_load(
         turn, turn.change(model, late=model.late + 1, again=again), f"given up to be loaded anew, {told}{taken_s:.0f} s"
     )
+
+
+def _unclear(turn: Turn, model: Model) -> None:
+    """Of what was found neither loaded nor gone, and stays so for longer than a load may take, a new start rids us."""
+    load_s = model.estimate.slowest_s or model.estimate.load_s
+    if model.state is State.RECOVERING and turn.now - model.since >= _late_after(load_s):
+        recycle(turn, model.home, f"{model.name} is neither loaded there nor gone")
 
 
 def _release(turn: Turn) -> None:

@@ -1122,3 +1122,22 @@ def test_a_time_that_is_reached_is_not_waited_for_again() -> None:
             sim.now = max(sim.now, sim.wake)
             sim.tick()
     assert sim.state("a") is State.UNLOADING and "given up to be loaded anew" in sim.world.models["a"].reason
+
+
+def test_what_is_found_neither_loaded_nor_gone_for_long_has_its_runtime_begun_anew() -> None:
+    sim = make()
+    sim.accept("a", was_loaded=True)
+    waiting = sim.ask("a")
+    shown = Observation(instance="1", models=(ObservedModel(name="a", ready=False, memory={"cpu:0": 60}),))
+    told = False
+    for _ in range(70):
+        runtime = sim.world.runtimes["r"]
+        if runtime.state is not RuntimeState.UP or runtime.recycle:
+            told = True
+            break
+        assert sim.state("a") is State.RECOVERING
+        sim.happen(e.RuntimeObserved(sim.now, "r", runtime.epoch, sim.now, shown))
+        sim.wait(1)
+    assert told
+    sim.run()
+    assert (sim.state("a"), sim.answer(waiting)) == (State.READY, "granted")

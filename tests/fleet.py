@@ -7,14 +7,19 @@ by its plugin's own code, as `modelium runtimes install` does it.
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from modelium.api import Progress
 from tests.models import onnx_linear
 from tests.service import Served
+
+if TYPE_CHECKING:
+    from modelium_plugin_triton.install import Wheel
 
 sys.path += [str(Path(__file__).parents[1] / f"plugins/modelium-plugin-{n}/tests") for n in ("llamacpp", "vllm")]
 """Their tests know how to make small models."""
@@ -91,17 +96,42 @@ MEMBERS: Mapping[str, Member] = {
 
 def install(runtimes: Iterable[str]) -> None:
     """Have what these runtimes need in the cache, as a person would who wants to use them."""
-    from modelium.api import Progress
     from modelium.api.driver import Installable
     from modelium.host import PluginHost
     from modelium.paths import cache_dir
 
-    def say(progress: Progress) -> None:
-        print(progress.stage, file=sys.stderr)
-
     for backend in PluginHost.load(()).runtime_backends():
         if backend.name in runtimes and isinstance(backend, Installable):
-            asyncio.run(backend.install(cache_dir(), backend.settings_model(), say))
+            asyncio.run(backend.install(cache_dir(), backend.settings_model(), _say))
+
+
+def triton_wheel() -> Wheel:
+    """The tritonserver that services here run, set up by its plugin's own code."""
+    from modelium_plugin_triton.install import prepare
+    from modelium_plugin_triton.locate import find_interpreter
+    from modelium_plugin_triton.settings import TritonSettings
+
+    from modelium.paths import cache_dir
+
+    async def make() -> Wheel:
+        return await prepare(cache_dir(), await find_interpreter(TritonSettings()), (), _say)
+
+    return asyncio.run(make())
+
+
+def torch_python(wheel: Wheel) -> Path:
+    """A Python with torch and transformers to make models with: $MODELIUM_TEST_PYTHON, else Triton's environment."""
+    from modelium_plugin_triton.install import install_pack
+
+    named = os.environ.get("MODELIUM_TEST_PYTHON")
+    if named:
+        return Path(named)
+    asyncio.run(install_pack(wheel.environment, "torch", (), _say))
+    return Path(wheel.environment.python)
+
+
+def _say(progress: Progress) -> None:
+    print(progress.stage, file=sys.stderr)
 
 
 def configuration(runtimes: Iterable[str], budget_bytes: int | None = None, **policies: Any) -> dict[str, Any]:

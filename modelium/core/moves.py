@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from modelium.core.instructions import CloseRoute, OpenRoute, Park, Unload
 from modelium.core.standby import Berth, berth
 from modelium.core.states import BASE_PRIORITY, URGENT, RuntimeState, State, Want
@@ -125,6 +128,12 @@ def begin_unload(turn: Turn, model: Model, reason: str, *, again: Want = Want.NO
     return model
 
 
+NOTHING_THERE: Mapping[str, Any] = {
+    "booking": (), "extra": (), "measured": (), "placed": (), "held": None, "parked": None, "coming": None,
+}  # fmt: skip
+"""What is known of a model that no runtime has any more."""
+
+
 def end_unload(turn: Turn, model: Model) -> None:
     """Its runtime has it no more, or what it has is no longer taken for this model."""
     again, whole = model.again, model
@@ -138,13 +147,7 @@ def end_unload(turn: Turn, model: Model) -> None:
             State.COLD,
             reason,
             op=0,
-            booking=(),
-            extra=(),
-            measured=(),
-            placed=(),
-            held=None,
-            parked=None,
-            coming=None,
+            **NOTHING_THERE,
             again=Want.NONE,
             use=Use(),
         )
@@ -281,14 +284,8 @@ def fail(turn: Turn, model: Model, failure: Failure, *, runtime_lost: bool = Fal
         failures=failures,
         retry_at=turn.now + (retry_s if give_up else min(1.0, retry_s)),
         op=0,
-        booking=(),
-        extra=(),
+        **NOTHING_THERE,
         promise=(),
-        measured=(),
-        placed=(),
-        held=None,
-        parked=None,
-        coming=None,
         again=Want.NONE,
         want=keep,
         wanted_since=model.wanted_since if model.want is not Want.NONE else turn.now,

@@ -9,7 +9,7 @@ from modelium.api.types import ObservedModel
 from modelium.core import events as e
 from modelium.core.instructions import CloseRoute, OpenRoute, StartRuntime
 from modelium.core.loading import footprint, measured
-from modelium.core.moves import admit, drain, fail, onward, unload_parts, want
+from modelium.core.moves import NOTHING_THERE, admit, drain, fail, onward, unload_parts, want
 from modelium.core.parking import rest
 from modelium.core.standby import asleep, parked_as
 from modelium.core.states import RuntimeState, State, Want
@@ -314,8 +314,7 @@ def _gone(turn: Turn, model: Model, reason: str, again: Want = Want.NONE) -> Non
     """What was not known, or could not be unloaded, is not there."""
     wanted = again or model.want
     model = turn.move(
-        model, State.COLD, reason, want=Want.NONE, booking=(), extra=(), measured=(), placed=(), held=None, coming=None,
-        promise=(), parked=None, failure=None, failures=0, retry_at=0.0,
-    )  # fmt: skip
+        model, State.COLD, reason, **NOTHING_THERE, want=Want.NONE, promise=(), failure=None, failures=0, retry_at=0.0
+    )
     model = turn.grant_gone(model)
     onward(turn, model, wanted if wanted in (Want.DROPPED, Want.RESTORE) else Want.NONE, reason)

@@ -108,7 +108,7 @@ def _measured(service: Served, name: str) -> int:
 
 def _kinds() -> dict[str, tuple[str, Make]]:
     """By name: the runtime, or the runtime and its way of serving, and what makes the model."""
-    python = _torch()
+    python = fleet.torch_python(fleet.triton_wheel())
 
     def huggingface(task: str, name: str, **options: Any) -> Make:
         return lambda place: models.make(python, task, place / name, **options)
@@ -150,24 +150,6 @@ def _kinds() -> dict[str, tuple[str, Make]]:
         "gguf": ("llamacpp", gguf("gguf")),
         "larger-gguf": ("llamacpp", gguf("larger-gguf", **large)),
     }
-
-
-def _torch() -> Path:
-    """Triton's own environment with torch, as its models have it."""
-    import asyncio
-
-    from modelium_plugin_triton.install import install_pack, prepare
-    from modelium_plugin_triton.locate import find_interpreter
-    from modelium_plugin_triton.settings import TritonSettings
-
-    from modelium.paths import cache_dir
-
-    async def make() -> Path:
-        wheel = await prepare(cache_dir(), await find_interpreter(TritonSettings()), (), lambda _: None)
-        await install_pack(wheel.environment, "torch", (), lambda _: None)
-        return Path(wheel.environment.python)
-
-    return asyncio.run(make())
 
 
 def _wide_onnx(name: str, place: Path) -> Path:

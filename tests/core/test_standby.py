@@ -882,19 +882,24 @@ def two_shrunk(residue: int, limit: int, devices: int = 1) -> Sim:
     return sim
 
 
-@pytest.mark.parametrize(("residue", "limit"), [(0, 40), (10, 40), (10, 55)])
-def test_it_never_fits_any_more_where_it_slept_and_is_loaded_where_room_can_be_made(residue: int, limit: int) -> None:
-    sim = two_shrunk(residue, limit)
-    sim.accept("other", memory=60)
-    sim.load("other", finish=False)
-    assert sim.world.models["other"].placed == ("cpu:0",)
+def is_loaded_elsewhere(sim: Sim, size: int) -> None:
+    """On the first device, for who asks for it, once what loads there is done and may go."""
     ticket = sim.ask("a")
     assert sim.state("a") is State.UNLOADING and "loaded anew elsewhere" in sim.world.models["a"].reason
     sim.end("other")
     sim.see_use()
     sim.wait(1)
     sim.run()
-    assert sim.answer(ticket) == "granted" and sim.world.models["a"].booking == (("cpu:0", 60),)
+    assert sim.answer(ticket) == "granted" and sim.world.models["a"].booking == (("cpu:0", size),)
+
+
+@pytest.mark.parametrize(("residue", "limit"), [(0, 40), (10, 40), (10, 55)])
+def test_it_never_fits_any_more_where_it_slept_and_is_loaded_where_room_can_be_made(residue: int, limit: int) -> None:
+    sim = two_shrunk(residue, limit)
+    sim.accept("other", memory=60)
+    sim.load("other", finish=False)
+    assert sim.world.models["other"].placed == ("cpu:0",)
+    is_loaded_elsewhere(sim, 60)
 
 
 def test_over_several_devices_it_is_loaded_anew_on_others() -> None:
@@ -916,13 +921,7 @@ def test_it_can_never_wake_beside_what_is_kept_and_is_loaded_elsewhere(always: b
     assert sim.world.models["kept"].placed == ("cpu:1",)
     sim.accept("other", memory=60)
     sim.load("other", finish=False)
-    ticket = sim.ask("a")
-    assert sim.state("a") is State.UNLOADING and "loaded anew elsewhere" in sim.world.models["a"].reason
-    sim.end("other")
-    sim.see_use()
-    sim.wait(1)
-    sim.run()
-    assert sim.answer(ticket) == "granted" and sim.world.models["a"].booking == (("cpu:0", 40),)
+    is_loaded_elsewhere(sim, 40)
 
 
 def test_it_can_never_wake_beside_what_is_always_loaded_anywhere() -> None:

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
-import os
-import sys
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from modelium_plugin_triton.install import Wheel, install_pack, prepare
-from modelium_plugin_triton.locate import find_interpreter
-from modelium_plugin_triton.settings import TritonSettings
+from modelium_plugin_triton.install import Wheel
 
-from modelium.api import Progress
-from modelium.config import cache_dir
-from tests import models
+from tests import fleet, models
 from tests.e2e.kit import kill
 from tests.service import processes_of
 
@@ -53,23 +46,12 @@ def _of(pid: int, others: Collection[int]) -> bool:
 
 @pytest.fixture(scope="session")
 def wheel() -> Wheel:
-    """The tritonserver that services here run, set up by the plugin's own code."""
-
-    async def make() -> Wheel:
-        return await prepare(cache_dir(), await find_interpreter(TritonSettings()), (), _say)
-
-    return asyncio.run(make())
+    return fleet.triton_wheel()
 
 
 @pytest.fixture(scope="session")
 def torch_python(wheel: Wheel) -> Path:
-    """A Python with torch and transformers to make models with: $MODELIUM_TEST_PYTHON, else Triton's environment."""
-    named = os.environ.get("MODELIUM_TEST_PYTHON")
-    if named:
-        return Path(named)
-    asyncio.run(install_pack(wheel.environment, "torch", (), _say))
-    python: Path = wheel.environment.python
-    return python
+    return fleet.torch_python(wheel)
 
 
 @pytest.fixture(scope="session")
@@ -85,7 +67,3 @@ def made(torch_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
         return known[key]
 
     return make
-
-
-def _say(progress: Progress) -> None:
-    print(progress.stage, file=sys.stderr)

@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from textwrap import dedent, indent
 from typing import Any
 
+import pytest
 from modelium_plugin_triton.driver import TritonDriver
 from modelium_plugin_triton.server import sweep_shm
 from modelium_plugin_triton.settings import TritonSettings
 
-from modelium.api import LoadRequest, Progress, RuntimeContext
+from modelium.api import Analysis, LoadRequest, Plan, Progress, RuntimeContext, RuntimeDriver
 from modelium.api.fakes import load_request
+from modelium.api.testing import DriverContract
 from modelium.engine.processes import ProcessSupervisor
 from modelium.paths import cache_dir
 
@@ -90,6 +93,17 @@ class Lab:
         (folder / "1/model.py").write_text(code() if text is None else text)
         return load_request(name, folder)
 
+    def request(self, name: str, plan: Plan, analysis: Analysis) -> LoadRequest:
+        """To load what lies in the repository by this name."""
+        return LoadRequest(
+            name=name,
+            path=self.repository / name,
+            plan=plan,
+            analysis=analysis,
+            devices=("cpu:0",),
+            memory_bytes=plan.memory_bytes,
+        )
+
     def remove(self, name: str) -> None:
         shutil.rmtree(self.repository / name)
 
@@ -103,3 +117,19 @@ class Lab:
         for name in self.processes.names():
             await self.processes.stop(name, grace_s=5)
         sweep_shm(self.repository.resolve())
+
+
+class TritonContract(DriverContract):
+    """What the contract needs whatever is served; `lab` comes from the module."""
+
+    @pytest.fixture
+    def make_driver(self, lab: Lab) -> Callable[[], RuntimeDriver]:
+        return lab.driver
+
+    @pytest.fixture
+    def slow_model(self, lab: Lab) -> LoadRequest:
+        return lab.model("slow", SLEEPS)
+
+    @pytest.fixture
+    def crash(self, lab: Lab) -> Callable[[], None]:
+        return lab.crash

@@ -71,7 +71,7 @@ class Triton:
         folder = self.repository / name
         plan = self._plan(analysis, settings)
         lay_out(TritonBackend().layout(name, analysis, plan), drop, folder)
-        self._requests[name] = self._request(name, plan, analysis)
+        self._requests[name] = self._lab.request(name, plan, analysis)
         return folder
 
     def _plan(self, analysis: Analysis, settings: dict[str, Any]) -> Plan:
@@ -79,22 +79,12 @@ class Triton:
         offer = TritonBackend().offers(analysis, self.info, ())[0]
         return plan_of(offer, **settings)
 
-    def _request(self, name: str, plan: Plan, analysis: Analysis) -> LoadRequest:
-        return LoadRequest(
-            name=name,
-            path=self.repository / name,
-            plan=plan,
-            analysis=analysis,
-            devices=("cpu:0",),
-            memory_bytes=plan.memory_bytes,
-        )
-
     def load(self, name: str, config: dict[str, Any] | None = None) -> int:
         """Load what was installed, or what lies in the repository; `config` goes with the load. Returns its bytes."""
         request = self._requests.get(name)
         if request is None:
             analysis = analyse(self.repository / name)
-            request = self._request(name, self._plan(analysis, {}), analysis)
+            request = self._lab.request(name, self._plan(analysis, {}), analysis)
         parameters = {"config": json.dumps(config)} if config else {}
         outcome = self._run(self._driver.load(request.model_copy(update={"parameters": parameters}), silent))
         return sum(outcome.memory.values())

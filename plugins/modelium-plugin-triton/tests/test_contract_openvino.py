@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
-from driver_lab import SLEEPS, Lab
+from driver_lab import Lab, TritonContract
 from modelium_plugin_triton.backend import TritonBackend
 from real_triton import analyse
 
-from modelium.api import LoadRequest, RuntimeDriver
-from modelium.api.testing import DriverContract, lay_out, plan_of
+from modelium.api import LoadRequest
+from modelium.api.testing import lay_out, plan_of
 from tests.openvino_models import linear
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.timeout(600)]  # the first on a new machine installs OpenVINO
@@ -25,11 +25,7 @@ async def lab(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Lab]:
     await lab.end()
 
 
-class TestOpenVinoModelsKeepTheContract(DriverContract):
-    @pytest.fixture
-    def make_driver(self, lab: Lab) -> Callable[[], RuntimeDriver]:
-        return lab.driver
-
+class TestOpenVinoModelsKeepTheContract(TritonContract):
     @pytest.fixture
     def make(self, lab: Lab, tmp_path: Path) -> Callable[[str], LoadRequest]:
         def make(name: str) -> LoadRequest:
@@ -38,14 +34,7 @@ class TestOpenVinoModelsKeepTheContract(DriverContract):
             (offer,) = (o for o in TritonBackend().offers(analysis, None, ()) if o.serving == "openvino-python")
             plan = plan_of(offer)
             lay_out(TritonBackend().layout(name, analysis, plan), drop, lab.repository / name)
-            return LoadRequest(
-                name=name,
-                path=lab.repository / name,
-                plan=plan,
-                analysis=analysis,
-                devices=("cpu:0",),
-                memory_bytes=plan.memory_bytes,
-            )
+            return lab.request(name, plan, analysis)
 
         return make
 
@@ -63,11 +52,3 @@ class TestOpenVinoModelsKeepTheContract(DriverContract):
         for file in bad.path.rglob("*.xml"):
             file.write_text("<net/>")
         return bad
-
-    @pytest.fixture
-    def slow_model(self, lab: Lab) -> LoadRequest:
-        return lab.model("slow", SLEEPS)
-
-    @pytest.fixture
-    def crash(self, lab: Lab) -> Callable[[], None]:
-        return lab.crash

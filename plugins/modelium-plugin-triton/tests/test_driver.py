@@ -5,20 +5,20 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import psutil
 import pytest
 import pytest_asyncio
-from driver_lab import SLEEPS, Lab, code
+from driver_lab import SLEEPS, Lab, TritonContract, code
 from modelium_plugin_triton.driver import TritonDriver
 from modelium_plugin_triton.install import has_pack
 from modelium_plugin_triton.measure import Stub
 from modelium_plugin_triton.server import SHM, shm_prefix
 
-from modelium.api import LoadRequest, ObservedModel, Progress, RuntimeDriver
-from modelium.api.testing import DriverContract, eventually, silent
+from modelium.api import LoadRequest, ObservedModel, Progress
+from modelium.api.testing import eventually, silent
 from modelium.engine.processes import look
 from modelium.errors import DriverError, LoadRejected, RuntimeStuck, RuntimeUnavailable
 
@@ -45,11 +45,7 @@ async def driver(lab: Lab) -> AsyncIterator[TritonDriver]:
     await driver.close()
 
 
-class TestTritonDriverKeepsTheContract(DriverContract):
-    @pytest.fixture
-    def make_driver(self, lab: Lab) -> Callable[[], RuntimeDriver]:
-        return lab.driver
-
+class TestTritonDriverKeepsTheContract(TritonContract):
     @pytest.fixture
     def good_model(self, lab: Lab) -> LoadRequest:
         return lab.model("good")
@@ -61,14 +57,6 @@ class TestTritonDriverKeepsTheContract(DriverContract):
     @pytest.fixture
     def bad_model(self, lab: Lab) -> LoadRequest:
         return lab.model("bad", "def broken(:\n")
-
-    @pytest.fixture
-    def slow_model(self, lab: Lab) -> LoadRequest:
-        return lab.model("slow", SLEEPS)
-
-    @pytest.fixture
-    def crash(self, lab: Lab) -> Callable[[], None]:
-        return lab.crash
 
 
 async def shown(driver: TritonDriver, name: str) -> ObservedModel | None:

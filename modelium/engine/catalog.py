@@ -284,13 +284,23 @@ class Catalog:
             except (ConfigError, PluginError) as exc:
                 _not_its_fault(entry.name, exc)
             except ModeliumError as exc:
-                self._refuse(entry.name, entry.revision, exc)
+                if await asyncio.to_thread(self._is_as_read, entry):
+                    self._refuse(entry.name, entry.revision, exc)
+                else:  # it was moved or written to meanwhile, which says nothing about what it is
+                    self._background(self.look(entry.name))
         await asyncio.to_thread(self._keep, [manifest for _, manifest in planned])
         for entry, manifest in planned:
             await asyncio.sleep(0)
             if entry.name not in self._leaving:
                 self._accept(replace(entry, manifest=manifest), manifest)
             self._done(entry.name)
+
+    def _is_as_read(self, entry: Entry) -> bool:
+        """Runs in a thread."""
+        try:
+            return self._repository.entry(entry.name) == entry
+        except (ModeliumError, OSError):
+            return False
 
     def _planned(self, entry: Entry, inspection: Inspection | ModeliumError) -> Manifest:
         if isinstance(inspection, ModeliumError):

@@ -693,6 +693,35 @@ async def test_a_fault_that_is_not_the_models_is_tried_again(tmp_path: Path, mon
         await r.is_("m", "COLD")
 
 
+async def test_a_folder_that_is_taken_away_while_it_is_looked_into_is_gone_and_no_bad_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs, aside = tmp_path / "theirs", tmp_path / "aside"
+    (theirs / "m/1").mkdir(parents=True)
+    (theirs / "m/1/x.toy").write_text(json.dumps({"size": 1}))
+    real = ToyInspector.inspect
+    looking, asked = asyncio.Event(), asyncio.Event()
+
+    async def inspect(self: ToyInspector, path: Path) -> Inspection:
+        if not asked.is_set():
+            looking.set()
+            await asked.wait()
+            path.rename(aside)
+        return await real(self, path)
+
+    monkeypatch.setattr(ToyInspector, "inspect", inspect)
+    async with rig(tmp_path / "root", repository=theirs) as r:
+        await looking.wait()
+        waiting = asyncio.ensure_future(r.service.acquire("m"))
+        await asyncio.sleep(0)  # it waits for what is found
+        asked.set()
+        with pytest.raises(ModelNotFound):
+            await waiting
+        assert r.state("m") == "-"
+        aside.rename(theirs / "m")
+        await r.is_("m", "COLD")
+
+
 async def test_removing_lets_nobody_load_it_meanwhile(tmp_path: Path) -> None:
     async with rig(tmp_path) as r:
         await r.add("a")

@@ -138,7 +138,13 @@ async def running(**more: float) -> AsyncIterator[Inspector]:
 
 
 def children() -> list[psutil.Process]:
-    return [p for p in psutil.Process().children() if any("inspect_worker" in a for a in p.cmdline())]
+    """Those that live: one that has ended, of any test, may still have to be reaped."""
+    found = []
+    for process in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if any("inspect_worker" in argument for argument in process.cmdline()):
+                found.append(process)
+    return found
 
 
 async def pid_of(inspector: Inspector, drop: Callable[[str], Path]) -> int:

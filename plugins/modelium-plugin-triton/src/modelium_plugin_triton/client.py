@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -77,36 +78,36 @@ class TritonClient:
         """Whether it answers within `timeout_s`."""
         try:
             answer = await self._stub.ServerLive(pb.ServerLiveRequest(), timeout=timeout_s)
-        except grpc.aio.AioRpcError:
+        except (grpc.aio.AioRpcError, grpc.aio.UsageError):
             return False
         return bool(answer.live)
 
     async def metadata(self) -> tuple[str, str, tuple[str, ...]]:
         """The server's name (`--id`), version and extensions."""
-        answer = await self._call(self._stub.ServerMetadata(pb.ServerMetadataRequest(), timeout=10))
+        answer = await self._call(self._stub.ServerMetadata, pb.ServerMetadataRequest(), 10)
         return answer.name, answer.version, tuple(answer.extensions)
 
     async def index(self) -> list[Indexed]:
         """What lies in the repository, with the states of what was ever loaded. Slower with more folders: 4 us each."""
-        answer = await self._call(self._stub.RepositoryIndex(pb.RepositoryIndexRequest(), timeout=30))
+        answer = await self._call(self._stub.RepositoryIndex, pb.RepositoryIndexRequest(), 30)
         return [Indexed(m.name, m.version, m.state, m.reason) for m in answer.models]
 
     async def statistics(self) -> list[Counted]:
         """What serves now, models that are not in the index included; what is loading or unloading is not in it."""
-        answer = await self._call(self._stub.ModelStatistics(pb.ModelStatisticsRequest(), timeout=10))
+        answer = await self._call(self._stub.ModelStatistics, pb.ModelStatisticsRequest(), 10)
         return [
             Counted(m.name, m.version, m.inference_stats.success.count + m.inference_stats.fail.count)
             for m in answer.model_stats
         ]
 
     async def ready(self, name: str) -> bool:
-        answer = await self._call(self._stub.ModelReady(pb.ModelReadyRequest(name=name), timeout=10))
+        answer = await self._call(self._stub.ModelReady, pb.ModelReadyRequest(name=name), 10)
         return bool(answer.ready)
 
     async def backend(self, name: str, version: str = "") -> tuple[str, int]:
         """The backend of a loaded model, empty for an ensemble, and how many instances of it there are."""
         request = pb.ModelConfigRequest(name=name, version=version)
-        config = (await self._call(self._stub.ModelConfig(request, timeout=10))).config
+        config = (await self._call(self._stub.ModelConfig, request, 10)).config
         return str(config.backend), sum(group.count * max(1, len(group.gpus)) for group in config.instance_group)
 
     async def load(self, name: str, parameters: Mapping[str, Any]) -> None:
@@ -114,23 +115,33 @@ class TritonClient:
         request = pb.RepositoryModelLoadRequest(model_name=name)
         for key, value in parameters.items():
             set_parameter(request.parameters[key], key, value)
-        await self._call(self._stub.RepositoryModelLoad(request))
+        await self._call(self._stub.RepositoryModelLoad, request)
 
     async def unload(self, name: str) -> None:
         """Returns when Triton has begun with it; waits for a load of that model that is under way."""
-        await self._call(self._stub.RepositoryModelUnload(pb.RepositoryModelUnloadRequest(model_name=name)))
+        await self._call(self._stub.RepositoryModelUnload, pb.RepositoryModelUnloadRequest(model_name=name))
 
-    async def _call(self, call: Awaitable[T]) -> T:
+    async def _call(self, method: Callable[..., Awaitable[T]], request: Any, timeout_s: float | None = None) -> T:
         try:
-            return await call
+            return await method(request, timeout=timeout_s)
+        except grpc.aio.UsageError as error:
+            raise self._unreachable("the connection was closed") from error
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            raise self._unreachable("the connection was closed") from error  # so gRPC ends what was under way
         except grpc.aio.AioRpcError as error:
             code, details = error.code(), error.details() or ""
             if code is grpc.StatusCode.DEADLINE_EXCEEDED:
                 raise RuntimeUnavailable(f"Triton at {self.address} did not answer in time") from error
             # The same code says that nobody answers and that the server can't do this: then it lives.
             if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED) and not await self.live():
-                raise RuntimeUnavailable(f"Triton at {self.address} can't be reached: {details}") from error
+                raise self._unreachable(details) from error
             raise CallFailed(code, details) from error
+
+    def _unreachable(self, why: str) -> RuntimeUnavailable:
+        return RuntimeUnavailable(f"Triton at {self.address} can't be reached: {why}")
 
 
 def set_parameter(target: Any, key: str, value: Any) -> None:

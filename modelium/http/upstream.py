@@ -46,6 +46,10 @@ ABRUPT = "llama.cpp"
 """The `Server` that closes a connection after a stream without saying so, so that the next request is lost with it
 (xllamacpp 2026.10)."""
 
+IDLE_S = 4.0
+"""How long a connection waits for its next request: uvicorn and llama.cpp close theirs after 5 s, and a request that
+meets that is lost."""
+
 _NOT_FOR_UPSTREAM = (*HOP_BY_HOP, istr("Host"), istr("Expect"))
 _AUTO_HEADERS = (hdrs.ACCEPT, hdrs.ACCEPT_ENCODING, hdrs.CONTENT_TYPE, hdrs.USER_AGENT)
 
@@ -110,7 +114,7 @@ class Upstream:
     async def open(self) -> None:
         """To be called on the loop that the requests will run on."""
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30),
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_S),
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
             skip_auto_headers=_AUTO_HEADERS,

@@ -251,7 +251,9 @@ def _backends(front: Front) -> Iterable[str]:
         yield "    balance first"
         yield "    retries 1"
         yield "    option redispatch 1"
-        yield f"    server any 0.0.0.0:0{h2}"
+        # Half of what is idle goes each second: some runtimes close a connection after 5 s, and a request that meets
+        # that is lost.
+        yield f"    server any 0.0.0.0:0{h2} pool-purge-delay 1s"
         yield f"    server service unix@{socket}{h2}"
         told = _error if protocol == "http" else _status
         yield from told(502, RUNTIME_LOST)

@@ -31,6 +31,8 @@ SAFE = {
     "NCCL_SOCKET_IFNAME": "lo",
     # Its processes call themselves something else, and would write that over the marks by which they are found.
     "SPT_NOENV": "1",
+    # Seconds: a connection that it closes may have a request on its way.
+    "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "3600",
     # Output is read as it comes.
     "PYTHONUNBUFFERED": "1",
 }

@@ -50,15 +50,15 @@ _BATCHED: Mapping[str, Any] = {**_COMMON, "max_batch_size": 32}
 _TRANSFORMERS: Mapping[str, Any] = {**_COMMON, "dtype": "auto"}
 _LABELS: Mapping[str, Any] = {**_BATCHED, "dtype": "auto", "top_k": 5}
 
-# Overheads are the USS of the stub of a model of a few kilobytes while no other process shares the libraries (with
-# others torch's take 110 MiB less), and times what its load took on two cores: Triton 2.51 of the wheel, CPython 3.11,
-# onnxruntime 1.31, torch 2.13 for CPUs, transformers 5.23. A stub with numpy alone has 20 MiB; what a library adds
-# to that stands for the native backend, which runs in the server's own process. On a GPU the same figure stands for the
-# CUDA context until a load was measured.
-_ONNX, _ONNX_NATIVE = 50 * MIB, 30 * MIB
+# Overheads are the USS of the stub of a small model that was asked once while no other process shares the libraries
+# (with others torch's take 110 MiB less), and times what its load took on two cores: Triton 2.51 of the wheel, CPython
+# 3.11, onnxruntime 1.31, torch 2.13 for CPUs, transformers 5.23. A stub with numpy alone has 20 MiB; what a library
+# adds to that stands for the native backend, which runs in the server's own process. On a GPU the same figure stands
+# for the CUDA context until a load was measured.
+_ONNX, _ONNX_NATIVE = 56 * MIB, 36 * MIB
 _OPENVINO, _OPENVINO_NATIVE = 80 * MIB, 60 * MIB
-_TORCH, _TORCH_NATIVE = 260 * MIB, 240 * MIB
-_TORCH_AND_TRANSFORMERS = 385 * MIB
+_TORCH, _TORCH_NATIVE = 225 * MIB, 205 * MIB
+_TORCH_AND_TRANSFORMERS = 345 * MIB
 
 SERVINGS: Mapping[str, Serving] = {
     serving.name: serving

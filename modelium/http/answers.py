@@ -110,8 +110,9 @@ def unreachable(model: str, address: str, why: str) -> RuntimeUnavailable:
     )
 
 
-DEAD = "Stub process '[^']*' is not healthy"
-"""What Triton answers, under 500, or 400 to `generate_stream`, for a Python model whose process has ended (2.51)."""
+DEAD = "Stub process '[^']*' is not healthy|EngineDeadError"
+"""What Triton answers for a Python model whose process has ended, and such a model whose engine of vLLM has: under 500,
+or 400 to `generate` and `generate_stream` (2.51)."""
 _DEAD = re.compile(DEAD.encode())
 
 

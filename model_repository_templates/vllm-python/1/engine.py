@@ -16,6 +16,7 @@ from serving import cancelled, failure, refusal
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import VLLMClientError
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
 
 T = TypeVar("T")
 
@@ -46,9 +47,9 @@ class Engine:
         self.model_config = self._llm.model_config
 
     def answer(self, sender: Any, asked: Asked) -> None:
-        """Answer a request in time; returns at once. Raises `RuntimeError` when the engine has died."""
+        """Answer a request in time; returns at once. Raises `EngineDeadError`."""
         if self._died:
-            raise RuntimeError("vLLM's engine has died: the model has to be loaded again")
+            raise EngineDeadError
         self._loop.call_soon_threadsafe(self._start, Answer(sender, asked))
 
     def close(self) -> None:

@@ -170,7 +170,7 @@ async def lab(tmp_path: Path) -> AsyncIterator[Lab]:
     front = Front(
         host="127.0.0.1", port=0, grpc_port=0, hosts=("127.0.0.1", "localhost"), service_http=sockets / "http.sock",
         service_grpc=sockets / "grpc.sock", client_errors=('{"error":"Unable to parse ',),
-        dead="Stub process '[^']*' is not healthy",
+        dead="Stub process '[^']*' is not healthy|EngineDeadError",
     )  # fmt: skip
     async with AsyncExitStack() as stack:
         service, runtime, grpc_service, grpc_runtime = Server("service"), Server("runtime"), Echo("service"), Echo("rt")
@@ -438,6 +438,7 @@ async def test_a_runtime_out_of_reach_is_the_services_to_judge(lab: Lab) -> None
         (500, b'{"error":"Unable"}', 500),
         (500, b'{"error":"Stub process \'m_0_0\' is not healthy."}', 502),
         (400, b'data: {"error":"Stub process \'m_0_0\' is not healthy."}\n\n', 502),
+        (400, b'{"error":"EngineDeadError: EngineCore encountered an issue."}', 502),
         (400, b'{"error":"Unable"}', 400),
         (400, b'{"error":"unexpected input \'smoking is not healthy\'"}', 400),
         (503, b'{"error":"Unable to parse "}', 503),

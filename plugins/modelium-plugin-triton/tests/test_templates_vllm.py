@@ -230,6 +230,15 @@ def test_an_engine_that_dies_is_seen_and_nobody_waits_for_it(triton: Triton, llm
     assert generate(triton, parameters={"max_tokens": 2})["text_output"]
 
 
+def test_a_first_prompt_may_be_short(triton: Triton, llm: None, drop: Path) -> None:
+    """In bfloat16 vLLM computes attention with AMX, where the processor has it."""
+    triton.install("short", drop, dtype="bfloat16", max_model_len=256, kv_cache_memory_bytes=2**24)
+    triton.load("short")
+    status, answer = triton.post("short/generate", {"text_input": "a", "parameters": {"max_tokens": 1}})
+    assert status == 200, answer
+    triton.unload("short")
+
+
 def test_it_is_measured_and_leaves_no_process(triton: Triton, llm: None) -> None:
     processes = family(triton)
     assert triton.memory(NAME) > 0.9 * sum(process.memory_full_info().uss for process in processes)

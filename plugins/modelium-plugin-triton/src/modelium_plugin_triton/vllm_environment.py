@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from modelium_plugin_vllm.environment import INSTALL
+from modelium_plugin_vllm.environment import INSTALL, PROCESS
 from modelium_plugin_vllm.registry import Known, known
 
 from modelium.api import Report, RuntimeInfo, environments
@@ -20,17 +20,16 @@ from modelium.errors import DriverError
 from modelium_plugin_triton.install import install_pack
 from modelium_plugin_triton.packs import BASE, CONSTRAINTS, PACKS, SITE_FILES
 
-_SITE = "modelium_vllm_site"
-_SITE_TEXT = '''"""Ends what vLLM starts with what started it: orphans of a killed process would keep its memory."""
+_PROCESS, _SITE = "modelium_vllm_process", "modelium_vllm_site"
+_SITE_TEXT = f'''"""Ends what vLLM starts with what started it: orphans of a killed process would keep its memory."""
 
-import ctypes
-import signal
 import sys
 
-PR_SET_PDEATHSIG = 1  # prctl(2)
+from {_PROCESS} import allow_amx, end_with_parent
 
+allow_amx()
 if "--multiprocessing-fork" in sys.orig_argv:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent()
 '''
 
 # What Triton's Python backend sources, with bash, before it starts a model's process; venv's own names the folder in
@@ -96,6 +95,7 @@ async def prepare(
         )
     site_files = {
         **SITE_FILES,
+        f"{_PROCESS}.py": PROCESS.read_text(),
         f"{_SITE}.py": _SITE_TEXT,
         f"{_SITE}.pth": f"import {_SITE}\n",
         "modelium_vllm.pth": f"import site; site.addsitedir({str(found.site)!r})\n",

@@ -30,6 +30,8 @@ INSTALL = "modelium runtimes install vllm"
 OLDEST = (0, 32)
 """Before it the server was started, and its arguments were called, otherwise."""
 
+PROCESS = Path(__file__).with_name("launcher") / "vllm_process.py"
+"""What each process of vLLM begins with, for whoever else runs vLLM."""
 ANSWERS_WITHIN_S = 60.0
 """A probe that imports nothing, on a disk that may be slow."""
 

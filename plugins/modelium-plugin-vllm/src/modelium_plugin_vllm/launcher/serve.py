@@ -8,21 +8,20 @@ for modules beside a script first.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import logging
 import os
-import signal
 import socket
 import sys
 from typing import Any
 
-PR_SET_PDEATHSIG = 1  # prctl(2)
+from vllm_process import allow_amx, end_with_parent  # type: ignore[import-not-found] # beside this script
 
 
 def main() -> None:
     holder = hold_port()
     os.register_at_fork(after_in_child=end_with_parent)
+    allow_amx()
     # What is imported stays: to look through it for garbage again and again takes seconds.
     gc.disable()
     if os.environ.get("MODELIUM_VLLM_FORK") == "1":
@@ -67,12 +66,8 @@ def fork_on_cpu() -> None:
     registry._run_in_subprocess = lambda find_out: find_out()
 
 
-def end_with_parent() -> None:
-    """Its children would go on without it, and keep what they hold."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 if __name__ == "__main__":
     main()
 elif __name__ == "__mp_main__":  # spawned by multiprocessing, which imports the script for its functions
     end_with_parent()
+    allow_amx()

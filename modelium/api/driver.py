@@ -55,11 +55,12 @@ class Processes(Protocol):
         name: str,
         argv: Sequence[str],
         *,
-        env: Mapping[str, str] | None = None,
+        env: Mapping[str, str | None] | None = None,
         cwd: Path | None = None,
         facts: Mapping[str, Any] | None = None,
     ) -> ProcessRecord:
-        """Start `argv` under `name`; `env` is added to Modelium's own. Ends what still runs under that name."""
+        """Start `argv` under `name`, after ending what still runs under it. `env` is added to Modelium's own, None
+        taking a variable away."""
 
     def find(self, name: str) -> ProcessRecord | None:
         """The living process last started under `name`, if there is one."""

@@ -347,7 +347,7 @@ class FakeProcesses:
         self.living: dict[str, ProcessRecord] = {}
         self.spawned: list[ProcessRecord] = []
         self.stopped: list[str] = []
-        self.environments: dict[str, Mapping[str, str]] = {}
+        self.environments: dict[str, Mapping[str, str | None]] = {}
         self.lines: dict[str, list[str]] = {}
 
     async def spawn(
@@ -355,7 +355,7 @@ class FakeProcesses:
         name: str,
         argv: Sequence[str],
         *,
-        env: Mapping[str, str] | None = None,
+        env: Mapping[str, str | None] | None = None,
         cwd: Path | None = None,
         facts: Mapping[str, Any] | None = None,
     ) -> ProcessRecord:

@@ -6,7 +6,6 @@ A `ServerKind` says what to run and what its words mean; `ModelServers` starts, 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections import defaultdict
@@ -18,7 +17,7 @@ from typing import Any, Protocol
 import aiohttp
 
 from modelium.api.driver import ProcessRecord, RuntimeContext
-from modelium.api.measuring import Gpus, Trees
+from modelium.api.measuring import Gpus, Trees, added
 from modelium.api.ports import HOST, given_port, listens
 from modelium.api.types import (
     Endpoint,
@@ -44,7 +43,7 @@ ANSWERS_WITHIN_S = 5.0
 """A living server that does not answer its health route within this missed a look."""
 MISSES = 5
 """Looks in a row that a living server may miss before it is taken for broken."""
-RETIRE_AFTER_S = 5.0
+RETIRE_AFTER_S = 2.0
 """A server that was replaced is told to end this long after the new one answers: by then nobody is sent to it."""
 GRACE_S = 30.0
 """How long a server that is told to end may finish what it is doing."""
@@ -58,7 +57,8 @@ class ServerCommand:
     """How one model's server is started."""
 
     argv: Sequence[str]
-    env: Mapping[str, str] = field(default_factory=dict)
+    env: Mapping[str, str | None] = field(default_factory=dict)
+    """Added to Modelium's own; None takes a variable away."""
     exclusive: Collection[str] = ()
     """Devices on which no other such start goes on meanwhile, of whatever runtime, since some measure what is free."""
     note: str = ""
@@ -125,7 +125,8 @@ class ModelServers:
         self._misses: dict[str, int] = {}
         self._ending: set[str] = set()
         self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
-        self._retiring: dict[str, asyncio.Task[None]] = {}
+        self._replaced: dict[str, Server] = {}
+        """Those that end while another serves their model."""
         self._started = False
         self._trees: Trees | None = None
         self._http: aiohttp.ClientSession | None = None
@@ -153,7 +154,8 @@ class ModelServers:
     async def _adopt(self) -> None:
         """Of those that serve one model, the newest is adopted."""
         names = await asyncio.to_thread(self._context.processes.names)
-        mine = {s.record.name for s in (*self._servers.values(), *self._loading.values())} | self._retiring.keys()
+        known = (*self._servers.values(), *self._loading.values(), *self._replaced.values())
+        mine = {server.record.name for server in known}
         left = [name for name in names if self._model_of(name) is not None and name not in mine]
         found = await asyncio.gather(*(self._left_behind(name) for name in left))
         useless = [name for name, server in zip(left, found, strict=True) if server is None]
@@ -197,17 +199,19 @@ class ModelServers:
 
     async def observe(self) -> Observation:
         """Those that are starting are there as not ready, since they hold memory."""
-        servers = dict(self._servers)
-        await asyncio.gather(*(self._look(server) for server in servers.values() if server.model not in self._broken))
+        looked_at = [server for name, server in self._servers.items() if name not in self._broken]
+        await asyncio.gather(*(self._look(server) for server in looked_at))
+        servers = dict(self._servers)  # others may have begun to serve meanwhile
         loading = {name: server for name, server in self._loading.items() if name not in servers}
-        memory = await self._measure([*servers.values(), *loading.values()])
+        memory = await self._measure([*servers.values(), *loading.values(), *self._replaced.values()])
+        replaced = {name: memory.get(server.record.name, {}) for name, server in self._replaced.items()}
         models = [
             ObservedModel(
                 name=name,
                 ready=name not in self._broken and name not in self._ending,
                 broken=name in self._broken and name not in self._ending,
                 versions=("1",),
-                memory=memory.get(server.record.name, {}),
+                memory=added((memory.get(server.record.name, {}), replaced.get(name, {}))),
                 reason="ending" if name in self._ending else self._broken.get(name, ""),
                 endpoints=self._endpoints(server),
             )
@@ -286,8 +290,7 @@ class ModelServers:
                 await self._end(name)
                 old = None
             first, second = self._slots(name)
-            slot = second if old is not None and old.record.name == first else first
-            await self._call_off(slot)  # a start ends what still runs under its name
+            slot = second if old is not None and old.record.name == first else first  # what runs there is ended
             former: DriverError | None = None
             while True:
                 try:
@@ -300,9 +303,11 @@ class ModelServers:
             self._servers[name] = server
             self._broken.pop(name, None)
             self._misses.pop(name, None)
+            outcome = await self._outcome(server, began, note)
             if old is not None:
-                self._retire(old)
-            return await self._outcome(server, began, note)
+                report(Progress(stage="ending the one before", endpoints=outcome.endpoints))
+                await self._retire(old)
+            return outcome
 
     async def _try(
         self, request: LoadRequest, slot: str, former: DriverError | None, report: Report
@@ -323,7 +328,7 @@ class ModelServers:
                     server = self._loading[request.name] = Server(request.name, record, port)
                     await self._until_up(server, request, report, settle)
                 except BaseException:
-                    await self._killed(slot)
+                    await self._gone(slot, grace_s=1)
                     raise
                 finally:
                     self._loading.pop(request.name, None)
@@ -399,8 +404,6 @@ class ModelServers:
         """All that runs for a model; it is shown until it is gone."""
         self._ending.add(name)
         try:
-            for slot in self._slots(name):
-                await self._call_off(slot)
             await asyncio.gather(*(self._context.processes.stop(slot, grace_s=GRACE_S) for slot in self._slots(name)))
             self._servers.pop(name, None)
             self._broken.pop(name, None)
@@ -408,38 +411,28 @@ class ModelServers:
         finally:
             self._ending.discard(name)
 
-    async def _stop(self, server: Server) -> None:
-        await self._context.processes.stop(server.record.name, grace_s=GRACE_S)
-
-    async def _killed(self, slot: str) -> None:
-        """End a start that failed or was given up, whatever comes."""
-        ending = asyncio.ensure_future(self._context.processes.stop(slot, grace_s=1))
+    async def _gone(self, slot: str, grace_s: float) -> None:
+        """End what runs there, whatever comes."""
+        ending = asyncio.ensure_future(self._context.processes.stop(slot, grace_s=grace_s))
         try:
             await asyncio.shield(ending)
         except asyncio.CancelledError:
             await asyncio.wait([ending])
             raise
 
-    def _retire(self, server: Server) -> None:
-        async def retire() -> None:
+    async def _retire(self, server: Server) -> None:
+        """End what was replaced, once nobody is sent to it any more."""
+        self._replaced[server.model] = server
+        try:
             await asyncio.sleep(RETIRE_AFTER_S)
-            await self._stop(server)
-
-        slot = server.record.name
-        task = asyncio.get_running_loop().create_task(retire(), name=f"retire {slot}")
-        self._retiring[slot] = task
-        task.add_done_callback(lambda _: self._retiring.pop(slot, None))
-
-    async def _call_off(self, slot: str) -> None:
-        """What retires there is not ended in a while, but by who asks."""
-        task = self._retiring.get(slot)
-        if task is not None:
-            task.cancel()
-            await asyncio.wait([task])
+        finally:
+            try:
+                await self._gone(server.record.name, GRACE_S)
+            finally:
+                self._replaced.pop(server.model, None)
 
     async def stop(self) -> None:
         names = await asyncio.to_thread(self._context.processes.names)
-        await self._give_up_retiring()
         mine = [name for name in names if self._model_of(name) is not None]
         await asyncio.gather(*(self._context.processes.stop(name, grace_s=GRACE_S) for name in mine))
         self._servers.clear()
@@ -447,16 +440,9 @@ class ModelServers:
         self._misses.clear()
 
     async def close(self) -> None:
-        await self._give_up_retiring()
         http, self._http = self._http, None
         if http is not None:
             await http.close()
-
-    async def _give_up_retiring(self) -> None:
-        for task in list(self._retiring.values()):
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
 
     def logs(self, model: str | None, lines: int) -> list[str]:
         """A model's own log, also that of a start that failed; without a model the last lines of each."""
@@ -465,7 +451,9 @@ class ModelServers:
             server = self._servers.get(model) or self._loading.get(model)
             return processes.tail(server.record.name if server else self._slots(model)[0], lines)
         each = max(1, lines // max(1, len(self._servers)))
-        found = [f"{name}: {line}" for name, s in self._servers.items() for line in processes.tail(s.record.name, each)]
+        found = [
+            f"{name}: {line}" for name, s in list(self._servers.items()) for line in processes.tail(s.record.name, each)
+        ]
         return found[-lines:] if lines > 0 else []
 
 

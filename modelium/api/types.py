@@ -285,7 +285,7 @@ class LoadOutcome(Frozen):
     """Measured bytes by device id; empty where the runtime can't tell."""
     load_s: float
     note: str = ""
-    """What a person should know of it, in one sentence."""
+    """What was done otherwise than planned, as it follows "loaded in 2 s, ". Of such a load nothing is learnt."""
     endpoints: tuple[Endpoint, ...] = ()
     """Where this model answers, if it is not where the runtime does."""
 
@@ -337,6 +337,8 @@ class Progress(Frozen):
     done: float = 0
     total: float | None = None
     unit: str = ""
+    endpoints: tuple[Endpoint, ...] = ()
+    """Where a model that is replaced answers from now on, while what it replaces is still to end."""
 
 
 Report = Callable[[Progress], None]

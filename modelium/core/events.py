@@ -114,6 +114,8 @@ class Loaded(Event):
     memory: Booking
     """Measured; empty where the runtime can't tell."""
     load_s: float
+    note: str = ""
+    """What was done otherwise than planned."""
 
 
 @dataclass(frozen=True, slots=True)

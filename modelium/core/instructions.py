@@ -74,6 +74,13 @@ class Unload(Instruction):
 
 
 @dataclass(frozen=True, slots=True)
+class GiveUp(Instruction):
+    """End the operation that is under way with a model; no result of it is wanted."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
 class StartRuntime(Instruction):
     """Becomes RuntimeUp or RuntimeDown."""
 

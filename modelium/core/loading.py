@@ -25,12 +25,13 @@ def loaded(turn: Turn, event: e.Loaded) -> None:
         model = turn.move(
             model,
             State.READY,
-            f"{'loaded' if asleep is None else 'woken'} in {event.load_s:.2f} s",
+            _told(f"{'loaded' if asleep is None else 'woken'} in {event.load_s:.2f} s", event),
             op=0,
-            booking=event.memory or (model.booking if asleep is None else asleep.before),
+            booking=completed(event.memory, model.booking if asleep is None else asleep.before, model.placed),
             measured=event.memory,
             estimate=_learnt(model, model.held, model.placed, event),
             parked=None,
+            held=_noted(model.held, event),
             loaded_at=turn.now,
             loaded_for=model.want,
             want=Want.NONE,
@@ -46,18 +47,19 @@ def loaded(turn: Turn, event: e.Loaded) -> None:
 def _replaced(turn: Turn, model: Model, coming: Held, event: e.Loaded) -> None:
     """The new revision serves; the old one's memory is free. The route is opened anew, for what changed about it."""
     before = model
+    placed = tuple(device for device, _ in model.extra) or model.placed
     model = turn.change(
         model,
         op=0,
         extra=(),
-        booking=event.memory or model.extra or model.booking,
-        placed=tuple(device for device, _ in model.extra) or model.placed,
+        booking=completed(event.memory, model.extra or model.booking, placed),
+        placed=placed,
         measured=event.memory,
-        estimate=_learnt(model, coming, tuple(device for device, _ in model.extra) or model.placed, event),
-        held=coming,
+        estimate=_learnt(model, coming, placed, event),
+        held=_noted(coming, event),
         coming=None,
         loaded_at=turn.now,
-        reason="its new files are loaded",
+        reason=_told("its new files are loaded", event),
     )
     turn.tell(model.name, State.READY, State.READY, "reloaded: its files changed")
     turn.out.append(OpenRoute(model.name, model.home))
@@ -66,33 +68,57 @@ def _replaced(turn: Turn, model: Model, coming: Held, event: e.Loaded) -> None:
     turn.dirty = True
 
 
+def _told(what: str, event: e.Loaded) -> str:
+    return f"{what}, {event.note}" if event.note else what
+
+
+def _noted(held: Held | None, event: e.Loaded) -> Held | None:
+    return replace(held, note=event.note) if held is not None and event.note else held
+
+
 def _learnt(model: Model, held: Held | None, placed: tuple[str, ...], event: e.Loaded) -> Estimate:
-    """What the next load is expected to take, unless what was loaded is out of date by now."""
-    if held is None or held.spec != model.spec:
+    """What the next load is expected to take, unless what was loaded is out of date by now, or is not as planned."""
+    if held is None or held.spec != model.spec or event.note:
         return model.estimate
     estimate = model.estimate
     if model.parked is None:
         estimate = replace(estimate, load_s=event.load_s, slowest_s=max(estimate.slowest_s, event.load_s))
     elif (how := parked_as(model)) is not None:
         estimate = learnt(estimate, replace(how, wake_s=event.load_s))
-    if not event.memory:
-        return estimate
     return measured(estimate, footprint(event.memory, placed))
 
 
 def measured(estimate: Estimate, taken: int) -> Estimate:
-    """What was seen last is what the next load is expected to take; the most that was ever seen is remembered."""
+    """What was seen last is what the next load is expected to take; the most that was ever seen is remembered.
+
+    Nothing is learnt where nothing was seen.
+    """
+    if not taken:
+        return estimate
     most = estimate.memory_bytes + estimate.spread_bytes if estimate.measured else 0
     return replace(estimate, memory_bytes=taken, measured=True, spread_bytes=max(0, most - taken))
 
 
 def footprint(memory: Booking, placed: tuple[str, ...]) -> int:
-    """What a model takes on the devices that it was placed on; in all, where it was placed on none of those measured.
+    """What a model takes on the devices that it was placed on, and in all where it was placed on none; 0 where its
+    processes could not be told apart there.
 
     Where they are unequal, the fullest one counts for all, since each is to have room for an equal part.
     """
-    taken = [bytes_on(memory, device) for device in placed]
-    return max(taken, default=0) * len(taken) or sum(n for _, n in memory)
+    if not placed:
+        return sum(n for _, n in memory)
+    return max(bytes_on(memory, device) for device in placed) * len(placed)
+
+
+def completed(memory: Booking, booked: Booking, placed: tuple[str, ...]) -> Booking:
+    """What a model holds: as measured, and as booked on those of its devices where nothing was measured.
+
+    A GPU's driver does not tell processes apart in a container that hides the host's pids, for one.
+    """
+    if not memory:
+        return booked
+    unseen = {device: size for device, size in booked if device in placed and not bytes_on(memory, device)}
+    return tuple(sorted({**dict(memory), **unseen}.items()))
 
 
 def load_failed(turn: Turn, event: e.LoadFailed) -> None:

@@ -8,12 +8,12 @@ from math import inf
 from modelium.api.types import ObservedModel
 from modelium.core import events as e
 from modelium.core.instructions import CloseRoute, OpenRoute, StartRuntime
-from modelium.core.loading import footprint, measured
+from modelium.core.loading import completed, footprint, measured
 from modelium.core.moves import NOTHING_THERE, admit, drain, fail, onward, unload_parts, want
 from modelium.core.parking import rest
 from modelium.core.standby import asleep, parked_as
 from modelium.core.states import RuntimeState, State, Want
-from modelium.core.turn import Turn
+from modelium.core.turn import Turn, bytes_on
 from modelium.core.world import Booking, Failure, Held, Model, Parked, Runtime, Use
 
 
@@ -121,14 +121,15 @@ _ADOPTABLE = frozenset({State.COLD, State.QUEUED, State.FAILED, State.STANDBY})
 
 
 def _booking(turn: Turn, model: Model, shown: ObservedModel) -> Booking:
-    if shown.memory:
-        return tuple(sorted(shown.memory.items()))
+    memory = tuple(sorted(shown.memory.items()))
     if model.booking:
-        return model.booking
+        return completed(memory, model.booking, model.placed)
     kind = model.spec.device_kind if model.spec else ""
     usable = [a for a in turn.devices.values() if a.kind == kind and turn.reaches(model.home, a)]
     device = min(((not a.runtime, a.id) for a in usable), default=(True, None))[1]  # its own before a shared one
-    return ((device, model.estimate.memory_bytes),) if device is not None else ()
+    if device is None or any(bytes_on(memory, a.id) for a in usable):
+        return memory
+    return completed(memory, ((device, model.estimate.memory_bytes),), (device,))
 
 
 def _placed(turn: Turn, model: Model, shown: ObservedModel) -> tuple[str, ...]:
@@ -151,9 +152,9 @@ def _remeasure(turn: Turn, model: Model, shown: ObservedModel) -> None:
     if new == model.measured:
         return
     estimate = model.estimate
-    if not model.stale and model.parked is None:
+    if not model.stale and model.parked is None and not (model.held and model.held.note):
         estimate = measured(estimate, footprint(new, model.placed))
-    turn.change(model, measured=new, booking=new, estimate=estimate)
+    turn.change(model, measured=new, booking=completed(new, model.booking, model.placed), estimate=estimate)
     turn.dirty = turn.dirty or bool(turn.queue)
 
 

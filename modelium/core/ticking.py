@@ -9,6 +9,7 @@ from modelium.api.units import human
 from modelium.core import events as e
 from modelium.core.demand import expired
 from modelium.core.eviction import Tier, Victims
+from modelium.core.instructions import GiveUp
 from modelium.core.line import Line
 from modelium.core.loading import keep_old, stuck
 from modelium.core.moves import begin_unload, drain, evict, give_up_load, recycle, unload_parts
@@ -179,6 +180,7 @@ def _overdue(turn: Turn, model: Model) -> None:
             failure = Failure("load_timeout", f"{model.name} did not load within {limit_s:.0f} s")
             give_up_load(turn, turn.refuse_all(model, failure), failure.message, failure)
         case State.READY:
+            turn.out.append(GiveUp(model.name))
             keep_old(turn, model, Failure("load_timeout", f"they did not load within {limit_s:.0f} s"))
         case State.UNLOADING:
             failure = Failure("driver", f"its runtime did not unload it within {limit_s:.0f} s")

@@ -84,6 +84,8 @@ class Held:
 
     spec: Spec
     parameters: Mapping[str, Any] = field(default_factory=dict)
+    note: str = ""
+    """What was done otherwise than planned: nothing is learnt from it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,6 +84,8 @@ class Effects:
                 self._engine.runtimes.wake(order)
             case i.Unload():
                 self._engine.runtimes.unload(order)
+            case i.GiveUp(name):
+                self._engine.runtimes.give_up(name)
             case i.StartRuntime():
                 self._engine.runtimes.start(order)
             case i.StopRuntime():
@@ -156,6 +158,9 @@ class Effects:
 
     def measured(self, name: str, memory: Mapping[str, int], load_s: float | None) -> None:
         """What its next load is placed by is kept, as the core has it."""
+        model = self._engine.loop.world.models.get(name)
+        if load_s is None and model is not None and model.held is not None and model.held.note:
+            return
         memory_bytes = footprint(tuple(memory.items()), self._placed(name, memory))
         key = self._key(name)
         if key is not None and memory_bytes:

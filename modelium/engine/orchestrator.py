@@ -15,12 +15,13 @@ from pydantic import BaseModel
 
 from modelium.api.datapath import DataPath, DataPathContext, DataPathDriver
 from modelium.api.driver import RuntimeBackend, RuntimeContext
-from modelium.api.measuring import Gpus
+from modelium.api.measuring import Gpus, added
 from modelium.api.types import Device, Progress, Report, Situation
 from modelium.config import Config
 from modelium.core import events as e
-from modelium.core.states import RuntimeState
-from modelium.core.world import Failure, Policy, World
+from modelium.core.loading import completed
+from modelium.core.states import RuntimeState, State
+from modelium.core.world import Booking, Failure, Model, Policy, World
 from modelium.engine.admission import Admission
 from modelium.engine.catalog import Catalog
 from modelium.engine.effects import Effects
@@ -425,7 +426,7 @@ class Orchestrator:
             devices += tuple(device for running in self.running.values() for device in running.devices)
             if devices:
                 self.devices = devices
-                self.loop.post(e.DevicesObserved(self.clock(), devices, self.runtimes.accounted(self._booked)))
+                self.loop.post(e.DevicesObserved(self.clock(), devices, self._accounted()))
 
     def _take_stock(self) -> tuple[Device, ...]:
         """The devices as they are, and who holds what of them; in a thread."""
@@ -435,10 +436,18 @@ class Orchestrator:
         self.ledger.look(runtimes | self.processes.pids())
         return self.host.devices()
 
-    def _booked(self, name: str, runtime: str) -> bool:
-        """Whether a model's memory in a runtime is on the books."""
-        model = self.loop.world.models.get(name)
-        return model is not None and model.home == runtime and bool(model.booking)
+    def _accounted(self) -> dict[str, int]:
+        """Bytes by device of models whose memory is on the books: as measured, and as booked of what is loaded where
+        nothing was measured."""
+        world = self.loop.world
+        booked = [model for model in (world.models[name] for name in world.live) if model.booking]
+        return added(dict(self._held(model)) for model in booked)
+
+    def _held(self, model: Model) -> Booking:
+        memory = tuple(self.runtimes.measured.get(model.home, {}).get(model.name, {}).items())
+        if model.state is not State.READY:
+            return memory
+        return completed(memory, model.booking, model.placed)
 
     def doubts(self) -> list[str]:
         """What the configuration names and is not there."""

@@ -102,7 +102,7 @@ class ProcessSupervisor:
         name: str,
         argv: Sequence[str],
         *,
-        env: Mapping[str, str] | None = None,
+        env: Mapping[str, str | None] | None = None,
         cwd: Path | None = None,
         facts: Mapping[str, Any] | None = None,
     ) -> ProcessRecord:
@@ -120,9 +120,10 @@ class ProcessSupervisor:
             return await _to_the_end(self._spawn, name, tuple(argv), dict(env or {}), cwd, dict(facts or {}))
 
     def _spawn(
-        self, name: str, argv: tuple[str, ...], env: dict[str, str], cwd: Path | None, facts: dict[str, Any]
+        self, name: str, argv: tuple[str, ...], env: dict[str, str | None], cwd: Path | None, facts: dict[str, Any]
     ) -> ProcessRecord:
-        environment = {**os.environ, **env, ROOT_MARK: self.root_id, NAME_MARK: name}
+        wanted = {**os.environ, **env, ROOT_MARK: self.root_id, NAME_MARK: name}
+        environment = {variable: value for variable, value in wanted.items() if value is not None}
         record = ProcessRecord(name=name, pid=0, created_at=0.0, argv=argv, log=self.log_of(name), facts=facts)
         try:
             self.state_dir.mkdir(parents=True, exist_ok=True)

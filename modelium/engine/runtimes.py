@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from modelium.api.driver import Parks, RuntimeBackend, RuntimeDriver
+from modelium.api.measuring import added
 from modelium.api.types import Device, Endpoint, LoadRequest, Observation, Progress, Report, RuntimeInfo
 from modelium.core import events as e
 from modelium.core import instructions as i
@@ -92,6 +93,8 @@ class Runtimes:
         self._ops: dict[str, asyncio.Task[None]] = {}
         self.measured: dict[str, dict[str, dict[str, int]]] = {}
         """Bytes by runtime, model and device, as last observed."""
+        self._ended: dict[tuple[str, str], float] = {}
+        """When an operation last ended, by runtime and model: an older look says nothing about it."""
         self.endpoints: dict[tuple[str, str], dict[str, str]] = {}
         """By runtime and model, the address by protocol of each that does not answer where its runtime does."""
         self.moved: Callable[[str, str], None] = lambda name, runtime: None
@@ -118,6 +121,10 @@ class Runtimes:
 
     def unload(self, order: i.Unload) -> None:
         self._operate(order.name, self._unload(order))
+
+    def give_up(self, name: str) -> None:
+        if (operation := self._ops.get(name)) is not None:
+            operation.cancel()
 
     def start(self, order: i.StartRuntime) -> None:
         self._start(self._bring_up(order), f"start {order.name}")
@@ -158,20 +165,28 @@ class Runtimes:
         failure: Failure
         lost = stuck = False
         try:
-            driver = self.running[order.runtime].driver
+            driver, report = self.running[order.runtime].driver, self._report_for(order.name)
+
+            def tell(progress: Progress) -> None:
+                if progress.endpoints:
+                    self._note_endpoints(order.runtime, order.name, progress.endpoints)
+                report(progress.model_copy(update={"endpoints": ()}))
+
             if isinstance(order, i.Wake):
-                outcome = await _parks(driver, order.runtime).wake(order.name, self._report_for(order.name))
+                outcome = await _parks(driver, order.runtime).wake(order.name, tell)
             else:
                 request = await asyncio.to_thread(self._request_for, order)
-                outcome = await driver.load(request, self._report_for(order.name))
+                outcome = await driver.load(request, tell)
             self.running[order.runtime].loaded = True
             memory = tuple(sorted(outcome.memory.items()))
+            self._holds(order.runtime, order.name, outcome.memory)
             self._note_endpoints(order.runtime, order.name, outcome.endpoints)
             if isinstance(order, i.Wake):
                 self.woken(order.name, order.level, outcome.load_s)
-            loads = outcome.load_s if isinstance(order, i.Load) else None
-            self._tell_measured(order.name, outcome.memory, loads)
-            loop.post(e.Loaded(loop.clock(), order.name, order.op, memory, outcome.load_s))
+            if not outcome.note:
+                loads = outcome.load_s if isinstance(order, i.Load) else None
+                self._tell_measured(order.name, outcome.memory, loads)
+            loop.post(e.Loaded(loop.clock(), order.name, order.op, memory, outcome.load_s, outcome.note))
             return
         except asyncio.CancelledError:
             raise  # what follows tells the outcome
@@ -188,7 +203,7 @@ class Runtimes:
         loop = self._loop()
         try:
             outcome = await _parks(self.running[order.runtime].driver, order.runtime).park(order.name, order.level)
-            self.measured.setdefault(order.runtime, {})[order.name] = dict(outcome.memory)
+            self._holds(order.runtime, order.name, outcome.memory)
             self.parked(order.name, order.level, outcome.memory)
             memory = tuple(sorted(outcome.memory.items()))
             loop.post(e.Parked(loop.clock(), order.name, order.op, memory, outcome.park_s))
@@ -213,7 +228,7 @@ class Runtimes:
             if residue:
                 log.warning("%s: %s did not come back after its unload", order.name, dict(residue))
                 self._tell_residue(order.name, order.runtime, sum(size for _, size in residue))
-            self.measured.get(order.runtime, {}).pop(order.name, None)
+            self._holds(order.runtime, order.name, None)
             self.endpoints.pop((order.runtime, order.name), None)
             loop.post(e.Unloaded(loop.clock(), order.name, order.op, residue))
         except asyncio.CancelledError:
@@ -224,6 +239,15 @@ class Runtimes:
             stuck = isinstance(exc, RuntimeStuck)
             loop.post(e.UnloadFailed(loop.clock(), order.name, order.op, failure, stuck))
 
+    def _holds(self, runtime: str, name: str, memory: Mapping[str, int] | None) -> None:
+        """As an operation found it that has just ended; None where the model is gone."""
+        self._ended[runtime, name] = self._loop().clock()
+        models = self.measured.setdefault(runtime, {})
+        if memory is None:
+            models.pop(name, None)
+        else:
+            models[name] = dict(memory)
+
     async def _bring_up(self, order: i.StartRuntime) -> None:
         loop = self._loop()
         running = self.running[order.name]
@@ -231,8 +255,9 @@ class Runtimes:
         running.misses = 0
         try:
             running.info, running.loaded = await running.driver.start(), False
+            taken_at = loop.clock()
             observation = await running.driver.observe()
-            self._note(order.name, observation)
+            self._note(order.name, observation, taken_at)
             running.progress = None
             running.known.set()
             info = running.info
@@ -311,14 +336,19 @@ class Runtimes:
             loop.post(e.RuntimeDown(loop.clock(), name, epoch, Failure("runtime_unavailable", message)))
             return
         running.misses = 0
-        self._note(name, observation)
+        self._note(name, observation, taken_at)
         shown = [m for m in observation.models if m.ready and self._at_home(m.name, name)]
         await self._counted({m.name: m.requests for m in shown if m.requests is not None})
         loop.post(e.RuntimeObserved(loop.clock(), name, epoch, taken_at, observation))
 
-    def _note(self, name: str, observation: Observation) -> None:
-        self.measured[name] = {m.name: dict(m.memory) for m in observation.models}
-        for model in observation.models:
+    def _note(self, name: str, observation: Observation, taken_at: float) -> None:
+        """What changed after the look is left alone."""
+        self._ended = {at: ended for at, ended in self._ended.items() if at[0] != name or ended >= taken_at}
+        newer = {model for runtime, model in self._ended if runtime == name}
+        models = [model for model in observation.models if model.name not in newer]
+        kept = {model: memory for model, memory in self.measured.get(name, {}).items() if model in newer}
+        self.measured[name] = {model.name: dict(model.memory) for model in models} | kept
+        for model in models:
             if model.ready:
                 self._note_endpoints(name, model.name, model.endpoints)
             if model.ready and model.memory and self._at_home(model.name, name):
@@ -347,14 +377,9 @@ class Runtimes:
             del self.endpoints[runtime, name]
         self.moved(name, runtime)
 
-    def accounted(self, booked: Callable[[str, str], bool]) -> dict[str, int]:
-        """Measured bytes of all models whose memory, by model and runtime, is `booked`, by device."""
-        total: dict[str, int] = {}
-        for runtime, models in self.measured.items():
-            for memory in (memory for name, memory in models.items() if booked(name, runtime)):
-                for device, size in memory.items():
-                    total[device] = total.get(device, 0) + size
-        return total
+    def held(self) -> dict[str, int]:
+        """Measured bytes of all models, by device."""
+        return added(memory for models in self.measured.values() for memory in models.values())
 
     async def close(self, *, stop: bool) -> None:
         """Give up what is under way and let go of the runtimes, or end them."""

@@ -186,7 +186,7 @@ def devices(engine: Orchestrator) -> tuple[DeviceView, ...]:
 
 
 def _device(engine: Orchestrator, account: Account, holders: Mapping[str, list[str]]) -> DeviceView:
-    measured = engine.runtimes.accounted(lambda name, runtime: True).get(account.id, 0)
+    measured = engine.runtimes.held().get(account.id, 0)
     holding = engine.ledger.holdings.get(account.id, Holding())
     overhead = sum(r.overhead.get(account.id, 0) for r in engine.running.values()) + holding.service_bytes
     return DeviceView(

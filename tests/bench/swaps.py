@@ -45,6 +45,8 @@ def rows(folder: Path) -> Iterator[tuple[str, str, str]]:
         # Room for the largest and little else: it and the others make room for one another, again and again.
         sizes = {name: service.model(name)["memory_bytes"] for name in sizes}
         room = int(max(sizes.values()) * 1.05) + min(sizes.values()) // 2
+        for name in sizes:
+            service.post(f"/models/{name}/unload")  # what is in use without a pause would stay
         service.stop()
         service.configure(fleet.configuration(RUNTIMES, room))
         service.start()

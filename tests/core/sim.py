@@ -361,6 +361,8 @@ class Sim:
             case i.Load() | i.Unload() | i.Park() | i.Wake():
                 self._give_up(order.name)
                 self.pending.append(Pending(order, self.real[order.runtime].instance))
+            case i.GiveUp(name):
+                self._give_up(name)
             case i.CloseRoute(name, op):
                 self._give_up(name, drains=True)
                 if op:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from modelium.api.types import Observation, ObservedModel
+from modelium.core import events as e
 from modelium.core import instructions as i
 from modelium.core.states import RuntimeState, State
 from modelium.core.world import Policy
-from tests.core.sim import Sim
+from tests.core.sim import HOST, Sim
 from tests.core.test_scenarios import booked, make
 
 
@@ -25,6 +27,41 @@ def loaded_once(sim: Sim, took: float) -> None:
     sim.unload("a")
     sim.run()
     assert sim.state("a") is State.COLD
+
+
+def test_what_can_not_be_told_apart_on_a_device_stays_booked() -> None:
+    """As on a GPU whose driver knows no processes of a container: only the host's memory is measured."""
+    sim = Sim(Policy(budgets={"cpu:0": 100}), levels=(1,))
+    sim.run()
+    sim.accept("a", memory=40)
+    sim.ask("a")
+    (load,) = sim.pending
+    assert isinstance(load.order, i.Load)
+    sim.pending.clear()
+    sim.happen(e.Loaded(sim.now, "a", load.order.op, ((HOST, 3),), 1.0))
+    model = sim.world.models["a"]
+    assert model.booking == (("cpu:0", 40), (HOST, 3)) and model.measured == ((HOST, 3),)
+    assert (model.estimate.memory_bytes, model.estimate.measured) == (40, False)
+    seen = ObservedModel(name="a", ready=True, memory={HOST: 4})
+    sim.now += 1
+    sim.happen(
+        e.RuntimeObserved(sim.now, "r", 1, sim.now, Observation(instance=sim.observation("r").instance, models=(seen,)))
+    )
+    assert sim.world.models["a"].booking == (("cpu:0", 40), (HOST, 4))
+    sim.happen(
+        e.RuntimeObserved(
+            sim.now,
+            "r",
+            1,
+            sim.now,
+            Observation(
+                instance=sim.observation("r").instance,
+                models=(seen.model_copy(update={"memory": {HOST: 4, "cpu:0": 50}}),),
+            ),
+        )
+    )
+    assert sim.world.models["a"].booking == (("cpu:0", 50), (HOST, 4))
+    assert sim.world.models["a"].estimate.memory_bytes == 50
 
 
 def test_a_load_that_is_late_is_told_once_and_then_begun_anew_while_requests_wait() -> None:

@@ -540,8 +540,10 @@ def test_a_replacement_that_never_ends_is_given_up() -> None:
     sim.accept("a", memory=10)
     sim.load("a")
     sim.change("a")
-    sim.lose(sim.pending[0])
+    (replacement,) = sim.pending
     sim.wait(61)
+    (given_up,) = sim.pending
+    assert given_up.late and given_up.order is replacement.order
     assert sim.world.models["a"].op == 0
     assert "did not load within 60 s" in sim.world.models["a"].reason
     assert booked(sim) == (10, 0, 0)

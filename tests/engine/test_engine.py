@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from modelium.api import Device, Endpoint, Inspection
-from modelium.api.fakes import FakeRuntime
+from modelium.api import Device, Endpoint, Inspection, LoadOutcome, LoadRequest, Progress, Report
+from modelium.api.fakes import FakeDriver, FakeRuntime
 from modelium.core.ticking import GONE_AFTER, GONE_AFTER_S
 from modelium.engine.ledger import Ledger
 from modelium.engine.orchestrator import Orchestrator
@@ -1167,3 +1167,93 @@ async def test_a_folder_that_was_not_looked_into_yet_has_its_name_before_any_gue
         (await r.service.acquire("a")).release()
         assert r.runtime.count("load", "a") == 1 and not box.count("unload")
         assert not any("of its own accord" in t.reason for t in r.engine.journal.last("a", 50))
+
+
+async def test_what_was_just_loaded_is_not_taken_for_somebody_elses(tmp_path: Path) -> None:
+    async with rig(tmp_path, budget=10 * MB) as r:
+        await r.add("a", 3 * MB)
+        held = r.runtime.hold("observe")  # nobody looks at what it has for a while
+        r.engine.runtimes.poke(r.runtime.name)
+        await held.arrived.wait()
+        await r.add("b", 5 * MB)
+        r.devices[0] = r.devices[0].model_copy(update={"used_bytes": 8 * MB})
+        await r.engine._look_at_devices()
+        await r.until(lambda: r.engine.loop.world.devices["cpu:0"].used_bytes == 8 * MB)
+        r.engine.loop.tick()
+        account = r.engine.loop.world.devices["cpu:0"]
+        assert (account.unbooked_bytes, account.limit_bytes) == (0, 10 * MB)
+        assert (r.state("a"), r.state("b")) == ("READY", "READY")
+        held.release()
+
+
+async def test_a_look_from_before_an_operation_ended_says_nothing_of_it(tmp_path: Path) -> None:
+    async with rig(tmp_path) as r:
+        r.runtime.endpoints["a"] = "http://old"
+        await r.add("a")
+        held = r.runtime.hold("observe")
+        r.engine.runtimes.poke(r.runtime.name)
+        await held.arrived.wait()
+        shown = dict(r.runtime.models)
+        r.clock.now += 1
+        r.runtime.endpoints["a"] = "http://new"
+        (tmp_path / "repository/a/1/model").write_text(json.dumps({"size": MB, "new": 1}))
+        await r.engine.catalog.look("a", settled=True)
+        await r.until(lambda: r.loaded("a"))
+        now, r.runtime.models = r.runtime.models, shown
+        held.release()
+        await held.ended.wait()
+        await asyncio.sleep(0)
+        r.runtime.models = now
+        route = r.engine.admission.routes["a"]
+        assert route.endpoints == {"openai": "http://new"}
+
+
+async def test_a_replacement_that_takes_too_long_is_ended(tmp_path: Path) -> None:
+    async with rig(tmp_path, load_timeout_s=60) as r:
+        await r.add("a")
+        held = r.runtime.hold("load", "a")
+        (tmp_path / "repository/a/1/model").write_text(json.dumps({"size": MB, "new": 1}))
+        await r.engine.catalog.look("a", settled=True)
+        await held.arrived.wait()
+        r.advance(61)
+        await held.ended.wait()
+        assert held.cancelled
+        assert r.state("a") == "READY" and "did not load within 60 s" in r.reason("a")
+
+
+async def test_the_new_one_of_a_replacement_is_asked_before_the_old_one_has_ended(tmp_path: Path) -> None:
+    async with rig(tmp_path) as r:
+        r.runtime.endpoints["a"] = "http://new"
+        await r.add("a")
+        held = r.runtime.hold("load", "a")
+        (tmp_path / "repository/a/1/model").write_text(json.dumps({"size": MB, "new": 1}))
+        await r.engine.catalog.look("a", settled=True)
+        await held.arrived.wait()
+        held.report(Progress(stage="ending", endpoints=(Endpoint(protocol="openai", address="http://newer"),)))
+        assert r.engine.admission.routes["a"].endpoints == {"openai": "http://newer"}
+        assert r.service.status().devices[0].booked_bytes == 2 * MB
+        held.release()
+        await r.until(lambda: r.loaded("a"))
+
+
+async def test_nothing_is_learnt_from_what_was_loaded_otherwise_than_planned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = FakeDriver.load
+
+    async def load(self: FakeDriver, request: LoadRequest, report: Report) -> LoadOutcome:
+        outcome = await real(self, request, report)
+        return outcome.model_copy(update={"note": "with half a cache, since memory was short"})
+
+    monkeypatch.setattr(FakeDriver, "load", load)
+    runtime = FakeRuntime()
+    runtime.memory["a"] = {"cpu:0": MB // 2}
+    async with rig(tmp_path, runtime=runtime) as r:
+        await r.add("a", MB)
+        assert r.reason("a") == "loaded in 1.00 s, with half a cache, since memory was short"
+        await r.look()
+        view = r.service.view("a")
+        assert (view.memory_bytes, view.memory_source) == (MB // 2, "measured")
+        estimate = r.engine.loop.world.models["a"].estimate
+        assert (estimate.memory_bytes, estimate.measured) == (MB, False)
+        assert not r.engine.store.measured

@@ -32,7 +32,7 @@ class Names:
 
 @pytest.fixture
 def kind(tmp_path: Path) -> VllmKind:
-    settings = VllmSettings()
+    settings = VllmSettings(env={"AWS_SECRET_ACCESS_KEY": "s3cr3t"})
     context = RuntimeContext(
         name="vllm",
         repository=tmp_path / "repository",
@@ -86,7 +86,7 @@ def asked(folder: Path, *gpus: int, task: str = "text-generation", **settings: A
 
 async def started(
     kind: VllmKind, request: LoadRequest, former: DriverError | None = None
-) -> tuple[dict[str, str | list[str]], Mapping[str, str], str]:
+) -> tuple[dict[str, str | list[str]], dict[str, str], str]:
     """Options with their values, the environment, and what a person is told."""
     command = await kind.command(request, 8100, former)
     assert command is not None
@@ -97,7 +97,11 @@ async def started(
             options[word] = name = []
         else:
             name.append(word)
-    return {k: v[0] if len(v) == 1 else v for k, v in options.items()}, command.env, command.note
+    return {k: v[0] if len(v) == 1 else v for k, v in options.items()}, _set(command.env), command.note
+
+
+def _set(environment: Mapping[str, str | None]) -> dict[str, str]:
+    return {variable: value for variable, value in environment.items() if value is not None}
 
 
 async def test_on_a_cpu(kind: VllmKind, folder: Path) -> None:
@@ -124,11 +128,11 @@ async def test_on_a_cpu(kind: VllmKind, folder: Path) -> None:
     assert arguments.FINISH_S < GRACE_S
     command = await kind.command(asked(folder), 8100, None)
     assert command is not None and command.exclusive == ()
-    assert int(command.env["OMP_NUM_THREADS"]) == max(1, cpu.cores() - 1)
+    assert int(_set(command.env)["OMP_NUM_THREADS"]) == max(1, cpu.cores() - 1)
 
 
 async def test_on_gpus(kind: VllmKind, folder: Path) -> None:
-    request = asked(folder, 1, 3, pipeline_parallel_size=2, sleep=True, max_num_seqs=16, env={"A": "b"})
+    request = asked(folder, 1, 3, pipeline_parallel_size=2, sleep=True, max_num_seqs=16)
     options, env, _ = await started(kind, request)
     assert (options["--tensor-parallel-size"], options["--pipeline-parallel-size"]) == ("1", "2")
     assert options["--gpu-memory-utilization"] == "0.1", "8 GiB of two devices with 40 each"
@@ -137,7 +141,7 @@ async def test_on_gpus(kind: VllmKind, folder: Path) -> None:
     assert options["--enable-sleep-mode"] == []
     assert "--enforce-eager" not in options and "--distributed-executor-backend" not in options
     assert env["CUDA_VISIBLE_DEVICES"] == "GPU-cuda:1,GPU-cuda:3"
-    assert env["VLLM_SERVER_DEV_MODE"] == "1" and env["A"] == "b"
+    assert env["VLLM_SERVER_DEV_MODE"] == "1"
     assert "MODELIUM_VLLM_FORK" not in env and "OMP_NUM_THREADS" not in env
     command = await kind.command(request, 8100, None)
     assert command is not None and set(command.exclusive) == {"cuda:1", "cuda:3"}
@@ -286,3 +290,10 @@ def test_what_a_processor_computes(tmp_path: Path) -> None:
     file.write_text("processor\t: 0\nFeatures\t: fp asimd bf16\n")
     assert cpu.computes_bf16(cpu.features(file)) and cpu.computes_int4(cpu.features(file), "aarch64")
     assert cpu.features(tmp_path / "none") == frozenset()
+
+
+async def test_the_environment_that_is_configured_is_in_no_plan(kind: VllmKind, folder: Path) -> None:
+    _, env, _ = await started(kind, asked(folder))
+    assert env["AWS_SECRET_ACCESS_KEY"] == "s3cr3t" and env["VLLM_API_KEY"] == ""
+    with pytest.raises(ModelError, match="env"):
+        await started(kind, asked(folder, env={"A": "b"}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -13,7 +14,7 @@ from modelium_plugin_vllm.settings import VllmSettings
 from modelium_plugin_vllm.sleeping import SleepingServers
 from vllm_lab import Lab
 
-from modelium.api import LoadRequest
+from modelium.api import LoadRequest, Progress
 from modelium.api.servers import ServerCommand
 from modelium.api.testing import DriverContract, load_request, silent
 from modelium.errors import DriverError, LoadRejected
@@ -211,3 +212,34 @@ async def test_the_same_words_mean_the_same_errors(driver: SleepingServers, tmp_
 def test_it_is_chosen_by_the_settings(lab: Lab, tmp_path: Path) -> None:
     assert not isinstance(lab.driver(), SleepingServers)
     assert isinstance(Lab(tmp_path / "other", default_settings={"sleep": True}).driver(), SleepingServers)
+
+
+async def test_of_two_that_fall_asleep_together_both_are_written_down(driver: SleepingServers, tmp_path: Path) -> None:
+    names = [f"m{number}" for number in range(4)]
+    for name in names:
+        await driver.load(model(tmp_path, name), silent)
+    await asyncio.gather(*(driver.park(name, 1) for name in names))
+    assert driver._read() == dict.fromkeys(names, 1)
+    await asyncio.gather(*(driver.wake(name, silent) for name in names))
+    assert driver._read() == {}
+
+
+async def test_what_is_replaced_is_counted_until_it_has_ended(driver: SleepingServers, tmp_path: Path) -> None:
+    request = model(tmp_path, "m")
+    await driver.load(request, silent)
+    alone = (await driver.observe()).models[0]
+    told: list[Progress] = []
+    both: list[int] = []
+
+    async def look() -> None:
+        while not any(progress.endpoints for progress in told):
+            await asyncio.sleep(0.01)
+        both.append((await driver.observe()).models[0].memory["cpu:0"])
+
+    looking = asyncio.ensure_future(look())
+    outcome = await driver.load(request.model_copy(update={"replace": True}), told.append)
+    await looking
+    (now,) = (await driver.observe()).models
+    assert both[0] > 1.5 * now.memory["cpu:0"]
+    assert now.endpoints == outcome.endpoints != alone.endpoints
+    assert told[-1].endpoints == outcome.endpoints

@@ -26,16 +26,18 @@ from modelium_plugin_llamacpp.settings import (
     model_settings,
 )
 
-ENVIRONMENT = {
+ENVIRONMENT: Mapping[str, str | None] = {
     "LLAMA_ARG_FIT": "off",
     "LLAMA_ARG_CACHE_RAM": "0",
     "LLAMA_ARG_UI": "0",
     "LLAMA_ARG_ENDPOINT_SLOTS": "0",
     "LLAMA_ARG_CORS_ORIGINS": "localhost",
     "LLAMA_ARG_OFFLINE": "1",
+    "LLAMA_API_KEY": None,
 }
 """For llama-server, whose older versions leave alone what they don't know of it: settings are the plan's and are not
-fitted to what happens to be free; no prompts are kept in memory that nobody booked; no pages but ours."""
+fitted to what happens to be free; no prompts are kept in memory that nobody booked; no pages but ours; no key, since
+Modelium asks without one."""
 
 ALL_LAYERS = 999
 """More than any model has: older versions take no `all`."""

@@ -21,7 +21,8 @@ EMBEDDING, PROJECTOR = "embedding", "projector"
 OURS = frozenset(
     {
         "model", "model-url", "hf-repo", "hf-file", "docker-repo", "models-dir", "models-preset", "alias", "host",
-        "port", "reuse-port", "api-prefix", "ctx-size", "parallel", "n-gpu-layers", "gpu-layers",
+        "port", "reuse-port", "api-prefix", "ctx-size", "parallel", "n-gpu-layers", "gpu-layers", "api-key",
+        "api-key-file", "ssl-key-file", "ssl-cert-file",
     }
 )  # fmt: skip
 """Arguments of llama-server that are not a user's to give: they say what is served where, and with how much."""

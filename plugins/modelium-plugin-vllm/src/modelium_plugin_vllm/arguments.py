@@ -29,6 +29,8 @@ SAFE = {
     "VLLM_LOOPBACK_IP": HOST,
     "GLOO_SOCKET_IFNAME": "lo",
     "NCCL_SOCKET_IFNAME": "lo",
+    # Those who may ask are Modelium's to know; it asks itself, without a key.
+    "VLLM_API_KEY": "",
     # Its processes call themselves something else, and would write that over the marks by which they are found.
     "SPT_NOENV": "1",
     # Seconds: a connection that it closes may have a request on its way.
@@ -125,14 +127,16 @@ def adapters(settings: ModelSettings, name: str, model: Path) -> dict[str, Path]
     return found
 
 
-def environment(vllm: Vllm, settings: ModelSettings, kind: str, cache: Path) -> dict[str, str]:
+def environment(
+    vllm: Vllm, settings: ModelSettings, kind: str, cache: Path, further: Mapping[str, str]
+) -> dict[str, str]:
     """What the server's processes read before anything else."""
     values = {**SAFE, "VLLM_CACHE_ROOT": str(cache)}
     if kind == "cpu":
         values |= _on_cpu(vllm, settings)
     if settings.sleep and kind == "cuda":
         values["VLLM_SERVER_DEV_MODE"] = "1"  # without it there are no routes to sleep and wake
-    return {**values, **settings.env}
+    return {**values, **further}
 
 
 def _on_cpu(vllm: Vllm, settings: ModelSettings) -> dict[str, str]:

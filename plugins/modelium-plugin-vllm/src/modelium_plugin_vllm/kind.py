@@ -92,7 +92,8 @@ class VllmKind:
         settings = settings.model_copy(update=self._changed[name])
         kind = request.plan.device_kind
         engine = arguments.server_args(request.analysis, settings, kind, len(request.devices))
-        env = arguments.environment(self._vllm, settings, kind, self._context.cache_dir / FOLDER / "cache")
+        cache = self._context.cache_dir / FOLDER / "cache"
+        env = arguments.environment(self._vllm, settings, kind, cache, self._settings.env)
         if kind == "cuda":
             least = min(request.device_bytes[device] for device in request.devices)
             each = request.memory_bytes / len(request.devices)

@@ -41,7 +41,8 @@ LEVELS = (1, 2)
 OURS = frozenset(
     {
         "model", "host", "port", "uds", "served-model-name", "gpu-memory-utilization", "root-path", "api-server-count",
-        "data-parallel-size", "headless", "config", "grpc", "omni",
+        "data-parallel-size", "headless", "config", "grpc", "omni", "api-key", "ssl-keyfile", "ssl-certfile",
+        "ssl-ca-certs",
     }
 )  # fmt: skip
 """Arguments of vLLM's server that are not a user's to give: they say what is served where, and with how much."""
@@ -96,8 +97,6 @@ class ModelSettings(EngineSettings):
     a GPU, and is to be set in `default_settings`."""
     args: tuple[str, ...] = ()
     """Further arguments of vLLM's server by their full names, such as `--enable-auto-tool-choice`."""
-    env: Mapping[str, str] = Field(default_factory=dict)
-    """Further environment of vLLM's server, such as `VLLM_LOGGING_LEVEL`."""
 
     @field_validator("args")
     @classmethod
@@ -138,6 +137,9 @@ class VllmSettings(BaseModel):
     """The first port on loopback to try for a model's server; 0: any free one."""
     load_timeout_s: float = Field(default=1800, gt=0)
     """A load that takes longer is given up."""
+    env: Mapping[str, str] = Field(default_factory=dict)
+    """Further environment of vLLM's servers, such as `VLLM_LOGGING_LEVEL` or what a store of weights is to be read
+    with. It is written and shown nowhere."""
     default_settings: ModelSettings = ModelSettings()
     """For every model whose plan says nothing else."""
 

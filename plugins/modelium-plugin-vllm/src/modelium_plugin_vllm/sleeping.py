@@ -44,6 +44,9 @@ class SleepingServers(ModelServers):
         self._file = context.state_dir / "asleep.json"
         self._asleep: dict[str, int] = {}
         """Level by model."""
+        self._sleeping: dict[str, int] = {}
+        """Those that are being put to sleep, in the same way."""
+        self._writing = asyncio.Lock()
 
     async def start(self) -> RuntimeInfo:
         info = await super().start()
@@ -97,11 +100,17 @@ class SleepingServers(ModelServers):
             if server is None or name in self._broken or name in self._asleep or level not in LEVELS:
                 raise DriverError(f"{name} can't be put to sleep at level {level}: it does not serve, or there is none")
             began = time.monotonic()
-            await asyncio.to_thread(self._write, {**self._asleep, name: level})
-            await self._ask(server, "/sleep", {"level": str(level), "mode": "wait"})
-            if not await self._sleeps(server):
-                raise DriverError(f"{name} was told to sleep, and does not: its vLLM has no sleep mode on this device")
-            self._asleep[name] = level
+            self._sleeping[name] = level
+            try:
+                await self._keep()
+                await self._ask(server, "/sleep", {"level": str(level), "mode": "wait"})
+                if not await self._sleeps(server):
+                    raise DriverError(
+                        f"{name} was told to sleep, and does not: its vLLM has no sleep mode on this device"
+                    )
+                self._asleep[name] = level
+            finally:
+                del self._sleeping[name]
             memory = await self._measure([server])
             return ParkOutcome(memory=memory.get(server.record.name, {}), park_s=time.monotonic() - began)
 
@@ -166,7 +175,15 @@ class SleepingServers(ModelServers):
 
     async def _awake(self, name: str) -> None:
         if self._asleep.pop(name, None) is not None:
-            await asyncio.to_thread(self._write, dict(self._asleep))
+            await self._keep()
+
+    async def _keep(self) -> None:
+        """For a Modelium that comes later, which can do without: it then reads weights that may be there."""
+        async with self._writing:
+            try:
+                await asyncio.to_thread(self._write, self._asleep | self._sleeping)
+            except OSError as error:
+                log.error("%s could not be written: %s", self._file, error)
 
     def _read(self) -> dict[str, int]:
         try:

@@ -62,7 +62,7 @@ class ServerCommand:
     exclusive: Collection[str] = ()
     """Devices on which no other such start goes on meanwhile, of whatever runtime, since some measure what is free."""
     note: str = ""
-    """What a person should know of it."""
+    """What is done otherwise than planned, as `LoadOutcome.note`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,7 +294,7 @@ class ModelServers:
             former: DriverError | None = None
             while True:
                 try:
-                    server, note = await self._try(request, slot, former, report)
+                    server, note, began = await self._try(request, slot, former, report)
                     break
                 except _NoFurtherTry as error:
                     raise error.reason from None
@@ -311,13 +311,14 @@ class ModelServers:
 
     async def _try(
         self, request: LoadRequest, slot: str, former: DriverError | None, report: Report
-    ) -> tuple[Server, str]:
-        """Its server, and what a person should know of it."""
+    ) -> tuple[Server, str, float]:
+        """Its server, what was done otherwise than planned, and when it began, after what is installed first."""
         with given_port(self._base_port, {s.port for s in self._servers.values()}) as port:
             command = await self._kind.command(request, port, former)
             if command is None:
                 assert former is not None
                 raise _NoFurtherTry(former)
+            began = time.monotonic()
             if former is not None:
                 log.warning("%s: %s; tried again: %s", request.name, former.message.splitlines()[0], command.note)
             async with self._alone_on(command.exclusive, report) as settle:
@@ -332,7 +333,7 @@ class ModelServers:
                     raise
                 finally:
                     self._loading.pop(request.name, None)
-            return server, command.note
+            return server, command.note, began
 
     async def _until_up(self, server: Server, request: LoadRequest, report: Report, settle: Callable[[], None]) -> None:
         slot, began = server.record.name, time.monotonic()

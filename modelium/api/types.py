@@ -121,6 +121,8 @@ class Offer(Frozen):
     standby: tuple[int, ...] = ()
     """Levels at which a model served like this can be parked (`Parks`): 1 keeps its weights in host memory, 2 drops
     them. Empty: it can't."""
+    elastic: bool = False
+    """It may grow to `memory_bytes` at any time without being asked, as by autoscaling: all of it stays booked."""
     settings: Mapping[str, Any] = Field(default_factory=dict)
     """What the plan is to carry on; `decoupled: true` says that one request may have many responses."""
     note: str = ""
@@ -138,6 +140,8 @@ class Plan(Frozen):
     """Over how many devices it spreads."""
     standby: tuple[int, ...] = ()
     """Levels at which it can be parked, as the offer said."""
+    elastic: bool = False
+    """All of `memory_bytes` stays booked, as the offer said."""
     memory_bytes: int
     load_s: float
     reason: str

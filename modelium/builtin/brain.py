@@ -205,6 +205,7 @@ class RulesBrain:
             memory_bytes=best.offer.memory_bytes,
             load_s=best.offer.load_s,
             standby=best.offer.standby,
+            elastic=best.offer.elastic,
             reason=_reason(best, rule),
             confidence=certainty,
             alternatives=tuple(f"{other.words}: {_why_not(other, best, rule.prefer)}" for other in ranked[1:]),

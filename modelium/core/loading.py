@@ -27,7 +27,9 @@ def loaded(turn: Turn, event: e.Loaded) -> None:
             State.READY,
             _told(f"{'loaded' if asleep is None else 'woken'} in {event.load_s:.2f} s", event),
             op=0,
-            booking=completed(event.memory, model.booking if asleep is None else asleep.before, model.placed),
+            booking=completed(
+                event.memory, model.booking if asleep is None else asleep.before, model.placed, model.held
+            ),
             measured=event.memory,
             estimate=_learnt(model, model.held, model.placed, event),
             parked=None,
@@ -52,7 +54,7 @@ def _replaced(turn: Turn, model: Model, coming: Held, event: e.Loaded) -> None:
         model,
         op=0,
         extra=(),
-        booking=completed(event.memory, model.extra or model.booking, placed),
+        booking=completed(event.memory, model.extra or model.booking, placed, coming),
         placed=placed,
         measured=event.memory,
         estimate=_learnt(model, coming, placed, event),
@@ -85,15 +87,15 @@ def _learnt(model: Model, held: Held | None, placed: tuple[str, ...], event: e.L
         estimate = replace(estimate, load_s=event.load_s, slowest_s=max(estimate.slowest_s, event.load_s))
     elif (how := parked_as(model)) is not None:
         estimate = learnt(estimate, replace(how, wake_s=event.load_s))
-    return measured(estimate, footprint(event.memory, placed))
+    return measured(estimate, footprint(event.memory, placed), held)
 
 
-def measured(estimate: Estimate, taken: int) -> Estimate:
+def measured(estimate: Estimate, taken: int, held: Held | None = None) -> Estimate:
     """What was seen last is what the next load is expected to take; the most that was ever seen is remembered.
 
-    Nothing is learnt where nothing was seen.
+    Nothing is learnt where nothing was seen, or less than what is elastic may take.
     """
-    if not taken:
+    if not taken or (elastic(held) and taken <= estimate.memory_bytes):
         return estimate
     most = estimate.memory_bytes + estimate.spread_bytes if estimate.measured else 0
     return replace(estimate, memory_bytes=taken, measured=True, spread_bytes=max(0, most - taken))
@@ -110,15 +112,20 @@ def footprint(memory: Booking, placed: tuple[str, ...]) -> int:
     return max(bytes_on(memory, device) for device in placed) * len(placed)
 
 
-def completed(memory: Booking, booked: Booking, placed: tuple[str, ...]) -> Booking:
-    """What a model holds: as measured, and as booked on those of its devices where nothing was measured.
+def completed(memory: Booking, booked: Booking, placed: tuple[str, ...], held: Held | None = None) -> Booking:
+    """What a model holds: as measured, and as booked on those of its devices where nothing was measured; of what is
+    `held` and elastic, at least as booked.
 
     A GPU's driver does not tell processes apart in a container that hides the host's pids, for one.
     """
     if not memory:
         return booked
-    unseen = {device: size for device, size in booked if device in placed and not bytes_on(memory, device)}
-    return tuple(sorted({**dict(memory), **unseen}.items()))
+    least = {d: n for d, n in booked if d in placed and (elastic(held) or not bytes_on(memory, d))}
+    return tuple(sorted({**dict(memory), **{d: max(n, bytes_on(memory, d)) for d, n in least.items()}}.items()))
+
+
+def elastic(held: Held | None) -> bool:
+    return held is not None and held.spec.elastic
 
 
 def load_failed(turn: Turn, event: e.LoadFailed) -> None:

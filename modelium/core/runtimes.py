@@ -123,13 +123,16 @@ _ADOPTABLE = frozenset({State.COLD, State.QUEUED, State.FAILED, State.STANDBY})
 def _booking(turn: Turn, model: Model, shown: ObservedModel) -> Booking:
     memory = tuple(sorted(shown.memory.items()))
     if model.booking:
-        return completed(memory, model.booking, model.placed)
+        return completed(memory, model.booking, model.placed, model.held)
     kind = model.spec.device_kind if model.spec else ""
     usable = [a for a in turn.devices.values() if a.kind == kind and turn.reaches(model.home, a)]
     device = min(((not a.runtime, a.id) for a in usable), default=(True, None))[1]  # its own before a shared one
-    if device is None or any(bytes_on(memory, a.id) for a in usable):
+    found = [a.id for a in usable if bytes_on(memory, a.id)]
+    if device is None or (found and not (model.spec and model.spec.elastic)):
         return memory
-    return completed(memory, ((device, model.estimate.memory_bytes),), (device,))
+    held = Held(model.spec) if model.spec else None
+    on = tuple(found) or (device,)
+    return completed(memory, tuple((d, model.estimate.memory_bytes // len(on)) for d in on), on, held)
 
 
 def _placed(turn: Turn, model: Model, shown: ObservedModel) -> tuple[str, ...]:
@@ -153,8 +156,9 @@ def _remeasure(turn: Turn, model: Model, shown: ObservedModel) -> None:
         return
     estimate = model.estimate
     if not model.stale and model.parked is None and not (model.held and model.held.note):
-        estimate = measured(estimate, footprint(new, model.placed))
-    turn.change(model, measured=new, booking=completed(new, model.booking, model.placed), estimate=estimate)
+        estimate = measured(estimate, footprint(new, model.placed), model.held)
+    booking = completed(new, model.booking, model.placed, model.held)
+    turn.change(model, measured=new, booking=booking, estimate=estimate)
     turn.dirty = turn.dirty or bool(turn.queue)
 
 

@@ -58,6 +58,8 @@ class Spec:
     depends_on: tuple[str, ...] = ()
     devices: int = 1
     """Over how many devices it spreads, each with an equal part of its memory."""
+    elastic: bool = False
+    """It may take all of its estimate at any time, however little it was measured to take."""
     guest: bool = False
     """Its runtime has it of its own accord: it is used, and never loaded or unloaded from here."""
 

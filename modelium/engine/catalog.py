@@ -63,7 +63,8 @@ class Known:
 
     @property
     def spec(self) -> Spec:
-        return Spec(self.plan.runtime, self.plan.device_kind, self.revision, self.depends_on, self.plan.devices)
+        plan = self.plan
+        return Spec(plan.runtime, plan.device_kind, self.revision, self.depends_on, plan.devices, plan.elastic)
 
 
 class Catalog:

@@ -162,6 +162,9 @@ class Effects:
         if load_s is None and model is not None and model.held is not None and model.held.note:
             return
         memory_bytes = footprint(tuple(memory.items()), self._placed(name, memory))
+        known = self._engine.catalog.known.get(name)
+        if known is not None and known.plan.elastic and memory_bytes:
+            memory_bytes = max(memory_bytes, known.plan.memory_bytes)
         key = self._key(name)
         if key is not None and memory_bytes:
             self._engine.store.measure(key, memory_bytes, load_s)

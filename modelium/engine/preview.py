@@ -50,7 +50,7 @@ async def preview(engine: Orchestrator, path: Path, name: str | None = None) -> 
     now = engine.clock()
     measured_as = measurement_key(inspection.content_key, plan)
     estimate = engine.planner.estimate(measured_as, plan, analysis.weights_bytes)
-    spec = Spec(plan.runtime, plan.device_kind, "preview", analysis.depends_on, plan.devices)
+    spec = Spec(plan.runtime, plan.device_kind, "preview", analysis.depends_on, plan.devices, plan.elastic)
     loop = engine.loop
     world, dropped = steps(loop.exact(), [e.ModelAccepted(now, name, spec, estimate, dropped=True)], loop.policy)
     would_load = any(isinstance(x, i.Load) and x.name == name for x in dropped)

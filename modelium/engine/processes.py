@@ -191,7 +191,9 @@ class ProcessSupervisor:
 
     def names(self) -> list[str]:
         """The names under which something of this root runs, orphans of a dead process included."""
-        return sorted({name for _, name in self._all_marked()})
+        # A mark can't be read in the moment in which a program takes the place of the fork that starts it.
+        started = {name for pid, (name, _) in list(self._children.items()) if look(pid) is not None}
+        return sorted(started | {name for _, name in self._all_marked()})
 
     def pids(self) -> set[int]:
         """All processes of this root, what they started included."""

@@ -9,7 +9,7 @@ import asyncio
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from hashlib import sha256
 from pathlib import Path
 from statistics import median
@@ -24,6 +24,9 @@ log = logging.getLogger(__name__)
 
 KEPT_LOADS = 9
 """Load times kept for each key; their median is what the next load is expected to take."""
+
+KEPT_KEYS = 50_000
+"""Of those measured last."""
 
 NOTED_GROWTH = 0.01
 """Growth of a loaded model below this share is not written down each time."""
@@ -85,7 +88,7 @@ class Store:
         """Written at once, since it is a person's word: a few bytes."""
         if pinned is not (name in self.pins):
             (self.pins.add if pinned else self.pins.discard)(name)
-            self._write({"pins": json.dumps(sorted(self.pins), indent=0).encode()})
+            self._write({"pins": sorted(self.pins)})
 
     def set_loaded(self, name: str, revision: str | None) -> None:
         if self.loaded.get(name) == revision:
@@ -112,8 +115,7 @@ class Store:
             }
         )
         if new != old:
-            self.measured[key] = new
-            self._touch("measurements")
+            self._measured(key, new)
 
     def measure_parked(self, key: str, level: int, host_bytes: int, device_bytes: int) -> None:
         """Take in what a model holds while it is parked; the largest seen is kept."""
@@ -129,8 +131,14 @@ class Store:
         old = self.measured.get(key, Measured())
         new = old.standby.get(level, MeasuredStandby()).model_copy(update=seen)
         if new != old.standby.get(level):
-            self.measured[key] = old.model_copy(update={"standby": {**old.standby, level: new}})
-            self._touch("measurements")
+            self._measured(key, old.model_copy(update={"standby": {**old.standby, level: new}}))
+
+    def _measured(self, key: str, new: Measured) -> None:
+        self.measured.pop(key, None)
+        self.measured[key] = new
+        while len(self.measured) > KEPT_KEYS:
+            del self.measured[next(iter(self.measured))]
+        self._touch("measurements")
 
     def measurement(self, key: str) -> Measurement | None:
         found = self.measured.get(key)
@@ -181,29 +189,31 @@ class Store:
     async def _later(self) -> None:
         await asyncio.sleep(self._delay_s)
         while self._dirty:
-            content = self._content()
-            await asyncio.to_thread(self._write, content)
+            changed = self._changed()
+            await asyncio.to_thread(self._write, changed)
 
-    def _content(self) -> Mapping[str, bytes]:
-        values: dict[str, Any] = {
-            "loaded": dict(self.loaded),
-            "residue": self.residue,
-            "measurements": {k: v.model_dump() for k, v in self.measured.items()},
-            "quarantine": {k: v.model_dump() for k, v in self.quarantined.items()},
+    def _changed(self) -> Mapping[str, Any]:
+        """Copies of what has changed, to be written in a thread."""
+        values: dict[str, Callable[[], Any]] = {
+            "loaded": lambda: dict(self.loaded),
+            "residue": lambda: {runtime: dict(kept) for runtime, kept in self.residue.items()},
+            "measurements": lambda: dict(self.measured),
+            "quarantine": lambda: dict(self.quarantined),
         }
-        content = {what: json.dumps(values[what], indent=0).encode() for what in self._dirty}
+        changed = {what: values[what]() for what in self._dirty}
         self._dirty.clear()
-        return content
+        return changed
 
-    def _write(self, content: Mapping[str, bytes]) -> None:
-        for what, data in content.items():
+    def _write(self, changed: Mapping[str, Any]) -> None:
+        for what, value in changed.items():
             try:
+                data = json.dumps(value, indent=0, default=lambda record: record.model_dump()).encode()
                 replace_file(self._folder / f"{what}.json", data)
             except OSError as exc:
                 log.error("could not write %s: %s", self._folder / f"{what}.json", exc)
 
     def flush(self) -> None:
-        self._write(self._content())
+        self._write(self._changed())
 
 
 def replace_file(path: Path, data: bytes) -> None:

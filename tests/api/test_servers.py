@@ -17,7 +17,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from modelium.api import LoadRequest, Progress, RuntimeContext
+from modelium.api import LoadOutcome, LoadRequest, Progress, RuntimeContext
 from modelium.api.external import ExternalServer
 from modelium.api.fakes import FakeProcesses, FakeSettings
 from modelium.api.ports import listens
@@ -207,21 +207,45 @@ async def test_one_that_is_up_and_dies_of_its_first_question_is_told_by_its_log(
         await driver.load(model("sudden", says="bad: no such kernel", **{"/first": "end"}), silent)
 
 
+async def told_where(driver: ModelServers, request: LoadRequest) -> tuple[asyncio.Task[LoadOutcome], str]:
+    """A replacement that has told where it answers from now on, while the old one is still to end."""
+    told: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    def tell(progress: Progress) -> None:
+        if progress.endpoints:
+            told.set_result(progress.endpoints[0].address)
+
+    loading = asyncio.ensure_future(driver.load(request.model_copy(update={"replace": True}), tell))
+    return loading, await told
+
+
 async def test_the_old_one_serves_until_its_successor_does(
-    driver: ModelServers, model: Callable[..., LoadRequest], monkeypatch: pytest.MonkeyPatch
+    driver: ModelServers, model: Callable[..., LoadRequest]
 ) -> None:
-    monkeypatch.setattr("modelium.api.servers.RETIRE_AFTER_S", 0.5)
     request = model("m")
-    old = await driver.load(request, silent)
-    before = await pid_of(old.endpoints[0].address)
-    new = await driver.load(request.model_copy(update={"replace": True}), silent)
-    assert new.endpoints != old.endpoints
-    assert await pid_of(old.endpoints[0].address) == before
-    after = await pid_of(new.endpoints[0].address)
+    old = (await driver.load(request, silent)).endpoints[0].address
+    before = await pid_of(old)
+    loading, new = await told_where(driver, request)
+    assert new != old and await pid_of(old) == before
+    after = await pid_of(new)
+    assert (await loading).endpoints[0].address == new
+    assert len(driver._context.processes.names()) == 1
     again = await driver.load(request.model_copy(update={"replace": True}), silent)
     assert await pid_of(again.endpoints[0].address) not in (before, after)
     await driver.unload("m")
     assert not driver._context.processes.names()
+
+
+async def test_the_old_one_ends_though_nobody_waits_for_that(
+    driver: ModelServers, model: Callable[..., LoadRequest]
+) -> None:
+    await driver.load(model("m"), silent)
+    loading, new = await told_where(driver, model("m"))
+    loading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await loading
+    assert len(driver._context.processes.names()) == 1
+    assert (await driver.observe()).models[0].endpoints[0].address == new
 
 
 async def test_a_server_that_no_longer_answers_is_broken(
@@ -338,20 +362,25 @@ async def test_what_could_not_be_ended_is_shown_still(
 
 
 async def test_of_two_that_an_earlier_run_left_the_newer_is_adopted(
-    make_driver: Callable[[], ModelServers], driver: ModelServers, model: Callable[..., LoadRequest]
+    make_driver: Callable[[], ModelServers],
+    driver: ModelServers,
+    model: Callable[..., LoadRequest],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("modelium.api.servers.RETIRE_AFTER_S", 600)
     await driver.load(model("m"), silent)
-    new = await driver.load(model("m").model_copy(update={"replace": True}), silent)
+    loading, new = await told_where(driver, model("m"))
     assert len(driver._context.processes.names()) == 2
-    await driver.close()
     second = make_driver()
     await second.start()
     (shown,) = (await second.observe()).models
-    assert shown.endpoints == new.endpoints
+    assert shown.endpoints[0].address == new
     assert second._context.processes.names() == ["small._2.m"]
     await second.unload("m")
     assert not second._context.processes.names()
     await second.close()
+    loading.cancel()
+    await asyncio.wait([loading])
 
 
 async def test_one_that_is_too_busy_to_answer_is_adopted(

@@ -530,13 +530,14 @@ class Sim:
         revision: str = "1",
         kind: str = "cpu",
         devices: int = 1,
+        elastic: bool = False,
         bad: bool = False,
         dropped: bool = False,
         pinned: bool = False,
         was_loaded: bool = False,
         loaded_revision: str | None = None,
     ) -> list[i.Instruction]:
-        spec = Spec(runtime, kind, revision, tuple(parts), devices)
+        spec = Spec(runtime, kind, revision, tuple(parts), devices, elastic)
         self.files[name] = File(spec, memory, memory if real is None else real, bad)
         return self.happen(
             e.ModelAccepted(

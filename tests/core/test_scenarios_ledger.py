@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from modelium.api.types import Observation, ObservedModel
 from modelium.core import events as e
 from modelium.core import instructions as i
 from modelium.core.states import RuntimeState, State
@@ -42,26 +41,29 @@ def test_what_can_not_be_told_apart_on_a_device_stays_booked() -> None:
     model = sim.world.models["a"]
     assert model.booking == (("cpu:0", 40), (HOST, 3)) and model.measured == ((HOST, 3),)
     assert (model.estimate.memory_bytes, model.estimate.measured) == (40, False)
-    seen = ObservedModel(name="a", ready=True, memory={HOST: 4})
-    sim.now += 1
-    sim.happen(
-        e.RuntimeObserved(sim.now, "r", 1, sim.now, Observation(instance=sim.observation("r").instance, models=(seen,)))
-    )
+    sim.real["r"].models["a"] = ((HOST, 4),)
+    sim.see_runtime()
     assert sim.world.models["a"].booking == (("cpu:0", 40), (HOST, 4))
-    sim.happen(
-        e.RuntimeObserved(
-            sim.now,
-            "r",
-            1,
-            sim.now,
-            Observation(
-                instance=sim.observation("r").instance,
-                models=(seen.model_copy(update={"memory": {HOST: 4, "cpu:0": 50}}),),
-            ),
-        )
-    )
+    sim.real["r"].models["a"] = (("cpu:0", 50), (HOST, 4))
+    sim.see_runtime()
     assert sim.world.models["a"].booking == (("cpu:0", 50), (HOST, 4))
     assert sim.world.models["a"].estimate.memory_bytes == 50
+
+
+def test_what_may_grow_by_itself_stays_booked_in_full() -> None:
+    """As replicas that come and go with the load."""
+    sim = make(100)
+    sim.accept("a", memory=40, real=10, elastic=True)
+    sim.accept("b", memory=70)
+    sim.load("a")
+    assert booked(sim) == (40, 0, 0) and sim.world.models["a"].measured == (("cpu:0", 10),)
+    assert sim.world.models["a"].estimate.memory_bytes == 40
+    sim.use("a")
+    ticket = sim.ask("b")
+    assert sim.answer(ticket) == "waits"
+    sim.real["r"].models["a"] = (("cpu:0", 50),)
+    sim.see_runtime()
+    assert booked(sim)[0] == 50 and sim.world.models["a"].estimate.memory_bytes == 50
 
 
 def test_a_load_that_is_late_is_told_once_and_then_begun_anew_while_requests_wait() -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from modelium.api import Plan
+from modelium.engine import store as module
 from modelium.engine.store import MeasuredStandby, Store, measurement_key
 
 
@@ -72,3 +75,11 @@ def test_a_measurement_is_for_one_content_runtime_setting_and_kind() -> None:
     }
     assert len(keys) == 5
     assert measurement_key("c", plan.model_copy(update={"reason": "another"})) in keys
+
+
+def test_only_what_was_measured_last_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "KEPT_KEYS", 2)
+    kept = Store(tmp_path)
+    for key in ("a", "b", "a", "c"):
+        kept.measure(key, 1, 1.0)
+    assert list(kept.measured) == ["a", "c"] == list(Store(tmp_path).measured)

@@ -119,6 +119,7 @@ def test_default_settings_count_in_the_estimate() -> None:
     (one,), (many,) = offers(ONNX, info()), offers(ONNX, info(default_settings={"replicas": 2, "max_replicas": 3}))
     assert many.memory_bytes == 3 * one.memory_bytes
     assert many.settings["replicas"] == 2 and many.settings["max_replicas"] == 3
+    assert many.elastic and not one.elastic
 
 
 def test_on_a_cpu_weights_are_counted_as_fp32_with_room_for_a_cache() -> None:

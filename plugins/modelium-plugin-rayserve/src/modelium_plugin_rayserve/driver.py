@@ -190,7 +190,7 @@ class RayServeDriver:
         revision serves until the new one does. Cancelled, a new application is deleted again, and a replacement goes
         on. Raises `LoadRejected`, `RuntimeUnavailable`, or another `DriverError` where trying again may help.
         """
-        name, began = request.name, time.monotonic()
+        name = request.name
 
         def tell(progress: Progress) -> None:
             self._loading[name] = progress.stage
@@ -202,7 +202,7 @@ class RayServeDriver:
             python_packs = [str(pack) for pack in request.plan.settings.get("packs") or ()]
             await packs.install(self._context.cache_dir, self._settings, python_packs, tell)
             await self._forget_broken(name)
-            return await self._load(request, tell, began)
+            return await self._load(request, tell, time.monotonic())  # what is installed once is no part of it
         finally:
             del self._loading[name]
 

@@ -156,6 +156,7 @@ def offer(
         memory_bytes=memory_bytes(serving, analysis, device_kinds[0]) * defaults.most,
         load_s=serving.load_s + analysis.weights_bytes / READ_BYTES_PER_S,
         requires=tuple(missing),
+        elastic=defaults.most > defaults.replicas,
         settings={
             **serving.settings,
             **batching(serving.settings, analysis),
@@ -176,6 +177,7 @@ def spread(offer: Offer, nodes: int) -> Offer:
             "serving": offer.serving + SPREAD,
             "devices": nodes,
             "memory_bytes": each * nodes,
+            "elastic": False,
             "settings": settings,
             "note": f"a Ray Serve application with a replica on each of {nodes} nodes",
         }

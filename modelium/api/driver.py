@@ -113,7 +113,11 @@ class RuntimeDriver(Protocol):
         """What it holds now. Raises `RuntimeUnavailable` when it is gone."""
 
     async def load(self, request: LoadRequest, report: Report) -> LoadOutcome:
-        """Load, or reload when files changed. Cancelling the task gives up the load and leaves nothing half-loaded."""
+        """Load, or reload when files changed. Cancelling the task gives up the load and leaves nothing half-loaded.
+
+        With `request.replace` the old revision serves on; where both hold memory beside each other, return once the
+        old one's is back, and report the new one's `endpoints` before.
+        """
 
     async def unload(self, name: str) -> UnloadOutcome:
         """Return when the model is gone and its memory is back. Unloading what is not loaded is no error."""

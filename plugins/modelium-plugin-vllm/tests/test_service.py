@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +78,12 @@ def test_a_person_drops_a_model_and_asks(installed: str, tmp_path: Path) -> None
         service.until(lambda: tree(service) and not tree(service) & before, what="another one in its place")
         service.until_state("abc", "READY")
         assert says(service, "abc", "hello") == "pqrs"
+        last = tree(service)
         service.post("/models/abc/unload")
         service.until_state("abc", "COLD")
         assert not tree(service)
+        shared = [Path(f"/dev/shm/__KMP_REGISTERED_LIB_{pid}_{os.getuid()}") for pid in last]
+        assert not [path for path in shared if path.exists()]
 
 
 async def test_one_that_somebody_else_runs(installed: str, tmp_path: Path) -> None:

@@ -49,15 +49,15 @@ class VllmBackend:
 
     def create(self, context: RuntimeContext) -> RuntimeDriver:
         from modelium.api.external import ExternalServer
-        from modelium.api.servers import ModelServers
         from modelium_plugin_vllm.kind import VllmKind
+        from modelium_plugin_vllm.servers import VllmServers
         from modelium_plugin_vllm.sleeping import SleepingServers
 
         settings = context.settings
         assert isinstance(settings, VllmSettings)
         if settings.endpoint is not None:
             return ExternalServer(context, settings.endpoint, name="vLLM")
-        servers = SleepingServers if settings.default_settings.sleep else ModelServers
+        servers = SleepingServers if settings.default_settings.sleep else VllmServers
         kind = VllmKind(context, settings)
         return servers(context, kind, base_port=settings.base_port, load_timeout_s=settings.load_timeout_s)
 

@@ -27,15 +27,16 @@ from modelium.api import (
     RuntimeContext,
     RuntimeInfo,
 )
-from modelium.api.servers import ANSWERS_WITHIN_S, ModelServers, Server
+from modelium.api.servers import ANSWERS_WITHIN_S, Server
 from modelium.errors import DriverError
 from modelium_plugin_vllm.kind import VllmKind
+from modelium_plugin_vllm.servers import VllmServers
 from modelium_plugin_vllm.settings import LEVELS
 
 log = logging.getLogger(__name__)
 
 
-class SleepingServers(ModelServers):
+class SleepingServers(VllmServers):
     """`modelium.api.Parks`."""
 
     def __init__(self, context: RuntimeContext, kind: VllmKind, *, base_port: int, load_timeout_s: float):

@@ -20,6 +20,19 @@ from modelium.api.urls import unanswered
 from modelium.errors import DriverError, LoadRejected, RuntimeUnavailable
 
 
+async def served(http: aiohttp.ClientSession, base: str, server: str) -> list[str]:
+    """The names of a server's models: `GET /v1/models` of OpenAI's API. Raises `RuntimeUnavailable`."""
+    try:
+        async with http.get(f"{base}/v1/models") as answer:
+            if answer.status != 200:
+                raise RuntimeUnavailable(f"{base}/v1/models answers {answer.status}, and 200 was expected")
+            return [str(model["id"]) for model in (await answer.json(content_type=None))["data"]]
+    except (aiohttp.ClientError, OSError, TimeoutError) as error:
+        raise RuntimeUnavailable(f"no {server} answers at {base}: {unanswered(error)}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise RuntimeUnavailable(f"{base}/v1/models does not answer as OpenAI's API does") from error
+
+
 class ExternalServer:
     """`modelium.api.RuntimeDriver` for an OpenAI server of somebody else's, by its URL: it has the models that it has.
 
@@ -46,18 +59,9 @@ class ExternalServer:
         )
 
     async def _served(self) -> list[str]:
-        """The names of its models: `GET /v1/models` of OpenAI's API."""
         if self._http is None:
             raise RuntimeUnavailable(f"{self._context.name} was not started")
-        try:
-            async with self._http.get(f"{self._base}/v1/models") as answer:
-                if answer.status != 200:
-                    raise RuntimeUnavailable(f"{self._base}/v1/models answers {answer.status}, and 200 was expected")
-                return [str(model["id"]) for model in (await answer.json(content_type=None))["data"]]
-        except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            raise RuntimeUnavailable(f"no {self._name} answers at {self._base}: {unanswered(error)}") from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise RuntimeUnavailable(f"{self._base}/v1/models does not answer as OpenAI's API does") from error
+        return await served(self._http, self._base, self._name)
 
     async def _version(self) -> str:
         """As vLLM tells it; empty for servers that don't."""

@@ -28,7 +28,7 @@ def loaded(turn: Turn, event: e.Loaded) -> None:
             _told(f"{'loaded' if asleep is None else 'woken'} in {event.load_s:.2f} s", event),
             op=0,
             booking=completed(
-                event.memory, model.booking if asleep is None else asleep.before, model.placed, model.held
+                event.memory, model.booking if asleep is None else asleep.before, model.placed, elastic=model.elastic
             ),
             measured=event.memory,
             estimate=_learnt(model, model.held, model.placed, event),
@@ -54,7 +54,7 @@ def _replaced(turn: Turn, model: Model, coming: Held, event: e.Loaded) -> None:
         model,
         op=0,
         extra=(),
-        booking=completed(event.memory, model.extra or model.booking, placed, coming),
+        booking=completed(event.memory, model.extra or model.booking, placed, elastic=coming.spec.elastic),
         placed=placed,
         measured=event.memory,
         estimate=_learnt(model, coming, placed, event),
@@ -87,15 +87,15 @@ def _learnt(model: Model, held: Held | None, placed: tuple[str, ...], event: e.L
         estimate = replace(estimate, load_s=event.load_s, slowest_s=max(estimate.slowest_s, event.load_s))
     elif (how := parked_as(model)) is not None:
         estimate = learnt(estimate, replace(how, wake_s=event.load_s))
-    return measured(estimate, footprint(event.memory, placed), held)
+    return measured(estimate, footprint(event.memory, placed), elastic=held.spec.elastic)
 
 
-def measured(estimate: Estimate, taken: int, held: Held | None = None) -> Estimate:
+def measured(estimate: Estimate, taken: int, *, elastic: bool = False) -> Estimate:
     """What was seen last is what the next load is expected to take; the most that was ever seen is remembered.
 
     Nothing is learnt where nothing was seen, or less than what is elastic may take.
     """
-    if not taken or (elastic(held) and taken <= estimate.memory_bytes):
+    if not taken or (elastic and taken <= estimate.memory_bytes):
         return estimate
     most = estimate.memory_bytes + estimate.spread_bytes if estimate.measured else 0
     return replace(estimate, memory_bytes=taken, measured=True, spread_bytes=max(0, most - taken))
@@ -112,20 +112,19 @@ def footprint(memory: Booking, placed: tuple[str, ...]) -> int:
     return max(bytes_on(memory, device) for device in placed) * len(placed)
 
 
-def completed(memory: Booking, booked: Booking, placed: tuple[str, ...], held: Held | None = None) -> Booking:
-    """What a model holds: as measured, and as booked on those of its devices where nothing was measured; of what is
-    `held` and elastic, at least as booked.
+def completed(memory: Booking, booked: Booking, placed: tuple[str, ...], *, elastic: bool = False) -> Booking:
+    """What a model holds: as measured, and as booked on those of its devices where nothing was measured; where it is
+    elastic, at least as booked on all of them.
 
     A GPU's driver does not tell processes apart in a container that hides the host's pids, for one.
     """
     if not memory:
         return booked
-    least = {d: n for d, n in booked if d in placed and (elastic(held) or not bytes_on(memory, d))}
-    return tuple(sorted({**dict(memory), **{d: max(n, bytes_on(memory, d)) for d, n in least.items()}}.items()))
-
-
-def elastic(held: Held | None) -> bool:
-    return held is not None and held.spec.elastic
+    held = dict(memory)
+    for device, size in booked:
+        if device in placed and (elastic or not held.get(device)):
+            held[device] = max(size, held.get(device, 0))
+    return tuple(sorted(held.items()))
 
 
 def load_failed(turn: Turn, event: e.LoadFailed) -> None:

@@ -123,16 +123,16 @@ _ADOPTABLE = frozenset({State.COLD, State.QUEUED, State.FAILED, State.STANDBY})
 def _booking(turn: Turn, model: Model, shown: ObservedModel) -> Booking:
     memory = tuple(sorted(shown.memory.items()))
     if model.booking:
-        return completed(memory, model.booking, model.placed, model.held)
+        return completed(memory, model.booking, model.placed, elastic=model.elastic)
     kind = model.spec.device_kind if model.spec else ""
     usable = [a for a in turn.devices.values() if a.kind == kind and turn.reaches(model.home, a)]
     device = min(((not a.runtime, a.id) for a in usable), default=(True, None))[1]  # its own before a shared one
     found = [a.id for a in usable if bytes_on(memory, a.id)]
-    if device is None or (found and not (model.spec and model.spec.elastic)):
+    elastic = model.spec is not None and model.spec.elastic
+    if device is None or (found and not elastic):
         return memory
-    held = Held(model.spec) if model.spec else None
     on = tuple(found) or (device,)
-    return completed(memory, tuple((d, model.estimate.memory_bytes // len(on)) for d in on), on, held)
+    return completed(memory, tuple((d, model.estimate.memory_bytes // len(on)) for d in on), on, elastic=elastic)
 
 
 def _placed(turn: Turn, model: Model, shown: ObservedModel) -> tuple[str, ...]:
@@ -156,8 +156,8 @@ def _remeasure(turn: Turn, model: Model, shown: ObservedModel) -> None:
         return
     estimate = model.estimate
     if not model.stale and model.parked is None and not (model.held and model.held.note):
-        estimate = measured(estimate, footprint(new, model.placed), model.held)
-    booking = completed(new, model.booking, model.placed, model.held)
+        estimate = measured(estimate, footprint(new, model.placed), elastic=model.elastic)
+    booking = completed(new, model.booking, model.placed, elastic=model.elastic)
     turn.change(model, measured=new, booking=booking, estimate=estimate)
     turn.dirty = turn.dirty or bool(turn.queue)
 

@@ -200,6 +200,11 @@ class Model:
         return self.held is not None and self.held.spec.guest
 
     @property
+    def elastic(self) -> bool:
+        """What is loaded may grow at any time to all that is booked for it."""
+        return self.held is not None and self.held.spec.elastic
+
+    @property
     def kept(self) -> bool:
         """It should be loaded at all times."""
         return self.pinned or self.always_loaded or (self.spec is not None and self.spec.guest)

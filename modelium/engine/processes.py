@@ -191,9 +191,7 @@ class ProcessSupervisor:
 
     def names(self) -> list[str]:
         """The names under which something of this root runs, orphans of a dead process included."""
-        # A mark can't be read in the moment in which a program takes the place of the fork that starts it.
-        started = {name for pid, (name, _) in list(self._children.items()) if look(pid) is not None}
-        return sorted(started | {name for _, name in self._all_marked()})
+        return sorted({name for _, name in self._all_marked()})
 
     def pids(self) -> set[int]:
         """All processes of this root, what they started included."""
@@ -218,7 +216,12 @@ class ProcessSupervisor:
     def _all_marked(self) -> Iterator[tuple[Living, str]]:
         root = f"{ROOT_MARK}={self.root_id}".encode()
         prefix = f"{NAME_MARK}=".encode()
+        # Their marks can't be read in the moment in which a program takes the place of the fork that starts it.
+        started = {pid: name for pid, (name, _) in list(self._children.items())}
         for process in everybody():
+            if process.pid in started:
+                yield process, started[process.pid]
+                continue
             try:
                 environ = Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0")
             except OSError:

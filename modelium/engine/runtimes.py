@@ -93,7 +93,7 @@ class Runtimes:
         self._ops: dict[str, asyncio.Task[None]] = {}
         self.measured: dict[str, dict[str, dict[str, int]]] = {}
         """Bytes by runtime, model and device, as last observed."""
-        self._ended: dict[tuple[str, str], float] = {}
+        self._ended: dict[str, dict[str, float]] = {}
         """When an operation last ended, by runtime and model: an older look says nothing about it."""
         self.endpoints: dict[tuple[str, str], dict[str, str]] = {}
         """By runtime and model, the address by protocol of each that does not answer where its runtime does."""
@@ -170,7 +170,8 @@ class Runtimes:
             def tell(progress: Progress) -> None:
                 if progress.endpoints:
                     self._note_endpoints(order.runtime, order.name, progress.endpoints)
-                report(progress.model_copy(update={"endpoints": ()}))
+                    progress = progress.model_copy(update={"endpoints": ()})
+                report(progress)
 
             if isinstance(order, i.Wake):
                 outcome = await _parks(driver, order.runtime).wake(order.name, tell)
@@ -241,7 +242,7 @@ class Runtimes:
 
     def _holds(self, runtime: str, name: str, memory: Mapping[str, int] | None) -> None:
         """As an operation found it that has just ended; None where the model is gone."""
-        self._ended[runtime, name] = self._loop().clock()
+        self._ended.setdefault(runtime, {})[name] = self._loop().clock()
         models = self.measured.setdefault(runtime, {})
         if memory is None:
             models.pop(name, None)
@@ -343,8 +344,8 @@ class Runtimes:
 
     def _note(self, name: str, observation: Observation, taken_at: float) -> None:
         """What changed after the look is left alone."""
-        self._ended = {at: ended for at, ended in self._ended.items() if at[0] != name or ended >= taken_at}
-        newer = {model for runtime, model in self._ended if runtime == name}
+        newer = {model: ended for model, ended in self._ended.get(name, {}).items() if ended >= taken_at}
+        self._ended[name] = newer
         models = [model for model in observation.models if model.name not in newer]
         kept = {model: memory for model, memory in self.measured.get(name, {}).items() if model in newer}
         self.measured[name] = {model.name: dict(model.memory) for model in models} | kept

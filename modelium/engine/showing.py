@@ -182,11 +182,13 @@ def devices(engine: Orchestrator) -> tuple[DeviceView, ...]:
     for name in world.live:
         for device, _ in world.models[name].booking:
             holders.setdefault(device, []).append(name)
-    return tuple(_device(engine, a, holders) for a in sorted(world.devices.values(), key=lambda a: a.id))
+    measured = engine.runtimes.held()
+    return tuple(
+        _device(engine, a, holders, measured.get(a.id, 0)) for a in sorted(world.devices.values(), key=lambda a: a.id)
+    )
 
 
-def _device(engine: Orchestrator, account: Account, holders: Mapping[str, list[str]]) -> DeviceView:
-    measured = engine.runtimes.held().get(account.id, 0)
+def _device(engine: Orchestrator, account: Account, holders: Mapping[str, list[str]], measured: int) -> DeviceView:
     holding = engine.ledger.holdings.get(account.id, Holding())
     overhead = sum(r.overhead.get(account.id, 0) for r in engine.running.values()) + holding.service_bytes
     return DeviceView(

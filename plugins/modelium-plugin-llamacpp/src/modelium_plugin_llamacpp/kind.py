@@ -10,10 +10,11 @@ from typing import Any
 import aiohttp
 
 from modelium.api import DEFAULT_SETTINGS, LoadRequest, Progress, RuntimeContext
+from modelium.api.external import served
 from modelium.api.measuring import Gpus
 from modelium.api.ports import HOST
 from modelium.api.servers import Server, ServerCommand
-from modelium.errors import DriverError, LoadRejected
+from modelium.errors import DriverError, LoadRejected, RuntimeUnavailable
 from modelium_plugin_llamacpp import memory
 from modelium_plugin_llamacpp.install import PACKAGE, Program, install, installed
 from modelium_plugin_llamacpp.layout import model_file
@@ -211,10 +212,9 @@ class LlamaCppKind:
     async def check(self, server: Server, request: LoadRequest, http: aiohttp.ClientSession) -> None:
         """It has computed a first token to warm up before it was healthy: another would take as long again."""
         try:
-            async with http.get(f"{server.base}/v1/models") as answer:
-                names = [model["id"] for model in (await answer.json(content_type=None))["data"]]
-        except (aiohttp.ClientError, OSError, ValueError, KeyError, TypeError) as error:
-            raise DriverError(f"{request.name} does not tell its name: {error!r}", code="no_answer") from error
+            names = await served(http, server.base, "llama.cpp")
+        except RuntimeUnavailable as error:
+            raise DriverError(f"{request.name} does not tell its name: {error.message}", code="no_answer") from error
         if request.name not in names:
             raise DriverError(f"expected {request.name} on port {server.port}, found {names}", code="no_answer")
 

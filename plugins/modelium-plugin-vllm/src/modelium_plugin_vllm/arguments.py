@@ -127,16 +127,14 @@ def adapters(settings: ModelSettings, name: str, model: Path) -> dict[str, Path]
     return found
 
 
-def environment(
-    vllm: Vllm, settings: ModelSettings, kind: str, cache: Path, further: Mapping[str, str]
-) -> dict[str, str]:
+def environment(vllm: Vllm, settings: ModelSettings, kind: str, cache: Path) -> dict[str, str]:
     """What the server's processes read before anything else."""
     values = {**SAFE, "VLLM_CACHE_ROOT": str(cache)}
     if kind == "cpu":
         values |= _on_cpu(vllm, settings)
     if settings.sleep and kind == "cuda":
         values["VLLM_SERVER_DEV_MODE"] = "1"  # without it there are no routes to sleep and wake
-    return {**values, **further}
+    return values
 
 
 def _on_cpu(vllm: Vllm, settings: ModelSettings) -> dict[str, str]:

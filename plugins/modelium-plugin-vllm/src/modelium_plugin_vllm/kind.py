@@ -93,7 +93,7 @@ class VllmKind:
         kind = request.plan.device_kind
         engine = arguments.server_args(request.analysis, settings, kind, len(request.devices))
         cache = self._context.cache_dir / FOLDER / "cache"
-        env = arguments.environment(self._vllm, settings, kind, cache, self._settings.env)
+        env = {**arguments.environment(self._vllm, settings, kind, cache), **self._settings.env}
         if kind == "cuda":
             least = min(request.device_bytes[device] for device in request.devices)
             each = request.memory_bytes / len(request.devices)
